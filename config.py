@@ -1,0 +1,161 @@
+"""The settings: read from the environment and `.env`, checked once, at the start."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from errors import shorten
+
+PROJECT_DIR = Path(__file__).resolve().parent
+ENV_FILE = PROJECT_DIR / ".env"
+
+FormatName = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+
+# Read by huggingface_hub itself; a line for one of them in .env is handed on to it.
+_HUB_VARIABLES = ("HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+
+
+class SettingsError(Exception):
+    """A setting has a value that cannot be used; the message is the one line that the user is shown."""
+
+
+def _split_list(value: object) -> object:
+    """`a, b,,c` as ("a", "b", "c")."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def csm_can_run() -> bool:
+    """Whether this machine can run CSM-1B at a useful pace: Apple Silicon, or Linux with MLX's CUDA backend installed.
+
+    Measured on a Linux CPU: about 4 s for an 80 ms frame, 50 times slower than real time.
+    """
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    from importlib.metadata import distributions
+
+    return any((dist.metadata["Name"] or "").startswith("mlx-cuda") for dist in distributions())
+
+
+_List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+_Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_lower)]
+
+
+class Settings(BaseSettings):
+    """Every setting, by the lower-case name of its environment variable. `.env.example` explains each one."""
+
+    model_config = SettingsConfigDict(env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, hide_input_in_errors=True)
+
+    # Server
+    host: str = "0.0.0.0"  # noqa: S104 - the user's table; the start warns when that is open without a key
+    port: int = Field(8880, ge=0, le=65535)
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = "info"
+    shutdown_timeout: float = Field(30.0, ge=0, le=600)
+
+    # Model
+    csm: _Switch = "auto"
+    model_id: str = Field("sesame/csm-1b", min_length=1)
+    model_dtype: Annotated[Literal["bfloat16", "float16", "float32", "auto"], BeforeValidator(_lower)] = "bfloat16"
+    max_batch: int = Field(8, ge=1, le=32)
+    guard: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"
+    max_retries: int = Field(2, ge=0, le=10)
+    verify: Annotated[Literal["off", "whisper"], BeforeValidator(_lower)] = "off"
+    generation_timeout: float = Field(120.0, gt=0, le=3600)
+    idle_unload_seconds: float = Field(0.0, ge=0)
+
+    # Defaults
+    default_voice: str = Field(default_factory=lambda: "conversational" if csm_can_run() else "heart", min_length=1)
+    fallback_voice: str = ""
+    default_format: Annotated[FormatName, BeforeValidator(_lower)] = "mp3"
+    max_input_length: int = Field(4096, ge=1, le=100_000)
+
+    # Speech
+    normalize_text: bool = True
+    group_characters: int = Field(320, ge=80, le=400)
+    pause_ms: int = Field(300, ge=0, le=5000)
+    max_pause_ms: int = Field(1000, ge=100, le=10_000)
+    synthetic_mark: bool = True
+
+    # Queue
+    max_queue: int = Field(32, ge=1, le=10_000)
+    queue_timeout: float = Field(300.0, gt=0, le=3600)
+
+    # Files
+    cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "sesame-tts")
+    presets_dir: Path = PROJECT_DIR / "presets"
+
+    # Access
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_list)] = ()
+    allowed_hosts: _List = ()
+    cors_origins: _List = ()
+    playground: bool = True
+
+    @field_validator("cache_dir", "presets_dir")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        expanded = path.expanduser()
+        return expanded if expanded.is_absolute() else PROJECT_DIR / expanded
+
+    @property
+    def csm_enabled(self) -> bool:
+        """Whether CSM is to be loaded on this machine."""
+        return self.csm == "on" or (self.csm == "auto" and csm_can_run())
+
+    @property
+    def open_to_network(self) -> bool:
+        """Whether other machines can reach the server without a key."""
+        return self.host not in {"localhost", "127.0.0.1", "::1"} and not self.api_key
+
+
+def load_settings(env_file: Path = ENV_FILE) -> Settings:
+    """The settings from the environment and `env_file`; the environment wins.
+
+    Raises:
+        SettingsError: Names the variable, its value and what is allowed.
+    """
+    _check_env_file(env_file)
+    try:
+        settings = Settings(_env_file=env_file)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f".env cannot be read: {type(error).__name__}. It must be a UTF-8 text file of NAME=value lines.") from None
+    return settings
+
+
+def _check_env_file(env_file: Path) -> None:
+    """Refuse a line in `.env` that sets nothing (a typing error would go unnoticed), and hand the hub's own variables on."""
+    try:
+        values = dotenv_values(env_file) if env_file.is_file() else {}
+    except (UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f".env cannot be read: {type(error).__name__}. It must be a UTF-8 text file of NAME=value lines.") from None
+    known = [name.upper() for name in Settings.model_fields]
+    for name, value in values.items():
+        if name in _HUB_VARIABLES:
+            if value:
+                os.environ.setdefault(name, value)
+        elif name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), [*known, *_HUB_VARIABLES], n=1)
+            hint = f" Did you mean {close[0]}?" if close else " .env.example lists every setting."
+            raise SettingsError(f".env sets {shorten(name)}, which is not a setting.{hint}")
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first fault of a pydantic error as `NAME='value': what is allowed`."""
+    fault: Any = error.errors(include_url=False)[0]
+    name = str(fault["loc"][0])
+    value = os.environ.get(name.upper(), os.environ.get(name, fault.get("input", "")))
+    shown = "<hidden>" if name == "api_key" else shorten(str(value))
+    return f"{name.upper()}={shown} cannot be used: {fault['msg'][0].lower()}{fault['msg'][1:]}."

@@ -1,0 +1,130 @@
+"""What a speech model is: the shape that both of ours have, and the values that pass in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voice_presets import VoicePreset
+
+Samples = NDArray[np.float32]
+"""Mono audio: float32, shape (samples,), nominally within [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class SpeechOptions:
+    """How one utterance is to be spoken.
+
+    Attributes:
+        seed: Of the utterance's own random stream: the same text, voice and seed give the same samples.
+        temperature: The sampler's temperature, in place of the preset's.
+        top_k: The sampler's top-k, in place of the preset's.
+        streamed: Somebody listens while it is generated, so the first group's samples are wanted as they come.
+    """
+
+    seed: int
+    temperature: float | None = None
+    top_k: int | None = None
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class GroupChunk:
+    """Some samples of one sentence group.
+
+    Chunks come in the text's order: all of group 0, then all of group 1. Each group ends with exactly one chunk whose `last` is true
+    (its samples may be empty).
+
+    Attributes:
+        group: The group's index among those that were asked for.
+        samples: float32, shape (n,), at the model's sample rate.
+        last: No more of this group follows.
+        retries: How often the group was generated again (told with the last chunk).
+        word_error_rate: What a recogniser made of the group, where one was asked (told with the last chunk).
+    """
+
+    group: int
+    samples: Samples
+    last: bool
+    retries: int = 0
+    word_error_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How long a text a model says well in one go, in characters.
+
+    Attributes:
+        target: Sentences are packed together up to this length.
+        maximum: A single sentence longer than this is broken at a clause, else at a word.
+        first: The target of the first group, shorter so that sound starts early.
+    """
+
+    target: int
+    maximum: int
+    first: int
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a load has come.
+
+    Attributes:
+        stage: What is being done, in words ("downloading model.safetensors", "reading weights").
+        done: Bytes fetched so far, where bytes are fetched.
+        total: Bytes to fetch, where known.
+    """
+
+    stage: str
+    done: int | None = None
+    total: int | None = None
+
+
+class SpeechModel(Protocol):
+    """A model that speaks. All its methods but `info` run on the model's own one thread, from `load` to `close`."""
+
+    id: str
+    sample_rate: int
+    grouping: Grouping
+
+    def load(self, report: Callable[[LoadProgress], None]) -> None:
+        """Make the model ready to speak.
+
+        Raises:
+            ModelLoadError: With a sentence that says what failed and what to do.
+        """
+
+    def fits(self, text: str, preset: VoicePreset) -> bool:
+        """Whether `text`, behind this preset's voice prompt, fits into the model's context."""
+
+    def speak(
+        self, groups: Sequence[str], preset: VoicePreset, options: SpeechOptions, cancelled: Callable[[], bool]
+    ) -> Iterator[GroupChunk]:
+        """Say each group in turn.
+
+        `cancelled` is asked at least once a frame; when it says yes, the iterator ends at once, without a last chunk.
+        Closing the iterator has the same effect.
+        """
+
+    def info(self) -> dict[str, Any]:
+        """Facts for `/health`: source, dtype, memory, watermark. Safe to call from any thread, at any time."""
+
+    def close(self) -> None:
+        """Give the memory back; `load` may be called again."""
+
+
+class ModelLoadError(Exception):
+    """A load failed; the message says what failed and what to do about it, without a path or a token.
+
+    Attributes:
+        retry: Whether another try, later, can succeed without anybody doing anything.
+    """
+
+    def __init__(self, message: str, *, retry: bool = True) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry = retry
