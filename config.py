@@ -127,7 +127,7 @@ def load_settings(env_file: Path = ENV_FILE) -> Settings:
     """
     _check_env_file(env_file)
     try:
-        settings = Settings(_env_file=env_file)
+        settings = Settings(_env_file=env_file)  # type: ignore[call-arg]  # pydantic-settings takes it, its signature is built from the fields
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     except (UnicodeDecodeError, OSError) as error:

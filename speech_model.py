@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from voice_presets import VoicePreset
+from voice_presets import Voice
 
 Samples = NDArray[np.float32]
 """Mono audio: float32, shape (samples,), nominally within [-1, 1]."""
@@ -98,12 +98,10 @@ class SpeechModel(Protocol):
             ModelLoadError: With a sentence that says what failed and what to do.
         """
 
-    def fits(self, text: str, preset: VoicePreset) -> bool:
-        """Whether `text`, behind this preset's voice prompt, fits into the model's context."""
+    def fits(self, text: str, voice: Voice) -> bool:
+        """Whether `text`, behind this voice's prompt, fits into the model's context."""
 
-    def speak(
-        self, groups: Sequence[str], preset: VoicePreset, options: SpeechOptions, cancelled: Callable[[], bool]
-    ) -> Iterator[GroupChunk]:
+    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
         """Say each group in turn.
 
         `cancelled` is asked at least once a frame; when it says yes, the iterator ends at once, without a last chunk.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 ModelId = Literal["csm-1b", "hibari"]
 
 # The voices that OpenAI's API and its clients name (OpenClaw's list, November 2026).
-OPENAI_VOICES = ("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse")  # fmt: skip
+OPENAI_VOICES = tuple(
+    ["alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"]
+)
 
 # The voice prompts in the CSM repository's prompts/ folder that mlx-audio knows the words of; see csm_prompts.py.
 CSM_VOICE_KEYS = ("conversational_a", "conversational_b")
@@ -129,11 +131,11 @@ class VoicePresetManager:
         self._presets_dir = presets_dir
         self._default_voice = default_voice
         self._catalogue = _Catalogue()
-        self._signature: object = None
+        self._signature: object = ()
 
     def refresh(self) -> None:
         """Read the folder again if a file in it was added, changed or removed since the last time."""
-        signature = self._current_signature()
+        signature = _signature(self._presets_dir)
         if signature != self._signature:
             self._catalogue = self._read()
             self._signature = signature
@@ -150,7 +152,9 @@ class VoicePresetManager:
         if target is None and name in OPENAI_VOICES:
             target = self._default_voice
         if target is None or target not in voices:
-            raise InvalidVoiceError(f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice")
+            raise InvalidVoiceError(
+                f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
+            )
         return voices[target]
 
     def names(self) -> list[str]:
@@ -176,21 +180,9 @@ class VoicePresetManager:
         self.refresh()
         return self._catalogue.skipped
 
-    def _files(self) -> list[Path]:
-        try:
-            return sorted(self._presets_dir.glob("*.json"))
-        except OSError:
-            return []
-
-    def _current_signature(self) -> object:
-        """What changes when a preset, or a recording beside one, does: names, sizes, times of last change, inodes."""
-        return tuple(
-            (path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path in _existing(self._presets_dir) if (stat := path.stat())
-        )
-
     def _read(self) -> _Catalogue:
         catalogue = _Catalogue()
-        for path in self._files():
+        for path in sorted(self._presets_dir.glob("*.json")):
             try:
                 voice = Voice(_read_preset(path), path.parent)
                 _add(catalogue, voice)
@@ -202,11 +194,14 @@ class VoicePresetManager:
         return catalogue
 
 
-def _existing(folder: Path) -> Iterable[Path]:
+def _signature(folder: Path) -> object:
+    """What changes when a preset, or a recording beside one, does: names, sizes, times of last change, inodes."""
     try:
-        return sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError:
-        return []
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries]
+    except OSError:  # the folder, or a file in it, was removed while it was read
+        return None
+    return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
 
 
 def _add(catalogue: _Catalogue, voice: Voice) -> None:
@@ -244,7 +239,7 @@ def _read_preset(path: Path) -> VoicePreset:
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     if not isinstance(data, dict):
-        raise ValueError('the file must hold one JSON object, {"name": …}')
+        raise ValueError('the file must hold one JSON object, {"name": …}')  # noqa: TRY004 - one kind of fault for the caller
     try:
         return VoicePreset.model_validate(data)
     except ValidationError as error:
