@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     host: str = "0.0.0.0"  # noqa: S104 - the user's table; the start warns when that is open without a key
     port: int = Field(8880, ge=0, le=65535)
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = "info"
+    log_stderr: bool = True
     shutdown_timeout: float = Field(30.0, ge=0, le=600)
 
     # Model

@@ -51,6 +51,7 @@ class TTSError(Exception):
         message: A sentence that says which value, what was wrong with it and what would be right. It reaches the client: no path,
             no spoken text, no key.
         param: The request field at fault, if one is.
+        code: A narrower code than the class's own.
         headers: Extra response headers, `Retry-After` above all.
     """
 
@@ -58,10 +59,11 @@ class TTSError(Exception):
     type = "server_error"
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code or self.code
         self.headers = headers or {}
 
     def envelope(self) -> dict[str, dict[str, Any]]:

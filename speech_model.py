@@ -98,6 +98,9 @@ class SpeechModel(Protocol):
             ModelLoadError: With a sentence that says what failed and what to do.
         """
 
+    def warm_up(self, voices: Sequence[Voice]) -> None:
+        """Do once, after the load, what the first caller would else pay for. `voices` are those that this model speaks."""
+
     def fits(self, text: str, voice: Voice) -> bool:
         """Whether `text`, behind this voice's prompt, fits into the model's context."""
 

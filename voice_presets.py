@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 ModelId = Literal["csm-1b", "hibari"]
 
 # The voices that OpenAI's API and its clients name (OpenClaw's list, November 2026).
-OPENAI_VOICES = tuple(
-    ["alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"]
+OPENAI_VOICES: tuple[str, ...] = (
+    *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
+    *("juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"),
 )
 
 # The voice prompts in the CSM repository's prompts/ folder that mlx-audio knows the words of; see csm_prompts.py.

@@ -1,0 +1,44 @@
+# Two commands do everything: `make run` serves, `make test` tests. Both set up what they need first.
+# A machine without uv gets one in .uv/, through pip in a private environment; nothing outside this folder is touched.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+PY := .venv/bin/python
+
+.PHONY: run setup test check clean bench bench-csm
+
+run: .venv/.run-stamp
+	@exec $(PY) server.py
+
+setup: .venv/.run-stamp
+
+# A stamp, so that a second start does not even ask uv. --inexact keeps what another target has installed.
+.venv/.run-stamp: pyproject.toml | $(UV)
+	$(UV) sync --quiet --inexact
+	@touch $@
+
+.venv/.dev-stamp: pyproject.toml | $(UV)
+	$(UV) sync --quiet --inexact --group dev
+	@touch $@ .venv/.run-stamp
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+
+test: .venv/.dev-stamp
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/.dev-stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: .venv/.dev-stamp
+	$(PY) benchmarks/speech.py
+
+bench-csm: .venv/.dev-stamp
+	$(PY) benchmarks/csm.py
+
+clean:
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results

@@ -1,0 +1,68 @@
+"""The built-in voice: hibari's default voice, whole inside its wheel, so that a fresh clone speaks at once and offline."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from speech_model import GroupChunk, Grouping, LoadProgress, ModelLoadError, SpeechOptions
+from voice_presets import Voice
+
+
+class BuiltinVoice:
+    """hibari behind the shape of a `SpeechModel`."""
+
+    id = "hibari"
+    sample_rate = 24_000
+    # One sentence a group: the voice says sentences one at a time anyway, and each is out after some 50 ms. It has no context to
+    # overflow, but longer than 400 phonemes it breaks a sentence itself, so we break it first, where our own pause rules hold.
+    grouping = Grouping(target=1, maximum=320, first=1)
+
+    def __init__(self) -> None:
+        self._voice: Any = None
+
+    def load(self, report: Callable[[LoadProgress], None]) -> None:
+        """Read the model and the lexicons from the package (0.3 s).
+
+        Raises:
+            ModelLoadError: The package is damaged or missing.
+        """
+        report(LoadProgress("reading the built-in voice"))
+        try:
+            from hibari import Hibari
+
+            self._voice = Hibari()
+        except Exception as error:
+            raise ModelLoadError(
+                f"The built-in voice could not be read ({type(error).__name__}): install the pinned packages again with `make setup`.",
+                retry=False,
+            ) from error
+
+    def warm_up(self, voices: Sequence[Voice]) -> None:
+        """Say a word: the lexicons and the tagger are read at the first one."""
+        self._voice("Hello.")
+
+    def fits(self, text: str, voice: Voice) -> bool:
+        """Always: this voice has no context to overflow."""
+        return True
+
+    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
+        """Say each group; the noise in the voice is seeded by the utterance's seed and the group's index."""
+        for index, group in enumerate(groups):
+            for samples in self._voice.stream(group, seed=[options.seed, index]):
+                if cancelled():
+                    return
+                yield GroupChunk(index, samples, last=False)
+            yield GroupChunk(index, np.zeros(0, np.float32), last=True)
+
+    def info(self) -> dict[str, Any]:
+        """Facts for `/health`."""
+        version = importlib.metadata.version("hibari-tts")
+        return {"source": f"hibari-tts {version}", "dtype": "int8", "sample_rate": self.sample_rate, "watermark": False}
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._voice = None

@@ -1,0 +1,283 @@
+"""A model and all that keeps it going: its thread, its turns, its loading in the background, and what is known of its state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from errors import GenerationTimeoutError, ModelNotReadyError
+from model_worker import ModelWorker
+from speech_model import LoadProgress, ModelLoadError, SpeechModel
+from speech_turns import Turns
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
+T = TypeVar("T")
+
+_FIRST_RETRY_SECONDS = 30.0
+_LONGEST_RETRY_SECONDS = 1800.0
+_PROGRESS_LOG_SECONDS = 5.0
+_STOP_GRACE_SECONDS = 10.0  # that a model gets to notice it was cancelled before its thread is given up
+
+
+@dataclass
+class Heartbeat:
+    """How a running job is watched and stopped from outside its thread.
+
+    The model asks `cancelled` at least once a frame; that each question is a sign of life tells a slow model from a hung one.
+    """
+
+    _stopped: bool = False
+    last: float = field(default_factory=time.monotonic)
+
+    def cancelled(self) -> bool:
+        """Asked by the model, on its thread."""
+        self.last = time.monotonic()
+        return self._stopped
+
+    def stop(self) -> None:
+        """Ask the model to end."""
+        self._stopped = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stopped
+
+
+class ModelHost:
+    """One model, from load to close.
+
+    Args:
+        create: Makes the model, unloaded. Called again when a hung model has to be left behind.
+        turns: The model's queue.
+        disabled: Why the model is switched off, if it is.
+        stall_seconds: A job without a sign of life for longer than this is given up.
+        idle_seconds: The model is unloaded after so long without work; 0 keeps it for ever.
+        after_load: Runs on the model's thread once it is loaded (the warm-up).
+    """
+
+    def __init__(
+        self,
+        create: Callable[[], SpeechModel],
+        turns: Turns,
+        *,
+        disabled: str | None = None,
+        stall_seconds: float,
+        idle_seconds: float = 0.0,
+        after_load: Callable[[SpeechModel], None] = lambda _: None,
+    ) -> None:
+        self.model = create()
+        self.turns = turns
+        self.state: State = "disabled" if disabled else "loading"
+        self.error: str | None = disabled
+        self.progress: LoadProgress | None = None
+        self._create = create
+        self._after_load = after_load
+        self._stall_seconds = stall_seconds
+        self._idle_seconds = idle_seconds
+        self._worker = ModelWorker(self.model.id)
+        self._reload = asyncio.Event()
+        self._settled = asyncio.Event()  # set while it is known whether the model can speak
+        self._last_work = time.monotonic()
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to load, in the background."""
+        if self.state != "disabled":
+            self._keeper = asyncio.create_task(self._keep_loaded(), name=f"keep-{self.model.id}")
+
+    async def close(self) -> None:
+        """End the background work and the thread."""
+        if self._keeper:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        self._worker.close()
+
+    def reload(self) -> None:
+        """Load again, now: after a failure, or because files have changed."""
+        self._reload.set()
+
+    async def settled(self) -> None:
+        """Return once the current load has come to its end, good or bad."""
+        await self._settled.wait()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be taken. An unloaded model can: it loads again within the request's turn."""
+        return self.state in ("ready", "unloaded")
+
+    def check_ready(self, advice: str) -> None:
+        """Refuse a request for a model that cannot speak now.
+
+        Raises:
+            ModelNotReadyError: Says why; `advice` says what to do instead.
+        """
+        if self.ready:
+            return
+        if self.state == "loading":
+            stage = f" ({self.progress.stage}{self._percent()})" if self.progress else ""
+            raise ModelNotReadyError(
+                f"Model '{self.model.id}' is still loading{stage}. {advice}", param="voice", headers={"Retry-After": "10"}
+            )
+        what = "is switched off" if self.state == "disabled" else "could not be loaded"
+        raise ModelNotReadyError(f"Model '{self.model.id}' {what}: {self.error} {advice}", param="voice", headers={"Retry-After": "30"})
+
+    async def run(self, job: Callable[[SpeechModel], T], heartbeat: Heartbeat) -> T:
+        """Do `job` on the model's thread and wait until it is over, also when the caller is cancelled. Call it within a turn.
+
+        Raises:
+            GenerationTimeoutError: The model hung. Its thread is left behind and the model is loaded anew on another.
+            ModelNotReadyError: The model had been unloaded and cannot be loaded again.
+        """
+        if self.state == "unloaded":
+            await self._load_on_demand()
+        future = asyncio.wrap_future(self._worker.submit(lambda: job(self.model)))
+        heartbeat.last = time.monotonic()
+        try:
+            while not future.done():
+                await _wait_uncancelled(future, min(1.0, self._stall_seconds), heartbeat)
+                silent = time.monotonic() - heartbeat.last
+                if not future.done() and silent > (
+                    min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
+                ):
+                    self._abandon()
+                    raise GenerationTimeoutError(
+                        f"Model '{self.model.id}' gave no sign of life for {silent:.0f} s and is loaded anew. Try again in a moment.",
+                        headers={"Retry-After": "30"},
+                    )
+            return future.result()
+        finally:
+            self._last_work = time.monotonic()
+
+    def info(self) -> dict[str, Any]:
+        """The model's part of `/health`."""
+        facts: dict[str, Any] = {"id": self.model.id, "state": self.state, "loaded": self.state == "ready", "error": self.error}
+        if self.state == "loading" and self.progress:
+            progress = self.progress
+            fraction = progress.done / progress.total if progress.done is not None and progress.total else None
+            facts["progress"] = {"stage": progress.stage, "done": progress.done, "total": progress.total, "fraction": fraction}
+        return facts | self.model.info() | {"active": self.turns.active, "waiting": self.turns.waiting}
+
+    def _percent(self) -> str:
+        progress = self.progress
+        return f", {progress.done / progress.total:.0%}" if progress and progress.done is not None and progress.total else ""
+
+    async def _keep_loaded(self) -> None:
+        """Load, and load again: after failures with growing pauses, when asked to, and on demand once unloaded."""
+        pause = _FIRST_RETRY_SECONDS
+        while True:
+            self._reload.clear()
+            try:
+                await self._load()
+                pause = _FIRST_RETRY_SECONDS
+                await self._wait_while_ready()
+            except ModelLoadError as error:
+                wait = pause if error.retry else None
+                self._fail(error.message, wait)
+                pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+                await _wait_event(self._reload, wait)
+
+    async def _load(self) -> None:
+        self._settled.clear()
+        self.state, self.error, self.progress = "loading", None, None
+        started = time.monotonic()
+        logger.info("model %s: loading", self.model.id)
+        model, worker = self.model, self._worker
+        reporter = _ProgressReporter(self)
+
+        def load() -> None:
+            model.close()
+            model.load(reporter.report)
+            self._after_load(model)
+
+        try:
+            await asyncio.wrap_future(worker.submit(load))
+        except (ModelLoadError, asyncio.CancelledError):
+            raise
+        except MemoryError as error:
+            raise ModelLoadError(
+                "There is not enough memory to load the model: close other programs or choose a smaller one (MODEL_ID)."
+            ) from error
+        except BaseException as error:
+            logger.exception("model %s: the load failed in an unforeseen way", self.model.id)
+            raise ModelLoadError(f"The load failed in an unforeseen way ({type(error).__name__}); the log has the details.") from error
+        self.state, self.progress = "ready", None
+        self._settled.set()
+        logger.info("model %s: ready after %.1f s", self.model.id, time.monotonic() - started)
+
+    def _fail(self, message: str, wait: float | None) -> None:
+        self.state, self.error, self.progress = "failed", message, None
+        self._settled.set()
+        again = f"next try in {wait:.0f} s" if wait is not None else "it is not tried again before a restart or a reload"
+        logger.error("model %s: %s (%s)", self.model.id, message, again)
+
+    async def _wait_while_ready(self) -> None:
+        """Return when the model has to be loaded again."""
+        while True:
+            asked = await _wait_event(self._reload, min(self._idle_seconds, 5.0) if self._idle_seconds and self.state == "ready" else None)
+            if asked:
+                return
+            idle = time.monotonic() - self._last_work
+            if self.state == "ready" and idle >= self._idle_seconds and not self.turns.active:
+                async with self.turns.turn():
+                    await asyncio.wrap_future(self._worker.submit(self.model.close))
+                    self.state = "unloaded"
+                logger.info("model %s: unloaded after %.0f s without work", self.model.id, idle)
+
+    async def _load_on_demand(self) -> None:
+        self._settled.clear()
+        self.reload()
+        await self.settled()
+        if self.state != "ready":
+            message = f"Model '{self.model.id}' could not be loaded: {self.error}"
+            raise ModelNotReadyError(message, param="voice", headers={"Retry-After": "30"})
+
+    def _abandon(self) -> None:
+        """Leave a hung thread behind, with the model on it, and load another model on another thread."""
+        logger.error("model %s: hung; its thread is left behind and the model loaded anew", self.model.id)
+        self._worker.close()
+        self.model = self._create()
+        self._worker = ModelWorker(self.model.id)
+        self.state = "loading"
+        self.reload()
+
+
+class _ProgressReporter:
+    """Takes a load's progress on the model's thread: keeps the latest for `/health`, and logs a line every few seconds."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
+        self._logged_at = 0.0
+        self._logged_stage = ""
+
+    def report(self, progress: LoadProgress) -> None:
+        self._host.progress = progress
+        now = time.monotonic()
+        if progress.stage == self._logged_stage and now - self._logged_at < _PROGRESS_LOG_SECONDS:
+            return
+        self._logged_at, self._logged_stage = now, progress.stage
+        amount = f" {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB" if progress.done is not None and progress.total else ""
+        logger.info("model %s: %s%s", self._host.model.id, progress.stage, amount)
+
+
+async def _wait_event(event: asyncio.Event, timeout: float | None) -> bool:
+    """Whether the event came before the time ran out."""
+    try:
+        await asyncio.wait_for(event.wait(), timeout)
+    except asyncio.TimeoutError:
+        return False
+    return True
+
+
+async def _wait_uncancelled(future: asyncio.Future[Any], timeout: float, heartbeat: Heartbeat) -> None:
+    """Wait for the future; a cancellation of the waiting task becomes a request to stop, for the turn must not end before the job does."""
+    try:
+        await asyncio.wait({future}, timeout=timeout)
+    except asyncio.CancelledError:
+        heartbeat.stop()

@@ -1,0 +1,47 @@
+"""The one thread on which everything with one model happens."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ModelWorker:
+    """A thread that does one job after another, in the order in which they came.
+
+    MLX ties its streams and its random state to a thread (mlx 0.32: a model loaded on one thread raises "There is no Stream" on
+    another), so load, speech and close of a model share one. The thread is a daemon: a job that hangs in native code, which nothing
+    can interrupt, must not keep the process from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=f"model-{name}", daemon=True).start()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` when those before it are done; the future holds what it returns or raises."""
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """End the thread after the jobs that are already in line."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = job()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del item, job, future  # or the last utterance's samples would live until the next one

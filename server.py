@@ -1,0 +1,324 @@
+"""The HTTP server: its routes, and the application they make up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+import captions
+import logs
+from config import PROJECT_DIR, Settings, SettingsError, load_settings
+from errors import InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
+from http_middleware import Gate, RequestLog, error_response, require_owner
+from metrics import Metrics
+from server_process import listen, serve
+from speech_endpoint import SpeechEndpoint
+from speech_request import SpeechRequest, explain
+from tts_engine import TTSEngine
+from voice_presets import VoicePresetManager
+
+logger = logging.getLogger(__name__)
+
+VERSION = "1.0.0"
+
+_MODELS = {
+    "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
+    "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
+}
+_PAGE_DIR = PROJECT_DIR / "playground"
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for status, text in {
+        400: "The request is at fault",
+        401: "The API key is missing or wrong",
+        413: "The body is too large",
+        421: "The Host header names a host this server does not answer for",
+        429: "The queue is full",
+        500: "The server is at fault",
+        503: "The voice's model is not ready, the wait was too long, or the memory too small",
+    }.items()
+}
+_AUDIO = {200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}}
+
+
+class Server:
+    """What the routes share.
+
+    Attributes:
+        settings: The settings.
+        presets: The voices.
+        engine: The models.
+        metrics: The figures.
+        speech: The speech endpoint.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice)
+        self.engine = TTSEngine(settings, self.presets)
+        self.metrics = Metrics(self.engine.hosts)
+        self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics)
+        self._started = time.monotonic()
+
+    def default_ready(self) -> bool:
+        """Whether the default voice can speak."""
+        try:
+            return self.engine.host(self.presets.resolve(self.settings.default_voice)).ready
+        except TTSError:
+            return False
+
+    def status(self) -> Literal["ok", "loading", "degraded"]:
+        """`degraded` when something wanted has failed, `loading` while something is still coming, else `ok`."""
+        states = {host.state for host in self.engine.hosts.values()}
+        if "failed" in states or find_ffmpeg() is None:
+            return "degraded"
+        if "loading" in states:
+            return "loading"
+        return "ok" if self.default_ready() else "degraded"
+
+    def health(self) -> dict[str, Any]:
+        """The whole of `/health`."""
+        models = {name: host.info() for name, host in self.engine.hosts.items()}
+        csm = models["csm-1b"]
+        ffmpeg = find_ffmpeg()
+        return {
+            "status": self.status(),
+            "model": {key: csm.get(key) for key in ("loaded", "sample_rate", "peak_memory_gb", "error")} | {"id": self.settings.model_id},
+            "models": models,
+            "ffmpeg": ffmpeg is not None,
+            "ffmpeg_path": ffmpeg,
+            "ffmpeg_version": ffmpeg_version(),
+            "voices": self.presets.names(),
+            "default_voice": self.settings.default_voice,
+            "skipped_presets": [asdict(skipped) for skipped in self.presets.skipped()],
+            "queue": {
+                "active": sum(host.turns.active for host in self.engine.hosts.values()),
+                "waiting": sum(host.turns.waiting for host in self.engine.hosts.values()),
+                "limit": self.settings.max_queue,
+            },
+            "uptime_seconds": round(time.monotonic() - self._started, 3),
+            "version": VERSION,
+        }
+
+    def voices(self) -> list[dict[str, Any]]:
+        """The voices, as `/v1/audio/voices` lists them."""
+        return [
+            {
+                "id": voice.preset.name,
+                "name": voice.preset.name,
+                "description": voice.preset.description,
+                "model": voice.preset.model,
+                "ready": self.engine.host(voice).ready,
+                "aliases": self.presets.aliases_of(voice.preset.name),
+            }
+            for voice in self.presets.voices()
+        ]
+
+
+speech_routes = APIRouter()
+service_routes = APIRouter()
+
+
+@speech_routes.post("/audio/speech", responses=_ERRORS | _AUDIO, response_class=Response, summary="Speak a text")
+async def create_speech(body: SpeechRequest, request: Request) -> Response:
+    """OpenAI's speech endpoint: a complete file, or a stream of bytes or events when asked for."""
+    return await _server(request).speech.answer(body, request)
+
+
+@speech_routes.get("/audio/speech/{answer}/timestamps", responses=_ERRORS, summary="When each sentence of an answer is heard")
+async def get_timestamps(answer: str, request: Request, format: Literal["json", "vtt", "srt"] = "json") -> Response:
+    """The captions of a complete answer that was asked for with `timestamps: true`; its `X-Timestamps` header names this path."""
+    found = _server(request).speech.captions.get(answer)
+    if found is None:
+        raise NotFoundError("There are no timestamps under this id: they are kept for the last 64 answers that asked for them.")
+    if format == "vtt":
+        return Response(captions.to_webvtt(found), media_type="text/vtt")
+    if format == "srt":
+        return Response(captions.to_srt(found), media_type="application/x-subrip")
+    return JSONResponse(captions.to_json(found))
+
+
+@speech_routes.get("/audio/voices", responses=_ERRORS, summary="The voices")
+async def list_voices(request: Request) -> dict[str, Any]:
+    """Every voice, whether it is ready, and the other names that reach it."""
+    return {"voices": _server(request).voices()}
+
+
+@speech_routes.get("/audio/models", responses=_ERRORS, summary="The models, as Open WebUI asks for them")
+async def list_audio_models() -> dict[str, Any]:
+    """`{"models": [{"id"}]}`."""
+    return {"models": [{"id": name} for name in _MODELS]}
+
+
+@speech_routes.get("/models", responses=_ERRORS, summary="The models")
+async def list_models() -> dict[str, Any]:
+    """OpenAI's list of models."""
+    return {"object": "list", "data": list(_MODELS.values())}
+
+
+@speech_routes.get("/models/{model}", responses=_ERRORS, summary="One model")
+async def get_model(model: str) -> dict[str, Any]:
+    """One of the models."""
+    if model not in _MODELS:
+        raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
+    return _MODELS[model]
+
+
+@service_routes.get("/health", summary="How the server is")
+async def health(request: Request) -> dict[str, Any]:
+    """State of each model, the queue, ffmpeg, the voices. With an API key set, only `status` for those who do not have it."""
+    server = _server(request)
+    if server.settings.api_key and not request.state.authorized:
+        return {"status": server.status()}
+    return server.health()
+
+
+@service_routes.get("/health/ready", summary="Whether the default voice can speak")
+async def ready(request: Request) -> JSONResponse:
+    """200 once the default voice's model is ready, 503 until then."""
+    is_ready = _server(request).default_ready()
+    return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+
+@service_routes.get("/metrics", response_class=PlainTextResponse, summary="Figures for Prometheus")
+async def get_metrics(request: Request) -> Response:
+    """Queue, generation, first audio, real-time factor and outcomes."""
+    return Response(_server(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@service_routes.post("/admin/reload", responses=_ERRORS, summary="Load models that failed again, now")
+async def reload(request: Request) -> dict[str, Any]:
+    """From this machine, or with the key."""
+    server = _server(request)
+    require_owner(request, server.settings)
+    server.engine.reload()
+    return {"models": {name: host.state for name, host in server.engine.hosts.items()}}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Its models begin to load when it starts up."""
+    server = Server(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        clean_temporary_files()
+        server.presets.refresh()
+        await server.engine.start()
+        yield
+        await server.engine.close()
+
+    app = FastAPI(title="Sesame TTS", version=VERSION, lifespan=lifespan, redoc_url=None, description=__doc__)
+    app.state.server = server
+    app.include_router(speech_routes, prefix="/v1")
+    app.include_router(speech_routes, include_in_schema=False)
+    app.include_router(service_routes)
+    if settings.playground:
+        _add_page(app)
+    _add_error_handlers(app, server)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
+    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(RequestLog)
+    return app
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page at `/`, with the assets beside it; a fixed list, so that no path of a request ever becomes a path of a file."""
+    assets = {path.name: path for path in sorted(_PAGE_DIR.iterdir()) if path.is_file()}
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(assets["index.html"], headers=headers)
+
+    @app.get("/playground/{name}", include_in_schema=False)
+    async def asset(name: str) -> FileResponse:
+        if name not in assets:
+            raise NotFoundError("There is no such file.")
+        return FileResponse(assets[name], headers=headers)
+
+
+def _add_error_handlers(app: FastAPI, server: Server) -> None:
+    """Every error leaves in the one envelope."""
+
+    async def ours(_: Request, error: TTSError) -> JSONResponse:
+        return error_response(error)
+
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(explain(error.errors()[0], server.presets.names()))
+
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(_from_http(request, error))
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        logger.error("unexpected error", exc_info=error)
+        return error_response(InternalError("The server failed in an unforeseen way. Its log has the details, under this request's id."))
+
+    app.add_exception_handler(TTSError, ours)  # type: ignore[arg-type]  # Starlette types its handlers for Exception only
+    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _from_http(request: Request, error: HTTPException) -> TTSError:
+    """FastAPI's own refusals as errors of ours."""
+    if error.status_code == 404:
+        return NotFoundError(f"There is nothing at {shorten(request.url.path)}. /docs lists what there is.")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowedError(f"{request.method} is not possible here; allowed: {allowed}.", headers=dict(error.headers or {}))
+    return InvalidRequestError("The body could not be read: it must be a JSON object in UTF-8.", code="invalid_json")
+
+
+def main() -> int:
+    """Run the server; the exit status is 2 when a setting or the port cannot be used."""
+    try:
+        settings = load_settings()
+        bound = listen(settings)
+    except SettingsError as error:
+        print(f"sesame-tts: {error}", file=sys.stderr)
+        return 2
+    logs.configure(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
+    app = create_app(settings)
+    host, port = bound.getsockname()[:2]
+    logger.info("sesame-tts %s listens on http://%s:%d (default voice: %s)", VERSION, host, port, settings.default_voice)
+    if settings.open_to_network:
+        logger.warning("open to the network without a key: other machines can use it. Set HOST=127.0.0.1, or API_KEY.")
+    serve(app, settings, bound, app.state.server.engine.drain)
+    logger.info("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""POST /v1/audio/speech: from a request to a complete file, a stream of bytes, or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from audio_converter import FORMATS, AudioFormat, Mark, StreamEncoder, convert
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from captions import CaptionStore, captions_of
+from config import Settings
+from errors import InternalError, ModelNotReadyError, TTSError
+from metrics import Metrics
+from speech_model import SpeechOptions
+from speech_request import SpeechRequest
+from speech_response import SpeechStream, audio_event, event, run_for
+from tts_engine import TTSEngine, Utterance, new_seed
+from voice_presets import Voice, VoicePresetManager
+
+logger = logging.getLogger(__name__)
+
+_CODEC_FRAMES_A_SECOND = 12.5  # Mimi's; what `usage` counts as output tokens
+_CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log and metrics see it
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A request, checked: from here on only a failure of ours can spoil it."""
+
+    request: SpeechRequest
+    text: str
+    voice: Voice
+    format: AudioFormat
+    options: SpeechOptions
+    mark: Mark | None
+
+    @property
+    def sse(self) -> bool:
+        return self.request.stream_format == "sse"
+
+    @property
+    def streamed(self) -> bool:
+        return self.options.streamed
+
+
+class SpeechEndpoint:
+    """Answers speech requests."""
+
+    def __init__(self, settings: Settings, presets: VoicePresetManager, engine: TTSEngine, metrics: Metrics) -> None:
+        self._settings = settings
+        self._presets = presets
+        self._engine = engine
+        self._metrics = metrics
+        self.captions = CaptionStore()
+
+    async def answer(self, body: SpeechRequest, request: Request) -> Response:
+        """The response to a speech request.
+
+        Raises:
+            TTSError: Whatever can be refused, and every failure before the first byte.
+        """
+        plan = self._plan(body, request)
+        utterance = self._engine.speak(plan.text, plan.voice, plan.options)
+        try:
+            if plan.streamed:
+                return await self._stream(plan, utterance, request)
+            return await self._complete(plan, utterance, request)
+        except ClientDisconnect:
+            await self._end(plan, utterance, request, "cancelled")
+            return Response(status_code=_CLIENT_CLOSED)
+        except BaseException as error:
+            await self._end(plan, utterance, request, str(error.status) if isinstance(error, TTSError) else "500")
+            raise
+
+    def _plan(self, body: SpeechRequest, request: Request) -> _Plan:
+        """Check everything that can be refused before any work.
+
+        Raises:
+            TTSError: What is wrong.
+        """
+        body.check_length(self._settings.max_input_length)
+        voice = self._voice(self._presets.resolve(body.voice_name))
+        text = self._engine.prepare_text(body.input, normalize=body.normalize)
+        audio_format = FORMATS[body.response_format or self._settings.default_format]
+        streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
+        seed = new_seed() if body.seed is None else body.seed
+        options = SpeechOptions(seed, body.temperature, body.top_k, streamed)
+        mark = Mark(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
+        facts = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
+        request.state.facts.update(facts, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
+        return _Plan(body, text, voice, audio_format, options, mark)
+
+    def _voice(self, voice: Voice) -> Voice:
+        """The voice, or FALLBACK_VOICE in its place when it is not ready and the owner has named one."""
+        try:
+            self._engine.check_ready(voice)
+        except ModelNotReadyError:
+            if not self._settings.fallback_voice:
+                raise
+            fallback = self._presets.resolve(self._settings.fallback_voice)
+            self._engine.check_ready(fallback)
+            logger.warning("voice %s is not ready; FALLBACK_VOICE %s speaks instead", voice.preset.name, fallback.preset.name)
+            return fallback
+        return voice
+
+    async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
+        async def work() -> tuple[bytes, float]:
+            samples = await utterance.samples()
+            converted = await convert(samples, utterance.sample_rate, plan.format, speed=plan.request.speed, mark=plan.mark)
+            return converted.data, converted.duration
+
+        data, duration = await run_for(request, work())
+        headers = _headers(plan, utterance) | {
+            "X-Generation-Time": f"{utterance.generation_time:.3f}",
+            "X-Audio-Duration": f"{duration:.3f}",
+            "X-Retries": str(utterance.retries),
+        }
+        if utterance.word_error_rate is not None:
+            headers["X-Word-Error-Rate"] = f"{utterance.word_error_rate:.3f}"
+        if plan.request.timestamps:
+            key = self.captions.keep(captions_of(utterance.groups, utterance.marks, plan.request.speed))
+            headers["X-Timestamps"] = f"/v1/audio/speech/{key}/timestamps"
+        await self._end(plan, utterance, request, "200")
+        return Response(data, headers=headers, media_type=plan.format.content_type)
+
+    async def _stream(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
+        """Start the response once the first bytes are there: until then a failure still has a status of its own."""
+        spoken = _Spoken(plan, utterance)
+        try:
+            pieces = spoken.pieces()
+            first = await run_for(request, _next(pieces))
+        except BaseException:
+            await spoken.close()
+            raise
+        body = _events(plan, utterance, _chain(first, pieces)) if plan.sse else _chain(first, pieces)
+
+        async def close() -> None:
+            await spoken.close()
+            outcome = "cancelled" if "cancelled" in request.state.facts else "broken" if spoken.failed else "200"
+            await self._end(plan, utterance, request, outcome)
+
+        media_type = "text/event-stream" if plan.sse else plan.format.content_type
+        headers = _headers(plan, utterance)
+        if plan.sse:
+            del headers["Content-Disposition"]
+            headers["Cache-Control"] = "no-cache"
+        return SpeechStream(body, close, headers=headers, media_type=media_type)
+
+    async def _end(self, plan: _Plan, utterance: Utterance, request: Request, outcome: str) -> None:
+        """Free the turn, and tell the log and the metrics what came of it."""
+        await utterance.aclose()
+        started, audio = utterance.generation_time > 0, utterance.audio_seconds
+        self._metrics.observe(
+            model=plan.voice.preset.model,
+            format_name=plan.format.name,
+            outcome=outcome,
+            queue=utterance.queue_time if started else None,
+            generation=utterance.generation_time if started else None,
+            first_audio=utterance.first_audio_time,
+            audio=audio or None,
+        )
+        facts: dict[str, Any] = {"queue": f"{utterance.queue_time:.3f}", "generation": f"{utterance.generation_time:.3f}"}
+        facts["audio"] = f"{audio:.3f}"
+        facts["rtf"] = f"{utterance.generation_time / audio:.3f}" if audio else "-"
+        if utterance.first_audio_time is not None:
+            facts["first_audio"] = f"{utterance.first_audio_time:.3f}"
+        if utterance.retries:
+            facts["retries"] = utterance.retries
+        if utterance.word_error_rate is not None:
+            facts["wer"] = f"{utterance.word_error_rate:.3f}"
+        if outcome != "200":
+            facts["outcome"] = outcome
+        request.state.facts.update(facts)
+
+
+class _Spoken:
+    """A streamed utterance on its way through its one encoder."""
+
+    def __init__(self, plan: _Plan, utterance: Utterance) -> None:
+        self.failed = False
+        self._utterance = utterance
+        self._encoder = StreamEncoder(plan.format, utterance.sample_rate, speed=plan.request.speed, mark=plan.mark)
+        self._error: BaseException | None = None
+        self._pump: asyncio.Task[None] | None = None
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The encoded bytes; raises what went wrong in place of what is missing."""
+        async with self._encoder:
+            self._pump = asyncio.create_task(self._feed())
+            try:
+                async for piece in self._encoder:
+                    yield piece
+            except TTSError as error:
+                self._error = self._error or error
+        if self._error:
+            self.failed = True
+            raise self._error
+
+    async def close(self) -> None:
+        """Stop feeding, and end the encoder's process."""
+        if self._pump:
+            self._pump.cancel()
+            await asyncio.wait({self._pump})
+        await self._encoder.aclose()
+
+    async def _feed(self) -> None:
+        """Take the samples as fast as the model makes them: the encoder's buffer, not the client, sets the pace."""
+        try:
+            async for samples in self._utterance:
+                await self._encoder.write(samples)
+            await self._encoder.finish()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._error = error
+            await self._encoder.aclose()
+
+
+def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
+    return {
+        "Content-Disposition": f"attachment; filename=speech.{plan.format.extension}",
+        "X-Queue-Time": f"{utterance.queue_time:.3f}",
+        "X-Voice": plan.voice.preset.name,
+        "X-Model": plan.voice.preset.model,
+        "X-Seed": str(utterance.seed),
+    }
+
+
+async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces as OpenAI's events; a failure midway is an event too, the stream's last."""
+    told = 0
+    try:
+        async for piece in pieces:
+            yield audio_event(piece)
+            if plan.request.timestamps:
+                captions = captions_of(utterance.groups, utterance.marks, plan.request.speed)
+                for caption in captions[told:]:
+                    yield event("speech.audio.timestamps", **vars(caption))
+                told = len(captions)
+    except TTSError as error:
+        yield event("speech.audio.error", **error.envelope())
+        return
+    except Exception:
+        logger.exception("the stream failed")
+        yield event("speech.audio.error", **InternalError("The stream failed. The server's log has the details.").envelope())
+        return
+    spoken = round(utterance.audio_seconds * _CODEC_FRAMES_A_SECOND)
+    characters = len(plan.request.input)
+    yield event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": spoken, "total_tokens": characters + spoken})
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    async for piece in pieces:
+        return piece
+    raise InternalError("The encoder gave no audio.")
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
