@@ -1,0 +1,57 @@
+// Asks for the API key when the server refuses without one, and lets the user forget it again.
+
+import { apiKey, getJson } from "./api.js";
+import { byId, showAlert } from "./dom.js";
+
+export class KeyDialog {
+  #dialog = byId("key-dialog");
+  #accepted;
+
+  /** @param accepted Called when a key was accepted, or forgotten. */
+  constructor(accepted) {
+    this.#accepted = accepted;
+    byId("key-button").addEventListener("click", () => this.open());
+    byId("key-cancel").addEventListener("click", () => this.#dialog.close());
+    byId("key-forget").addEventListener("click", () => this.#forget());
+    byId("key-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#try();
+    });
+  }
+
+  /** @param error Why it is asked, if the server has refused a key. */
+  open(error = null) {
+    byId("key-button").hidden = false;
+    byId("key-forget").hidden = !apiKey.value;
+    byId("key-keep").checked = apiKey.kept;
+    showAlert(byId("key-error"), apiKey.value ? error : null);
+    if (!this.#dialog.open) this.#dialog.showModal();
+    byId("key").focus();
+  }
+
+  async #try() {
+    const before = apiKey.value;
+    const key = byId("key").value.trim();
+    // A header holds no other characters; fetch would fail on them without saying why.
+    const unusable = key ? /[^\x21-\x7e]/.test(key) && "A key holds only letters, digits and signs, without spaces." : "Type the key first.";
+    if (unusable) return showAlert(byId("key-error"), { message: unusable });
+    apiKey.value = key;
+    try {
+      await getJson("v1/audio/voices");
+    } catch (error) {
+      apiKey.value = before;
+      return showAlert(byId("key-error"), error);
+    }
+    apiKey.set(key, byId("key-keep").checked);
+    byId("key").value = "";
+    this.#dialog.close();
+    return this.#accepted();
+  }
+
+  #forget() {
+    apiKey.set("", false);
+    byId("key").value = "";
+    this.#dialog.close();
+    this.#accepted();
+  }
+}

@@ -1,0 +1,131 @@
+// Plays a take through Web Audio: from its first samples while the rest arrives, or again later from any place.
+
+import { SAMPLE_RATE } from "./take.js";
+
+const LEAD = 0.06; // seconds: a little later than now, so that the first buffer is never late
+
+export class Player extends EventTarget {
+  #context = null;
+  #sources = new Set();
+  #spans = []; // what is scheduled: {at, from, length}; more than one, because a late arrival leaves a silence between
+  #next = 0;
+  #place = 0; // samples, while it does not play
+
+  take = null;
+  playing = false;
+  /** An AnalyserNode that hears everything that is played. */
+  analyser = null;
+
+  /** Needs a press of a button or key behind it: browsers let no page make sound by itself. */
+  wake() {
+    if (!this.#context) {
+      // The context runs at the voice's own rate, so pieces join without resampling clicks.
+      this.#context = new AudioContext({ sampleRate: SAMPLE_RATE });
+      this.analyser = new AnalyserNode(this.#context, { fftSize: 2048 });
+      this.analyser.connect(this.#context.destination);
+    }
+    this.#context.resume();
+  }
+
+  /** Begin a take; what arrives later is handed to `push`. */
+  start(take, seconds = 0) {
+    this.#silence();
+    this.wake();
+    this.take = take;
+    this.playing = true;
+    this.#schedule(Math.round(seconds * SAMPLE_RATE), take.from(Math.round(seconds * SAMPLE_RATE)));
+    this.#tell();
+    this.arrived(take);
+  }
+
+  /** The take has grown by `samples`. */
+  push(take, samples) {
+    if (take === this.take && this.playing) this.#schedule(take.length - samples.length, samples);
+  }
+
+  /** Nothing more arrives for `take`: when all of it is played, it is over. */
+  arrived(take) {
+    if (take === this.take && this.playing && take.state !== "arriving" && this.#sources.size === 0) this.#finish();
+  }
+
+  pause() {
+    if (!this.playing) return;
+    this.#place = Math.round(this.position * SAMPLE_RATE);
+    this.playing = false;
+    this.#silence();
+    this.#tell();
+  }
+
+  /** Show a take without playing it. */
+  show(take) {
+    this.pause();
+    this.take = take;
+    this.#place = 0;
+    this.#tell();
+  }
+
+  toggle() {
+    if (this.playing) this.pause();
+    else if (this.take) this.start(this.take, this.position >= this.take.duration - 0.05 ? 0 : this.position);
+  }
+
+  /** Go to a time within what has arrived. */
+  seek(seconds) {
+    if (!this.take) return;
+    const target = Math.min(Math.max(0, seconds), this.take.duration);
+    if (this.playing) return this.start(this.take, target);
+    this.#place = Math.round(target * SAMPLE_RATE);
+    this.#tell();
+  }
+
+  /** Where in the take the listener is, in seconds. */
+  get position() {
+    if (!this.playing) return this.#place / SAMPLE_RATE;
+    const now = this.#context.currentTime - (this.#context.outputLatency || 0);
+    let place = this.#spans[0]?.from ?? this.#place;
+    for (const { at, from, length } of this.#spans) {
+      if (now >= at) place = from + Math.min(length, (now - at) * SAMPLE_RATE);
+    }
+    return place / SAMPLE_RATE;
+  }
+
+  #schedule(from, samples) {
+    if (!samples.length) return;
+    const buffer = this.#context.createBuffer(1, samples.length, SAMPLE_RATE);
+    buffer.copyToChannel(samples, 0);
+    const source = new AudioBufferSourceNode(this.#context, { buffer });
+    source.connect(this.analyser);
+    const at = Math.max(this.#next, this.#context.currentTime + LEAD);
+    source.start(at);
+    this.#next = at + samples.length / SAMPLE_RATE;
+    this.#spans.push({ at, from, length: samples.length });
+    this.#sources.add(source);
+    source.onended = () => {
+      this.#sources.delete(source);
+      this.arrived(this.take);
+    };
+  }
+
+  #finish() {
+    this.#place = this.take.length;
+    this.playing = false;
+    this.#silence();
+    this.#tell();
+    this.dispatchEvent(new Event("over"));
+  }
+
+  #silence() {
+    for (const source of this.#sources) {
+      source.onended = null;
+      source.stop();
+      source.disconnect();
+    }
+    this.#sources.clear();
+    this.#spans = [];
+    this.#next = 0;
+  }
+
+  #tell() {
+    this.dispatchEvent(new Event("change"));
+  }
+}

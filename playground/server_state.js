@@ -1,0 +1,113 @@
+// The server's state, asked again and again: a word in the corner, and each model's progress in the panel below it.
+
+import { ApiError, getJson } from "./api.js";
+import { make } from "./dom.js";
+
+const BUSY = 1500; // milliseconds between questions while something is on the move
+const CALM = 8000;
+
+const WORDS = { ready: "Ready", ok: "Ready", loading: "Loading", failed: "Failed", disabled: "Off", unloaded: "Asleep" };
+const DOTS = { ready: "good", ok: "good", loading: "wait", degraded: "wait", failed: "bad" };
+
+export class ServerState extends EventTarget {
+  #parts;
+  #timer = 0;
+  #told = "";
+
+  /** @param parts `{dot, word, models, queue}` elements. */
+  constructor(parts) {
+    super();
+    this.#parts = parts;
+    this.health = null;
+    document.addEventListener("visibilitychange", () => document.hidden || this.ask());
+  }
+
+  /** Ask now, and from then on by itself. */
+  async ask() {
+    clearTimeout(this.#timer);
+    let fault = null;
+    try {
+      this.health = await getJson("health");
+    } catch (error) {
+      this.health = null;
+      fault = error;
+    }
+    this.#show(fault);
+    clearTimeout(this.#timer);
+    if (!document.hidden) this.#timer = setTimeout(() => this.ask(), this.#moving() ? BUSY : CALM);
+  }
+
+  #moving() {
+    const { status, queue } = this.health ?? {};
+    return status !== "ok" || (queue?.active ?? 0) + (queue?.waiting ?? 0) > 0;
+  }
+
+  #show(fault) {
+    const { dot, word, models, queue } = this.#parts;
+    const [text, colour] = this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
+    if (word.textContent !== text) word.textContent = text;
+    dot.className = `dot ${colour}`;
+    models.replaceChildren(...Object.entries(this.health?.models ?? {}).map(([id, model]) => modelItem(id, model)));
+    queue.textContent = this.health ? queueWords(this.health) : fault.message;
+    this.#tellChanges();
+  }
+
+  /** Voices change with their models: whoever lists them wants to know, but only when something is different. */
+  #tellChanges() {
+    const states = Object.entries(this.health?.models ?? {}).map(([id, model]) => `${id} ${model.state}`);
+    const now = this.health ? [this.health.status, ...states].join() : "";
+    if (now && now !== this.#told) this.dispatchEvent(new Event("change"));
+    this.#told = now;
+  }
+}
+
+function summary(health) {
+  const models = Object.entries(health.models ?? {});
+  const loading = models.find(([, model]) => model.state === "loading");
+  if (loading) return [`Loading ${loading[0]}${percent(loading[1].progress)}`, "wait"];
+  const { active = 0, waiting = 0 } = health.queue ?? {};
+  if (waiting) return [`Speaking, ${waiting} waiting`, "good"];
+  if (active) return ["Speaking", "good"];
+  const failed = models.find(([, model]) => model.state === "failed");
+  if (failed) return [`${failed[0]} failed`, "bad"];
+  return [WORDS[health.status] ?? health.status, DOTS[health.status] ?? ""];
+}
+
+const percent = (progress) => (typeof progress?.fraction === "number" ? ` ${Math.floor(progress.fraction * 100)} %` : "");
+
+function queueWords({ queue, version, status }) {
+  const about = version ? `Version ${version}. ` : "";
+  if (!queue) return `${about}The server is ${status}; it tells more to those who have its key.`;
+  const { active, waiting } = queue;
+  return `${about}${active || "Nothing"} being spoken, ${waiting || "nobody"} waiting.`;
+}
+
+function modelItem(id, model) {
+  const item = make(
+    "li",
+    {},
+    make(
+      "div",
+      { className: "model-head" },
+      make("span", { className: `dot ${DOTS[model.state] ?? ""}` }),
+      make("span", {}, id),
+      make("span", { className: "state" }, (WORDS[model.state] ?? model.state) + percent(model.progress)),
+    ),
+  );
+  if (model.state === "loading") item.append(progressBar(id, model.progress), make("p", {}, loadingWords(model.progress)));
+  const reason = typeof model.error === "string" ? model.error : model.error?.message;
+  if (reason) item.append(make("p", {}, reason));
+  return item;
+}
+
+function progressBar(id, progress) {
+  const bar = make("progress", { attributes: { "aria-label": `Loading ${id}` } });
+  if (typeof progress?.fraction === "number") Object.assign(bar, { max: 1, value: progress.fraction });
+  return bar;
+}
+
+function loadingWords(progress) {
+  const gigabytes = (bytes) => `${(bytes / 1e9).toFixed(2)} GB`;
+  const amount = progress?.total ? ` (${gigabytes(progress.done ?? 0)} of ${gigabytes(progress.total)})` : "";
+  return `${progress?.stage ?? "Loading"}${amount}`;
+}

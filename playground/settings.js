@@ -1,0 +1,51 @@
+// What the user has set: format, speed and seed, kept in this browser between visits.
+
+import { byId, memory } from "./dom.js";
+
+const LARGEST_SEED = 2 ** 32 - 1;
+
+export class SettingsForm extends EventTarget {
+  #speed = byId("speed");
+  #seed = byId("seed");
+  #formats = [...document.querySelectorAll("[name=format]")];
+
+  constructor() {
+    super();
+    this.restore({ speed: Number(memory.read("speed")) || 1, response_format: memory.read("format") ?? "mp3", seed: null });
+    for (const input of [this.#speed, this.#seed, ...this.#formats]) input.addEventListener("input", () => this.#changed());
+  }
+
+  get values() {
+    const text = this.#seed.value.trim();
+    return { response_format: this.#formats.find(({ checked }) => checked).value, speed: Number(this.#speed.value), seed: text ? Number(text) : null };
+  }
+
+  /** What is wrong with the seed, in words; null when it can be used. */
+  get fault() {
+    const { seed } = this.values;
+    const usable = seed === null || (Number.isInteger(seed) && seed >= 0 && seed <= LARGEST_SEED);
+    this.#seed.setAttribute("aria-invalid", String(!usable));
+    return usable ? null : `The seed must be a whole number from 0 to ${LARGEST_SEED}, or empty.`;
+  }
+
+  restore({ speed, response_format: format, seed }) {
+    this.#speed.value = speed;
+    this.#seed.value = seed ?? "";
+    const radio = this.#formats.find(({ value }) => value === format) ?? this.#formats[0];
+    radio.checked = true;
+    this.#changed();
+  }
+
+  #changed() {
+    const { speed, response_format: format } = this.values;
+    byId("speed-shown").textContent = `${speed.toFixed(2)}×`;
+    this.#speed.setAttribute("aria-valuetext", `${speed.toFixed(2)} times`);
+    memory.write("speed", String(speed));
+    memory.write("format", format);
+    void this.fault;
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** A new seed, for a request that names none: the download must be able to ask for the same voice again. */
+export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];

@@ -1,0 +1,127 @@
+// The dialog that makes a voice: record or choose a file, hear it, name it, give its words and the consent, and send it.
+
+import { ApiError, getJson } from "./api.js";
+import { byId, clock, showAlert } from "./dom.js";
+import { record, whyNoMicrophone } from "./microphone.js";
+
+const LARGEST = 10 * 1024 * 1024;
+
+// Something to read aloud: it has most of English's sounds, and takes about fifteen seconds.
+const SCRIPT =
+  "Every evening the old ferry crosses the bay, and I like to watch it from the window. " +
+  "Some people wave, a dog barks at the gulls, and then it is quiet again. " +
+  "Why does such a small thing make the whole day feel finished?";
+
+export class VoiceDialog {
+  #dialog = byId("voice-dialog");
+  #recording = null;
+  #sample = null;
+  #saved;
+
+  /** @param saved Called with the new voice, once the server has it. */
+  constructor(saved) {
+    this.#saved = saved;
+    byId("record").addEventListener("click", () => this.#toggleRecording());
+    byId("voice-file").addEventListener("change", ({ target }) => target.files[0] && this.#take(target.files[0], true));
+    byId("voice-cancel").addEventListener("click", () => this.#dialog.close());
+    byId("voice-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#save();
+    });
+    this.#dialog.addEventListener("close", () => this.#clear());
+  }
+
+  /** @param note What the user should know first, if anything. */
+  open(note) {
+    const notes = [note, whyNoMicrophone()].filter(Boolean).join(" ");
+    byId("voice-note").textContent = notes;
+    byId("voice-note").hidden = !notes;
+    byId("record").disabled = whyNoMicrophone() !== null;
+    byId("voice-words").value = SCRIPT;
+    this.#dialog.showModal();
+  }
+
+  async #toggleRecording() {
+    if (this.#recording) return this.#recording.stop();
+    showAlert(byId("voice-error"), null);
+    try {
+      this.#recording = await record((seconds, loudness) => {
+        byId("level").value = loudness;
+        byId("record-time").textContent = clock(seconds);
+      });
+    } catch (error) {
+      return showAlert(byId("voice-error"), error);
+    }
+    this.#showRecording(true);
+    const file = await this.#recording.done;
+    this.#recording = null;
+    this.#showRecording(false);
+    if (this.#dialog.open) this.#take(file, false);
+  }
+
+  #showRecording(on) {
+    byId("record").classList.toggle("active", on);
+    byId("record-word").textContent = on ? "Stop recording" : "Record again";
+    byId("level").hidden = !on;
+    byId("record-time").hidden = !on;
+    byId("sample").hidden = on || !this.#sample;
+  }
+
+  #take(file, chosen) {
+    URL.revokeObjectURL(byId("sample-audio").src);
+    this.#sample = file;
+    byId("sample-audio").src = URL.createObjectURL(file);
+    byId("sample-name").textContent = chosen ? file.name : "Your recording. Listen to it once before you save it.";
+    byId("sample").hidden = false;
+    if (chosen && byId("voice-words").value === SCRIPT) byId("voice-words").value = "";
+    showAlert(byId("voice-error"), null);
+  }
+
+  /** The first thing that is missing, as `[field, sentence]`. */
+  #missing() {
+    if (!this.#sample) return [byId("record").disabled ? byId("voice-file") : byId("record"), "Record something, or choose a file."];
+    if (this.#sample.size > LARGEST) return [byId("voice-file"), "The file is larger than 10 MiB. A minute of speech is enough."];
+    if (!byId("voice-name").value.trim()) return [byId("voice-name"), "Give the voice a name."];
+    if (!byId("voice-words").value.trim()) return [byId("voice-words"), "Type the words that are spoken in the recording."];
+    if (!byId("voice-consent").checked) return [byId("voice-consent"), "A voice can be used only with its speaker's consent. Tick the box if you have it."];
+    return null;
+  }
+
+  async #save() {
+    const missing = this.#missing();
+    if (missing) {
+      showAlert(byId("voice-error"), { message: missing[1] });
+      return missing[0].focus();
+    }
+    const body = new FormData();
+    body.set("name", byId("voice-name").value.trim());
+    body.set("audio_sample", this.#sample, this.#sample.name);
+    body.set("consent", "true");
+    body.set("ref_text", byId("voice-words").value.trim());
+    const button = byId("voice-save");
+    button.disabled = true;
+    button.textContent = "Saving…";
+    try {
+      const voice = await getJson("v1/audio/voices", { method: "POST", body });
+      this.#dialog.close();
+      this.#saved(voice);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      showAlert(byId("voice-error"), error);
+    } finally {
+      button.disabled = false;
+      button.textContent = "Save voice";
+    }
+  }
+
+  #clear() {
+    this.#recording?.stop();
+    URL.revokeObjectURL(byId("sample-audio").src);
+    byId("sample-audio").removeAttribute("src");
+    this.#sample = null;
+    byId("voice-form").reset();
+    byId("sample").hidden = true;
+    byId("record-word").textContent = "Record";
+    showAlert(byId("voice-error"), null);
+  }
+}

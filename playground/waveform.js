@@ -1,0 +1,109 @@
+// The drawing of a take: bars that fill as sound arrives, the played part in the accent colour, dots for what is still to come.
+
+import { clock } from "./dom.js";
+
+const BAR = 3;
+const GAP = 2;
+
+export class Waveform {
+  #canvas;
+  #frame;
+  #colours = null;
+  #shown = 0; // seconds across the whole width, eased towards what is expected
+
+  /** @param frame The slider around the canvas. @param seek Called with seconds. */
+  constructor(frame, canvas, seek) {
+    this.#frame = frame;
+    this.#canvas = canvas;
+    this.take = null;
+    this.seek = seek;
+    frame.addEventListener("pointerdown", (event) => this.#point(event));
+    frame.addEventListener("keydown", (event) => this.#key(event));
+    const redraw = () => {
+      this.#colours = null;
+      this.draw(this.take, this.position ?? 0, true);
+    };
+    new ResizeObserver(redraw).observe(frame);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  }
+
+  /** Draw `take` with the listener at `position` seconds. Returns whether the drawing is still moving by itself. */
+  draw(take, position, atOnce = false) {
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const expected = take?.expected ?? 0;
+    if (take !== this.take || atOnce || still || Math.abs(expected - this.#shown) < 0.01) this.#shown = expected;
+    else this.#shown += (expected - this.#shown) * 0.18;
+    this.take = take;
+    this.position = position;
+    this.#paint();
+    this.#describe();
+    return this.#shown !== expected;
+  }
+
+  #paint() {
+    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    const scale = devicePixelRatio;
+    if (this.#canvas.width !== Math.round(width * scale)) this.#canvas.width = Math.round(width * scale);
+    if (this.#canvas.height !== Math.round(height * scale)) this.#canvas.height = Math.round(height * scale);
+    const pen = this.#canvas.getContext("2d");
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    const bars = Math.max(1, Math.floor((width + GAP) / (BAR + GAP)));
+    for (let bar = 0; bar < bars; bar += 1) this.#bar(pen, bar, bars, height);
+  }
+
+  #bar(pen, bar, bars, height) {
+    const colours = this.#readColours();
+    const from = (bar / bars) * this.#shown;
+    const to = ((bar + 1) / bars) * this.#shown;
+    const here = this.take && this.#shown > 0 && from < this.take.duration;
+    // The square root lifts quiet syllables, as the ear does.
+    const tall = here ? Math.max(BAR, Math.sqrt(this.take.peak(from, to)) * (height - 4)) : BAR;
+    pen.fillStyle = !here ? colours.line : to <= this.position || (from < this.position && this.position > 0) ? colours.accent : colours.rest;
+    pen.beginPath();
+    pen.roundRect(bar * (BAR + GAP), (height - tall) / 2, BAR, tall, BAR / 2);
+    pen.fill();
+  }
+
+  #readColours() {
+    if (!this.#colours) {
+      const style = getComputedStyle(this.#frame);
+      const named = (name) => style.getPropertyValue(name).trim();
+      this.#colours = { accent: named("--accent"), rest: named("--wave-rest"), line: named("--line") };
+    }
+    return this.#colours;
+  }
+
+  #describe() {
+    const length = this.take?.duration ?? 0;
+    const set = (name, value) => {
+      if (this.#frame.getAttribute(name) !== value) this.#frame.setAttribute(name, value);
+    };
+    set("aria-disabled", String(length === 0));
+    set("aria-valuemax", String(Math.round(length)));
+    set("aria-valuenow", String(Math.round(Math.min(this.position ?? 0, length))));
+    set("aria-valuetext", length ? `${clock(this.position)} of ${clock(length)}` : "Nothing spoken yet");
+  }
+
+  #point(event) {
+    if (!this.take?.length || event.button !== 0) return;
+    const move = ({ clientX }) => {
+      const box = this.#frame.getBoundingClientRect();
+      this.seek(((clientX - box.left) / box.width) * this.#shown);
+    };
+    move(event);
+    this.#frame.setPointerCapture(event.pointerId);
+    this.#frame.addEventListener("pointermove", move);
+    const end = () => this.#frame.removeEventListener("pointermove", move);
+    this.#frame.addEventListener("pointerup", end, { once: true });
+    this.#frame.addEventListener("pointercancel", end, { once: true });
+  }
+
+  #key(event) {
+    const step = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -5, PageUp: 5 }[event.key];
+    const target = event.key === "Home" ? 0 : event.key === "End" ? this.take?.duration : step && this.position + step;
+    if (target === undefined || !this.take?.length) return;
+    event.preventDefault();
+    this.seek(target);
+  }
+}
