@@ -145,14 +145,15 @@ def require_owner(request: Request, settings: Settings) -> None:
     own_origin = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if origin and origin != own_origin and origin not in settings.cors_origins:
         raise ForbiddenError(f"The web page at {shorten(origin)} may not change anything here. CORS_ORIGINS lists the pages that may.")
-    if request.state.authorized or _is_loopback(request):
+    if is_owner(request):
         return
     raise ForbiddenError("From another machine this needs a key: set API_KEY on the server and send 'Authorization: Bearer <key>'.")
 
 
-def _is_loopback(request: Request) -> bool:
+def is_owner(request: Request) -> bool:
+    """Whether the request has the key, or comes from this machine."""
     try:
-        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+        return bool(request.state.authorized) or (request.client is not None and ipaddress.ip_address(request.client.host).is_loopback)
     except ValueError:
         return False
 

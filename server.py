@@ -21,7 +21,7 @@ import captions
 import logs
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
-from http_middleware import Gate, RequestLog, error_response, require_owner
+from http_middleware import Gate, RequestLog, error_response, is_owner, require_owner
 from metrics import Metrics
 from server_process import listen, serve
 from speech_endpoint import SpeechEndpoint
@@ -57,7 +57,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The voice's model is not ready, the wait was too long, or the memory too small",
     }.items()
 }
-_AUDIO = {200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}}
+_AUDIO: dict[int | str, dict[str, Any]] = {200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}}
 
 
 class Server:
@@ -95,17 +95,17 @@ class Server:
             return "loading"
         return "ok" if self.default_ready() else "degraded"
 
-    def health(self) -> dict[str, Any]:
-        """The whole of `/health`."""
+    def health(self, *, to_owner: bool) -> dict[str, Any]:
+        """The whole of `/health`; where ffmpeg lies is for the owner only, as no path goes to another machine."""
         models = {name: host.info() for name, host in self.engine.hosts.items()}
         csm = models["csm-1b"]
         ffmpeg = find_ffmpeg()
-        return {
+        place = {"ffmpeg_path": ffmpeg} if to_owner else {}
+        return place | {
             "status": self.status(),
             "model": {key: csm.get(key) for key in ("loaded", "sample_rate", "peak_memory_gb", "error")} | {"id": self.settings.model_id},
             "models": models,
             "ffmpeg": ffmpeg is not None,
-            "ffmpeg_path": ffmpeg,
             "ffmpeg_version": ffmpeg_version(),
             "voices": self.presets.names(),
             "default_voice": self.settings.default_voice,
@@ -189,7 +189,7 @@ async def health(request: Request) -> dict[str, Any]:
     server = _server(request)
     if server.settings.api_key and not request.state.authorized:
         return {"status": server.status()}
-    return server.health()
+    return server.health(to_owner=is_owner(request))
 
 
 @service_routes.get("/health/ready", summary="Whether the default voice can speak")

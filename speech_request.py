@@ -27,7 +27,7 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-_EXAMPLE = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
+_EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
 
 
 class SpeechRequest(BaseModel):

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -89,7 +89,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def event(kind: str, **fields: Any) -> bytes:
+def event(kind: str, **fields: object) -> bytes:
     """One server-sent event in the form that OpenAI's clients read: only `data`, one JSON object with its `type`."""
     return b"data: " + json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n\n"
 

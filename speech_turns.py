@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from errors import QueueTimeoutError, RateLimitError, ShuttingDownError
 
@@ -97,7 +98,7 @@ class Turns:
             closing.cancel()
 
 
-def _give_back(acquiring: asyncio.Future[bool], semaphore: asyncio.Semaphore) -> None:
+def _give_back(acquiring: asyncio.Future[Any], semaphore: asyncio.Semaphore) -> None:
     if acquiring.done() and not acquiring.cancelled():
         semaphore.release()
     else:

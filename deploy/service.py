@@ -8,7 +8,6 @@ import json
 import math
 import os
 import plistlib
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules lie one folder up
+from server_process import listen  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 UNIT_TEMPLATE = PROJECT_DIR / "deploy" / "sesame-tts.service"
@@ -147,9 +147,10 @@ def _until(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 def _pid(settings: Settings) -> str:
+    """The process ID that the running server has written down, or nothing."""
     try:
-        return (settings.cache_dir / "server.pid").read_text("utf-8").split()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
+        return str(json.loads((settings.cache_dir / "server.pid").read_bytes())["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
@@ -176,20 +177,8 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def port(settings: Settings, _: argparse.Namespace) -> int:
-    """0 if the port can be had; else says what is known of its holder."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-            probe.listen(1)
-        except OSError as error:
-            ours = f" A Sesame server answers there (PID {_pid(settings) or 'unknown'}); stop it first." if _health(settings) else ""
-            print(
-                f"Port {settings.port} on {settings.host} cannot be used: {error.strerror}.{ours} PORT in .env chooses another.",
-                file=sys.stderr,
-            )
-            return 1
+    """0 if the port can be had; else the server's own words about who holds it."""
+    listen(settings).close()
     return 0
 
 
@@ -244,11 +233,8 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
         print(f"Nobody answers at {host}:{at}/health.")
         return 1
     print(f"Answers at {host}:{at}: {health.get('status')}, PID {_pid(settings) or 'unknown'}.")
-    model = health.get("model")
-    if isinstance(model, dict):
-        print(
-            f"Model {model.get('id')}: {model.get('state') or ('loaded' if model.get('loaded') else 'not loaded')}. {model.get('error') or ''}".rstrip()
-        )
+    for name, model in health.get("models", {}).items():
+        print(f"{name}: {model.get('state')}. {model.get('error') or ''}".rstrip())
     return 0 if health.get("status") in {"ok", "loading"} else 1
 
 

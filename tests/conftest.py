@@ -1,0 +1,130 @@
+"""Fixtures that every test file shares: a running server, with real parts, on a port of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+START_SECONDS = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:
+    """The environment of a server under test: none of our settings from outside, no hub, no key."""
+    own = {"HOST", "PORT", "CACHE_DIR", "CSM", "API_KEY", "DEFAULT_VOICE", "LOG_LEVEL", "PRESETS_DIR", "MODEL_ID"}
+    inherited = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("HF_")}
+    defaults = {"HOST": "127.0.0.1", "CACHE_DIR": str(cache_dir), "CSM": "off", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return inherited | defaults | {name: str(value) for name, value in settings.items()}
+
+
+@dataclass
+class RunningServer:
+    """A server process under test."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    cache_dir: Path
+    log: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, **options)
+
+    def health(self) -> dict[str, Any]:
+        return dict(httpx.get(f"{self.url}/health", timeout=30).json())
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = START_SECONDS) -> dict[str, Any]:
+        """The first `/health` that meets `condition`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log_text()}")
+            try:
+                health = self.health()
+                if condition(health):
+                    return health
+            except httpx.TransportError:
+                health = {}
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {seconds} s: {health}\n{self.log_text()}")
+            time.sleep(0.05)
+
+    def stop(self, seconds: float = 30) -> int:
+        """Ask it to end, and its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+            raise
+
+
+def start_server(folder: Path, **settings: object) -> RunningServer:
+    """A server with these settings (by their environment names), its files in `folder`; not waited for."""
+    port = int(str(settings.pop("PORT", free_port())))
+    cache_dir = folder / "cache"
+    log = folder / "stderr.log"
+    with log.open("ab") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "server.py"],
+            cwd=PROJECT,
+            env=clean_environment(cache_dir, PORT=port, **settings),
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+        )
+    return RunningServer(process, port, cache_dir, log, dict(settings))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server with the built-in voice, for all tests that change nothing about it."""
+    running = start_server(tmp_path_factory.mktemp("server"))
+    try:
+        running.wait_for(lambda health: health["status"] == "ok")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Servers of a test's own: `make_server(API_KEY="k", wait=False)`; ended with the test."""
+    running: list[RunningServer] = []
+
+    def make(*, wait: bool = True, **settings: object) -> RunningServer:
+        folder = tmp_path / f"server-{len(running)}"
+        folder.mkdir()
+        running.append(start_server(folder, **settings))
+        if wait:
+            running[-1].wait_for(lambda health: health["status"] != "loading")
+        return running[-1]
+
+    yield make
+    for each in running:
+        each.stop()

@@ -1,0 +1,190 @@
+"""Every way a request can be refused, caused for real, and what the client is told."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import PROJECT, RunningServer, start_server
+
+GOOD: dict[str, Any] = {"model": "csm-1b", "input": "Hello.", "voice": "heart"}
+
+
+def refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    """Check the envelope, and return its message."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param), error
+    expected_type = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    assert error["type"] == expected_type
+    assert len(response.headers["x-request-id"]) > 0
+    assert str(PROJECT) not in response.text
+    assert "Traceback" not in response.text
+    return str(error["message"])
+
+
+def post(server: RunningServer, **fields: Any) -> httpx.Response:
+    body = {name: value for name, value in (GOOD | fields).items() if value is not ...}
+    return httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", ..., None, 5, ["a"]])
+def test_input_must_be_a_text(server: RunningServer, text: object) -> None:
+    refused(post(server, input=text), 400, "invalid_input", "input")
+
+
+@pytest.mark.parametrize("text", ["!!! ---", "🎉🎉", "```\n```", "\u200b\u200b"])
+def test_input_must_have_something_to_say(server: RunningServer, text: str) -> None:
+    refused(post(server, input=text), 400, "invalid_input", "input")
+
+
+def test_input_may_not_be_too_long(server: RunningServer) -> None:
+    message = refused(post(server, input="a" * 4097), 400, "input_too_long", "input")
+    assert "4097" in message
+    assert "4096" in message
+
+
+def test_surrounding_space_does_not_count(server: RunningServer) -> None:
+    assert post(server, input=" " * 5000 + "Hi." + "\n" * 5000).status_code == 200
+
+
+def test_an_unknown_voice_is_told_the_voices(server: RunningServer) -> None:
+    message = refused(post(server, voice="unknown_voice"), 400, "invalid_voice", "voice")
+    assert "'unknown_voice'" in message
+    assert "conversational, conversational_b, heart" in message
+
+
+@pytest.mark.parametrize("voice", [..., None, 7, {}, {"id": 5}, ["heart"]])
+def test_voice_must_be_a_name_or_an_id(server: RunningServer, voice: object) -> None:
+    assert "heart" in refused(post(server, voice=voice), 400, "invalid_voice", "voice")
+
+
+@pytest.mark.parametrize("name", ["ogg", "", 3, "exe; rm -rf /"])
+def test_an_unknown_format_is_told_the_formats(server: RunningServer, name: object) -> None:
+    assert "mp3, opus, aac, flac, wav, pcm" in refused(post(server, response_format=name), 400, "invalid_format", "response_format")
+
+
+@pytest.mark.parametrize("speed", [0.1, 0.2499, 4.01, -1, "fast", 1e400, None])
+def test_speed_has_its_range(server: RunningServer, speed: object) -> None:
+    body = json.dumps(GOOD | {"speed": speed})
+    response = httpx.post(f"{server.url}/v1/audio/speech", content=body, headers={"Content-Type": "application/json"})
+    refused(response, 400, "invalid_speed", "speed")
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", -1), ("seed", 2**32), ("top_k", 0), ("temperature", 3), ("stream", "perhaps"), ("stream_format", "x"), ("model", ...), ("model", 4)])  # fmt: skip
+def test_other_fields_name_themselves(server: RunningServer, field: str, value: object) -> None:
+    assert f"'{field}'" in refused(post(server, **{field: value}), 400, f"invalid_{field}", field)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"nonsense", b'{"input": "a",}', b"\xff\xfe", b"[1, 2]", b'"text"', b"[" * 50_000, b'{"seed": ' + b"9" * 6000 + b"}"],
+)
+def test_a_body_that_is_no_json_object(server: RunningServer, body: bytes) -> None:
+    response = httpx.post(f"{server.url}/v1/audio/speech", content=body, headers={"Content-Type": "application/json"})
+    refused(response, 400, "invalid_json")
+
+
+@pytest.mark.parametrize("sent_as", ["whole", "chunked"])
+def test_a_body_over_one_mebibyte(server: RunningServer, sent_as: str) -> None:
+    body = json.dumps(GOOD | {"padding": "x" * (1 << 20)}).encode()
+    content: Any = body if sent_as == "whole" else iter([body[:1000], body[1000:]])
+    response = httpx.post(f"{server.url}/v1/audio/speech", content=content, headers={"Content-Type": "application/json"})
+    refused(response, 413, "body_too_large")
+
+
+def test_paths_and_methods_that_are_not_there(server: RunningServer) -> None:
+    assert "/docs" in refused(httpx.get(f"{server.url}/v1/nothing"), 404, "not_found")
+    assert "POST" in refused(httpx.get(f"{server.url}/v1/audio/speech"), 405, "method_not_allowed")
+    assert "csm-1b, hibari" in refused(httpx.get(f"{server.url}/v1/models/gpt-4"), 404, "model_not_found", "model")
+
+
+def test_a_model_that_is_not_ready_names_a_voice_that_is(server: RunningServer) -> None:
+    response = post(server, voice="conversational")
+    assert "Voice 'heart' is ready." in refused(response, 503, "model_not_ready", "voice")
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_a_text_that_the_voice_cannot_say_is_refused(server: RunningServer) -> None:
+    refused(post(server, input="東京へ行きます。"), 400, "invalid_input", "input")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1:8880", "[::1]:8880", "mymac", "mymac.local", "host.docker.internal", "a.home.arpa", "b.lan"]
+)
+def test_local_hosts_are_answered(server: RunningServer, host: str) -> None:
+    assert httpx.get(f"{server.url}/health", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example.com", "localhost.evil.com", "127.0.0.1.nip.io", "evil.com:8880"])
+def test_foreign_hosts_are_not(server: RunningServer, host: str) -> None:
+    assert "ALLOWED_HOSTS" in refused(httpx.get(f"{server.url}/health", headers={"Host": host}), 421, "host_not_allowed")
+
+
+def test_a_key_is_needed_once_one_is_set(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(API_KEY="first-key, second-key", ALLOWED_HOSTS="tts.example.com")
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    for key in ("", "Bearer", "Bearer wrong", "Basic first-key", "Bearer first-key, second-key"):
+        response = httpx.post(f"{server.url}/v1/audio/speech", json=GOOD, headers={"Authorization": key} if key else {})
+        assert "Authorization: Bearer" in refused(response, 401, "invalid_api_key")
+    for key in ("first-key", "second-key"):
+        headers = {"Authorization": f"Bearer {key}", "Host": "tts.example.com"}
+        assert httpx.post(f"{server.url}/v1/audio/speech", json=GOOD, headers=headers).status_code == 200
+        assert "models" in httpx.get(f"{server.url}/health", headers=headers).json()
+    assert "first-key" not in server.log_text()
+
+
+def test_any_key_is_accepted_where_none_is_set(server: RunningServer) -> None:
+    response = httpx.post(f"{server.url}/v1/audio/speech", json=GOOD, headers={"Authorization": "Bearer sk-real-openai-key"})
+    assert response.status_code == 200
+    assert "sk-real" not in server.log_text()
+
+
+def test_cors_is_off_unless_an_origin_is_named(server: RunningServer, make_server: Callable[..., RunningServer]) -> None:
+    origin = {"Origin": "https://chat.example.com"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/health", headers=origin).headers
+    open_to_one = make_server(CORS_ORIGINS="https://chat.example.com")
+    allowed = httpx.get(f"{open_to_one.url}/health", headers=origin).headers
+    assert allowed["access-control-allow-origin"] == "https://chat.example.com"
+    assert "access-control-allow-credentials" not in allowed
+    assert "access-control-allow-origin" not in httpx.get(f"{open_to_one.url}/health", headers={"Origin": "https://evil.com"}).headers
+
+
+def test_the_fallback_voice_speaks_only_where_the_owner_says_so(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(FALLBACK_VOICE="heart")
+    response = post(server, voice="conversational")
+    assert response.status_code == 200
+    assert response.headers["x-voice"] == "heart"
+    assert "FALLBACK_VOICE heart speaks instead" in server.log_text()
+
+
+def test_a_bad_setting_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    for name, value, allowed in [("PORT", "99999", "65535"), ("DEFAULT_FORMAT", "ogg", "'mp3'"), ("LOG_LEVEL", "loud", "'debug'"), ("MAX_QUEUE", "many", "integer")]:  # fmt: skip
+        server = start_server(tmp_path, **({"PORT": value} if name == "PORT" else {name: value}))
+        assert server.process.wait(30) == 2
+        line = server.log_text().strip().splitlines()[-1]
+        assert f"{name}='{value}'" in line
+        assert allowed in line
+
+
+def test_a_taken_port_ends_the_start_and_says_who_holds_it(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    first = make_server()
+    second = start_server(tmp_path, PORT=first.port, CACHE_DIR=first.cache_dir)
+    assert second.process.wait(30) == 2
+    assert f"sesame-tts is already running there (process {first.process.pid})" in second.log_text()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        third = start_server(tmp_path, PORT=other.getsockname()[1])
+        assert third.process.wait(30) == 2
+        assert "taken by another program" in third.log_text()
+
+
+def test_an_open_server_is_warned_of_once(make_server: Callable[..., RunningServer], server: RunningServer) -> None:
+    assert make_server(HOST="0.0.0.0").log_text().count("open to the network without a key") == 1
+    assert "open to the network" not in server.log_text()
