@@ -146,19 +146,27 @@ def _until(seconds: float, condition: Callable[[], bool]) -> bool:
     return True
 
 
-def _pid(settings: Settings) -> str:
-    """The process ID that the running server has written down, or nothing."""
+def _pid_file(settings: Settings) -> dict[str, Any]:
+    """What the running server has written down of itself, or nothing."""
     try:
-        return str(json.loads((settings.cache_dir / "server.pid").read_bytes())["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads((settings.cache_dir / "server.pid").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def facts(settings: Settings, _: argparse.Namespace) -> int:
-    """One a line, for the shell: URL, cache folder, seconds a stop may take, whether CSM is wanted, PID of a running server."""
+    """One a line, for the shell: URL, cache folder, seconds a stop may take, `csm` if it is wanted, the running server's PID; `-` for nothing."""
     host, port = address(settings)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(url, settings.cache_dir, exit_timeout(settings), "csm" if settings.csm_enabled else "", _pid(settings), sep="\n")
+    print(
+        url,
+        settings.cache_dir,
+        exit_timeout(settings),
+        "csm" if settings.csm_enabled else "-",
+        _pid_file(settings).get("pid", "-"),
+        sep="\n",
+    )
     return 0
 
 
@@ -176,8 +184,10 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def port(settings: Settings, _: argparse.Namespace) -> int:
-    """0 if the port can be had; else the server's own words about who holds it."""
+def port(settings: Settings, arguments: argparse.Namespace) -> int:
+    """0 if the port can be had, or is the running service's own; else the server's own words about who holds it."""
+    if arguments.running and _pid_file(settings).get("port") == settings.port:
+        return 0
     listen(settings).close()
     return 0
 
@@ -186,8 +196,8 @@ def wait(settings: Settings, arguments: argparse.Namespace) -> int:
     """0 as soon as a server answers /health, and is not the one with `arguments.not_pid`."""
 
     def answers() -> bool:
-        pid = _pid(settings)
-        changed = not arguments.not_pid or (pid != "" and pid != arguments.not_pid)
+        pid = str(_pid_file(settings).get("pid", ""))
+        changed = not arguments.not_pid or pid not in ("", arguments.not_pid)
         return changed and _health(settings) is not None
 
     return 0 if _until(arguments.seconds, answers) else 1
@@ -232,7 +242,7 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
     if health is None:
         print(f"Nobody answers at {host}:{at}/health.")
         return 1
-    print(f"Answers at {host}:{at}: {health.get('status')}, PID {_pid(settings) or 'unknown'}.")
+    print(f"Answers at {host}:{at}: {health.get('status')}, PID {_pid_file(settings).get('pid', 'unknown')}.")
     for name, model in health.get("models", {}).items():
         print(f"{name}: {model.get('state')}. {model.get('error') or ''}".rstrip())
     return 0 if health.get("status") in {"ok", "loading"} else 1
@@ -246,6 +256,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if command in (render, speak):
             sub.add_argument("file", type=Path)
+        if command is port:
+            sub.add_argument("--running", action="store_true", help="the service runs already, and may hold the port")
         if command in (wait, ready):
             sub.add_argument("seconds", type=float)
         if command is wait:
