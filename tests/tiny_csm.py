@@ -1,0 +1,237 @@
+"""A tiny CSM-1B checkpoint, laid out as a Hugging Face cache, that goes through every line of mlx-audio that the real one does.
+
+The shapes are CSM's with small hidden sizes; Mimi is full size, because its configuration is fixed in the library. It makes noise, not
+speech. Built once a machine and variant, under `.tiny-csm/`; use it with `environment(build(...))`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tiny_weights
+from tiny_weights import Script
+
+SESAME = "sesame/csm-1b"
+MLX_COMMUNITY = "mlx-community/csm-1b"
+QUANTIZED = "mlx-community/csm-1b-8bit"
+MIMI = "kyutai/moshiko-pytorch-bf16"
+MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
+TOKENIZER = "unsloth/Llama-3.2-1B"
+
+DEFAULT_ROOT = Path(__file__).resolve().parent.parent / ".tiny-csm"
+PROMPT_SECONDS = {"conversational_a": 0.24, "conversational_b": 0.4}
+SAMPLE_RATE = 24_000
+
+# Outcomes for a script (see tiny_weights.Script).
+AT_ONCE = "."
+NEVER = "ssssssss~"
+SILENCE = "_~"
+TONE = "t~"
+NOT_A_NUMBER = "ssn~"
+
+
+def ends_after(frames: int) -> str:
+    """An outcome: `frames` frames of sound, then the end."""
+    return "s" * frames + "."
+
+
+def build(
+    root: Path = DEFAULT_ROOT,
+    *,
+    repo: str = SESAME,
+    script: Script | None = None,
+    dtype: str = "float32",
+    extra_files: bool = False,
+    truncated: bool = False,
+    quantized: bool = False,
+) -> Path:
+    """The folder for HF_HUB_CACHE; made when it is not there yet (about 10 s the first time, 1 s for each further variant).
+
+    Args:
+        root: Where all variants live.
+        repo: The repository's name in the cache. Under `sesame/…` the weights have the original names, else mlx-audio's.
+        script: What the model says and when it ends; None for random weights, which never end by themselves.
+        dtype: The weights' type in the file, mlx's name.
+        extra_files: Two more files of weights with foreign names lie beside `model.safetensors`, as in `sesame/csm-1b`.
+        truncated: `model.safetensors` has lost its second half.
+        quantized: Put through mlx-audio's own convert, 8 bits.
+    """
+    variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized], sort_keys=True, default=list)
+    cache = root / f"{_source_key()}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
+    if cache.is_dir():
+        return cache
+    with _made_at_once(cache) as folder:
+        _link_tree(_shared(root), folder)
+        snapshot = _snapshot(folder, repo)
+        if quantized:
+            _quantize(build(root, repo=repo, script=script, dtype=dtype), repo, snapshot)
+        else:
+            _write_model(snapshot, repo, script, dtype)
+        _write_prompts(snapshot)
+        if extra_files:
+            _write_extra_files(snapshot)
+        if truncated:
+            weights = snapshot / "model.safetensors"
+            os.truncate(weights, weights.stat().st_size // 2)
+    return cache
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """The environment variables under which Hugging Face's libraries read `cache` and nothing else."""
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def activated(cache: Path) -> Iterator[Path]:
+    """`environment(cache)` for this process too, where huggingface_hub may have read its settings already."""
+    from huggingface_hub import constants
+
+    before = (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
+    variables = {name: os.environ.get(name) for name in environment(cache)}
+    os.environ.update(environment(cache))
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(cache), True
+    try:
+        yield cache
+    finally:
+        constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = before
+        for name, value in variables.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def snapshot_of(cache: Path, repo: str) -> Path:
+    """The folder of `repo`'s files in a cache."""
+    (folder,) = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").iterdir()
+    return folder
+
+
+def _source_key() -> str:
+    sources = Path(__file__).read_bytes() + Path(tiny_weights.__file__).read_bytes()
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _made_at_once(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` at the end; whoever comes second keeps the first one's."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    try:
+        yield folder
+        with contextlib.suppress(OSError):
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=os.link, dirs_exist_ok=True)
+
+
+def _snapshot(cache: Path, repo: str) -> Path:
+    """An empty snapshot of `repo`, with the reference that makes it `main`."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    revision = hashlib.sha1(repo.encode()).hexdigest()  # noqa: S324 - looks like a commit
+    snapshot = home / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def _shared(root: Path) -> Path:
+    """Mimi and the tokenizer: the same in all variants, so hard links of these."""
+    shared = root / f"{_source_key()}-shared"
+    if not shared.is_dir():
+        with _made_at_once(shared) as folder:
+            _save(_snapshot(folder, MIMI) / MIMI_FILE, tiny_weights.mimi_weights(), "float32")
+            _write_tokenizer(_snapshot(folder, TOKENIZER))
+    return shared
+
+
+def _save(path: Path, weights: dict[str, tiny_weights.Array], dtype: str) -> None:
+    import mlx.core as mx
+
+    mx.save_safetensors(str(path), {name: mx.array(value).astype(getattr(mx, dtype)) for name, value in weights.items()}, {"format": "pt"})
+
+
+def _write_model(snapshot: Path, repo: str, script: Script | None, dtype: str) -> None:
+    weights = tiny_weights.random_weights() if script is None else tiny_weights.scripted_weights(script)
+    if repo != SESAME:
+        weights = {_mlx_name(name): value for name, value in weights.items()}
+    (snapshot / "config.json").write_text(json.dumps(tiny_weights.config(), indent=2))
+    _save(snapshot / "model.safetensors", weights, dtype)
+
+
+def _mlx_name(name: str) -> str:
+    """The name that a checkpoint converted for mlx-audio gives a parameter."""
+    for old, new in (
+        ("attn.output_proj", "attn.o_proj"),
+        (".attn.", ".self_attn."),
+        (".w1.", ".gate_proj."),
+        (".w2.", ".down_proj."),
+        (".w3.", ".up_proj."),
+        ("sa_norm.scale", "input_layernorm.weight"),
+        ("mlp_norm.scale", "post_attention_layernorm.weight"),
+        ("norm.scale", "norm.weight"),
+    ):
+        name = name.replace(old, new)
+    return f"model.{name}"
+
+
+def _write_prompts(snapshot: Path) -> None:
+    """Voice prompts: two short, quiet hums, 24 kHz mono."""
+    folder = snapshot / "prompts"
+    folder.mkdir()
+    for place, (name, seconds) in enumerate(PROMPT_SECONDS.items()):
+        time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+        samples = 0.2 * np.sin(2 * np.pi * (150 + 60 * place) * time) * (1 + 0.5 * np.sin(2 * np.pi * 5 * time))
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
+            file.writeframes((samples * 32767).astype("<i2").tobytes())
+
+
+def _write_extra_files(snapshot: Path) -> None:
+    """What `transformers` reads from the same repository: other names, which mlx-audio does not know."""
+    for part in (1, 2):
+        weights = {f"backbone_model.layers.{part}.self_attn.q_proj.weight": np.zeros((8, 8), np.float32)}
+        _save(snapshot / f"transformers-0000{part}-of-00002.safetensors", weights, "float32")
+    (snapshot / "transformers.safetensors.index.json").write_text("{}")
+
+
+def _write_tokenizer(snapshot: Path) -> None:
+    """A tokenizer of single bytes with Llama's two special tokens, in the files that `AutoTokenizer` reads."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: place for place, character in enumerate(tiny_weights.byte_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|begin_of_text|>", special=True), AddedToken("<|end_of_text|>", special=True)])
+    tokenizer.save(str(snapshot / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(settings))
+    (snapshot / "special_tokens_map.json").write_text(json.dumps({key: settings[key] for key in ("bos_token", "eos_token")}))
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": tiny_weights.TEXT_VOCABULARY}))
+
+
+def _quantize(cache: Path, repo: str, snapshot: Path) -> None:
+    """mlx-audio's own convert, in a process of its own: it reads the hub's settings only when it is imported."""
+    script = (
+        "import sys; from mlx_audio.convert import convert; convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=8, q_group_size=64)"
+    )
+    command = [sys.executable, "-c", script, str(snapshot_of(cache, repo)), str(snapshot)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment(cache)}, timeout=120)
+    shutil.rmtree(snapshot / "prompts", ignore_errors=True)
