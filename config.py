@@ -6,6 +6,8 @@ import difflib
 import os
 import platform
 import sys
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +39,7 @@ def _lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+@cache
 def csm_can_run() -> bool:
     """Whether this machine can run CSM-1B at a useful pace: Apple Silicon, or Linux with MLX's CUDA backend installed.
 
@@ -44,8 +47,6 @@ def csm_can_run() -> bool:
     """
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
-    from importlib.metadata import distributions
-
     return any((dist.metadata["Name"] or "").startswith("mlx-cuda") for dist in distributions())
 
 

@@ -14,6 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+# No deadline: a machine that is busy elsewhere is no fault of the code.
+hypothesis_settings.register_profile("ours", deadline=None)
+hypothesis_settings.load_profile("ours")
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90

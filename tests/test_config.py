@@ -1,0 +1,127 @@
+"""Settings: what is read, what is refused and how it is said, and that none is missing from the documents."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import Settings, SettingsError, load_settings
+
+NONE = Path("/nonexistent/.env")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_the_defaults_are_the_users_table() -> None:
+    settings = load_settings(NONE)
+    assert (settings.host, settings.port, settings.log_level) == ("0.0.0.0", 8880, "info")
+    assert (settings.model_id, settings.default_format, settings.max_input_length) == ("sesame/csm-1b", "mp3", 4096)
+    assert settings.cache_dir == Path.home() / ".cache" / "sesame-tts"
+    assert settings.presets_dir == PROJECT / "presets"
+    assert settings.default_voice == ("conversational" if settings.csm_enabled else "heart")
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / ".env"
+    file.write_text("PORT=1234\nDEFAULT_VOICE=heart\nAPI_KEY=one, two\nHF_TOKEN=\n")
+    monkeypatch.setenv("PORT", "4321")
+    settings = load_settings(file)
+    assert (settings.port, settings.default_voice) == (4321, "heart")
+    assert [key.get_secret_value() for key in settings.api_key] == ["one", "two"]
+
+
+def test_an_empty_value_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFAULT_VOICE", "")
+    monkeypatch.setenv("PORT", "")
+    assert load_settings(NONE).port == 8880
+
+
+def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_DIR", "~/somewhere")
+    monkeypatch.setenv("PRESETS_DIR", "./voices")
+    settings = load_settings(NONE)
+    assert settings.cache_dir == Path.home() / "somewhere"
+    assert settings.presets_dir == PROJECT / "voices"
+
+
+def test_the_hubs_variables_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    monkeypatch.delenv("HF_ENDPOINT")
+    file = tmp_path / ".env"
+    file.write_text("HF_ENDPOINT=http://127.0.0.1:9\n")
+    load_settings(file)
+    assert os.environ["HF_ENDPOINT"] == "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), [
+    ("PORT", "70000", "less than or equal to 65535"),
+    ("MAX_BATCH", "0", "greater than or equal to 1"),
+    ("GUARD", "perhaps", "'on' or 'off'"),
+    ("MODEL_DTYPE", "int3", "'bfloat16'"),
+    ("QUEUE_TIMEOUT", "soon", "number"),
+])  # fmt: skip
+def test_a_bad_value_names_variable_value_and_what_is_allowed(monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(NONE)
+    message = str(caught.value)
+    assert message.startswith(f"{name}='{value}' cannot be used: ")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_a_misspelt_line_in_the_file_is_told_with_the_right_name(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("DEFUALT_VOICE=heart\n")
+    with pytest.raises(SettingsError, match="Did you mean DEFAULT_VOICE"):
+        load_settings(file)
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes(b"PORT=\xff\xfe")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        load_settings(file)
+
+
+@given(
+    name=st.sampled_from(sorted(Settings.model_fields)),
+    value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40),
+)
+def test_any_value_gives_settings_or_one_clear_line(name: str, value: str) -> None:
+    os.environ[name.upper()] = value
+    try:
+        load_settings(NONE)
+    except SettingsError as error:
+        assert str(error).startswith(f"{name.upper()}=")  # noqa: PT017 - either outcome is right
+    finally:
+        del os.environ[name.upper()]
+
+
+def test_a_key_is_never_shown() -> None:
+    settings = Settings(api_key="topsecret")  # type: ignore[arg-type]
+    assert "topsecret" not in repr(settings)
+
+
+@pytest.mark.parametrize("document", [".env.example", "README.md"])
+def test_every_setting_is_documented(document: str) -> None:
+    text = (PROJECT / document).read_text()
+    missing = [name.upper() for name in Settings.model_fields if not re.search(rf"\b{name.upper()}\b", text)]
+    assert missing == []
+
+
+def test_the_example_holds_exactly_the_settings_with_their_defaults(tmp_path: Path) -> None:
+    example = PROJECT / ".env.example"
+    names = re.findall(r"^([A-Z_]+)=", example.read_text(), re.M)
+    assert sorted(names) == sorted(name.upper() for name in Settings.model_fields)
+    assert load_settings(example) == load_settings(NONE)
