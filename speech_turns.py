@@ -63,6 +63,9 @@ class Turns:
     async def _take(self) -> None:
         if self._closed.is_set():
             raise _shutting_down()
+        if not self._semaphore.locked():
+            await self._semaphore.acquire()  # free: taken without waiting, so the bound on the queue does not apply
+            return
         if self.waiting >= self._limit:
             raise RateLimitError(
                 f"The queue is full: {self.waiting} requests are waiting for this model. Try again in {self.retry_after()} s.",

@@ -1,0 +1,201 @@
+"""Turns: order, bounds, and clients that go away at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from conftest import RunningServer
+
+from errors import QueueTimeoutError, RateLimitError, ShuttingDownError
+from speech_turns import Turns
+
+SENTENCE = "One after another they all come in their turn. "
+LONG = SENTENCE * 80  # about 3 minutes of speech, some seconds of work
+BODY: dict[str, Any] = {"model": "m", "voice": "heart", "response_format": "mp3"}
+
+
+def idle(health: dict[str, Any]) -> bool:
+    return bool(health["queue"]["active"] == 0 and health["queue"]["waiting"] == 0)
+
+
+def test_turns_come_in_the_order_of_asking() -> None:
+    async def scenario() -> list[int]:
+        turns, order = Turns(limit=50, timeout=10), []
+
+        async def one(number: int) -> None:
+            async with turns.turn():
+                order.append(number)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(one(number) for number in range(30)))
+        return order
+
+    assert asyncio.run(scenario()) == list(range(30))
+
+
+def test_one_too_many_is_refused_and_told_when_to_come_again() -> None:
+    async def scenario() -> RateLimitError:
+        turns = Turns(limit=2, timeout=10)
+
+        async def hold() -> None:
+            async with turns.turn():
+                await asyncio.sleep(0.2)
+
+        tasks = [asyncio.create_task(hold()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (turns.active, turns.waiting) == (1, 2)
+        with pytest.raises(RateLimitError) as refused:
+            async with turns.turn():
+                pass
+        await asyncio.gather(*tasks)
+        assert (turns.active, turns.waiting) == (0, 0)
+        return refused.value
+
+    assert int(asyncio.run(scenario()).headers["Retry-After"]) >= 1
+
+
+def test_waiting_has_an_end_and_costs_no_turn() -> None:
+    async def scenario() -> None:
+        turns = Turns(limit=5, timeout=0.05)
+        async with turns.turn():
+            with pytest.raises(QueueTimeoutError, match="QUEUE_TIMEOUT"):
+                async with turns.turn():
+                    pass
+        async with turns.turn() as waited:
+            assert waited < 0.05
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_waiters_never_keep_a_turn() -> None:
+    async def scenario() -> None:
+        turns, generator = Turns(limit=100, timeout=10), random.Random(1)
+
+        async def one() -> None:
+            async with turns.turn():
+                await asyncio.sleep(0.001)
+
+        for _ in range(40):
+            tasks = [asyncio.create_task(one()) for _ in range(8)]
+            await asyncio.sleep(generator.random() * 0.006)
+            for task in generator.sample(tasks, 5):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert (turns.active, turns.waiting) == (0, 0)
+        await asyncio.wait_for(one(), 1)
+
+    asyncio.run(scenario())
+
+
+def test_closing_tells_those_who_wait_and_lets_the_active_finish() -> None:
+    async def scenario() -> None:
+        turns = Turns(limit=5, timeout=10)
+        async with turns.turn():
+            waiting = asyncio.create_task(turns.turn().__aenter__())
+            await asyncio.sleep(0.01)
+            turns.close()
+            with pytest.raises(ShuttingDownError):
+                await waiting
+        with pytest.raises(ShuttingDownError):
+            async with turns.turn():
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_thirty_clients_are_all_answered_or_told_to_wait(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(MAX_QUEUE=12)
+    with ThreadPoolExecutor(30) as pool, server.client(limits=httpx.Limits(max_connections=40)) as client:
+        answers = list(pool.map(lambda n: client.post("/v1/audio/speech", json=BODY | {"input": SENTENCE * 6, "seed": n}), range(30)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 13
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+            assert int(answer.headers["retry-after"]) >= 1
+    server.wait_for(idle)
+
+
+def test_a_wait_that_is_too_long_is_told(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(QUEUE_TIMEOUT=0.2)
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
+        response = client.post("/v1/audio/speech", json=BODY | {"input": SENTENCE})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "queue_timeout"
+    assert "retry-after" in response.headers
+
+
+def post_and_leave(port: int, body: bytes, after: float) -> None:
+    """A client that sends its request and closes its socket `after` seconds later, whatever has come by then."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
+        connection.settimeout(after)
+        deadline = time.monotonic() + after
+        try:
+            while time.monotonic() < deadline and connection.recv(4096):
+                pass
+        except TimeoutError:
+            pass
+
+
+def test_clients_that_leave_at_random_moments_leave_nothing_behind(server: RunningServer) -> None:
+    process = psutil.Process(server.process.pid)
+    httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
+    threads, generator = process.num_threads(), random.Random(3)
+    variants = ['"stream": true', '"stream_format": "sse"', '"response_format": "pcm"', '"response_format": "flac"']
+    with ThreadPoolExecutor(10) as pool:
+        for number in range(50):
+            body = f'{{"model": "m", "voice": "heart", "input": "{LONG}", {variants[number % 4]}}}'.encode()
+            pool.submit(post_and_leave, server.port, body, generator.random() * 1.5)
+    server.wait_for(idle, 30)
+    assert process.children(recursive=True) == []
+    assert process.num_threads() <= threads + 8  # the default executor's threads, which are kept
+    assert "Traceback" not in server.log_text()
+    assert httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60).status_code == 200
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place_at_once(server: RunningServer) -> None:
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
+        body = f'{{"model": "m", "voice": "heart", "input": "{LONG}"}}'.encode()
+        leaver = threading.Thread(target=post_and_leave, args=(server.port, body, 0.3))
+        leaver.start()
+        server.wait_for(lambda health: health["queue"]["waiting"] == 1, 5)
+        leaver.join()
+        server.wait_for(lambda health: health["queue"]["waiting"] == 0, 5)
+    server.wait_for(idle, 30)
+
+
+def test_a_reader_of_one_byte_a_second_holds_up_nobody(server: RunningServer) -> None:
+    body = f'{{"model": "m", "voice": "heart", "input": "{LONG}", "response_format": "pcm"}}'.encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    slow.connect(("127.0.0.1", server.port))
+    with slow:
+        slow.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
+        for _ in range(3):
+            assert slow.recv(1)
+            time.sleep(1)
+        # Its answer is some 8 MB of PCM, of which it has read three bytes; the turn is free again all the same.
+        server.wait_for(idle, 30)
+        response = httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
+        assert response.status_code == 200
+        assert slow.recv(1)
+    server.wait_for(idle, 10)
+
+
+def test_health_answers_while_the_model_works(server: RunningServer) -> None:
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
+        busy = [server.health()["queue"]["active"] for _ in range(20)]
+    assert busy.count(1) > 0
+    server.wait_for(idle, 30)
