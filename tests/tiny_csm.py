@@ -229,9 +229,13 @@ def _write_tokenizer(snapshot: Path) -> None:
 
 def _quantize(cache: Path, repo: str, snapshot: Path) -> None:
     """mlx-audio's own convert, in a process of its own: it reads the hub's settings only when it is imported."""
-    script = (
-        "import sys; from mlx_audio.convert import convert; convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=8, q_group_size=64)"
-    )
-    command = [sys.executable, "-c", script, str(snapshot_of(cache, repo)), str(snapshot)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment(cache)}, timeout=120)
-    shutil.rmtree(snapshot / "prompts", ignore_errors=True)
+    plain = snapshot_of(cache, repo)
+    script = "import sys; from mlx_audio.convert import convert; "
+    script += "convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=8, q_group_size=64, model_domain='tts')"
+    with tempfile.TemporaryDirectory(dir=snapshot) as source:
+        os.link(plain / "model.safetensors", Path(source) / "model.safetensors")
+        # mlx-audio 0.6.2's convert does not know "csm", though its loader does, and takes the checkpoint for another model.
+        config = json.loads((plain / "config.json").read_text()) | {"model_type": "sesame"}
+        (Path(source) / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, "-c", script, source, str(snapshot)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment(cache)}, timeout=120)
