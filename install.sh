@@ -337,8 +337,7 @@ EOF
 render_files() {
     check_tools
     make_environment
-    helper render "$1/$LABEL.plist"
-    helper render "$1/$UNIT"
+    helper render "$1/$LABEL.plist" "$1/$UNIT" || exit "$?"
     say "Written: $1/$LABEL.plist and $1/$UNIT"
 }
 

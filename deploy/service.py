@@ -171,16 +171,16 @@ def facts(settings: Settings, _: argparse.Namespace) -> int:
 
 
 def render(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Write the service file that `arguments.file`'s ending asks for, readable by its owner alone."""
-    target: Path = arguments.file
+    """Write the service files that the endings of `arguments.files` ask for, readable by their owner alone."""
     environment = carried_environment()
-    content = render_plist(settings, environment) if target.suffix == ".plist" else render_unit(settings, environment).encode()
-    target.parent.mkdir(parents=True, exist_ok=True)
     settings.cache_dir.mkdir(parents=True, exist_ok=True)  # launchd makes the log file, but not its folder
-    draft = target.with_name(target.name + ".new")
-    draft.write_bytes(content)
-    draft.chmod(0o600)
-    draft.replace(target)
+    for target in arguments.files:
+        content = render_plist(settings, environment) if target.suffix == ".plist" else render_unit(settings, environment).encode()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(target.name + ".new")
+        draft.write_bytes(content)
+        draft.chmod(0o600)
+        draft.replace(target)
     return 0
 
 
@@ -254,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (facts, render, port, wait, ready, speak, status):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
-        if command in (render, speak):
-            sub.add_argument("file", type=Path)
+        if command is render:
+            sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
         if command is port:
             sub.add_argument("--running", action="store_true", help="the service runs already, and may hold the port")
         if command in (wait, ready):
@@ -263,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         if command is wait:
             sub.add_argument("--not-pid", default="", metavar="PID")
         if command is speak:
+            sub.add_argument("file", type=Path)
             sub.add_argument("--voice", default="")
     return parser
 

@@ -1,0 +1,167 @@
+"""Stand-ins for Apple's and systemd's own tools, so that install.sh's way on either system can be gone anywhere.
+
+They write down how they were called. `launchctl` and `systemctl` really keep the service running, through `supervisor.py`.
+Run as `python tests/system_tools.py TOOL ARGUMENTS…`; the environment names the folder with their state (STAND_IN_STATE).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from supervisor import State
+
+THROTTLE_SCALE = "0.1"
+
+_NO_SUCH_SERVICE = 113  # what launchctl print says of a service that is not loaded
+_NOT_LOADED = 3  # what launchctl bootout says of it
+_IN_PROGRESS = 36  # what bootout says of one that takes its time to end
+_ALREADY_LOADED = 5  # what bootstrap says of one that is there, as "Input/output error"
+
+
+def _state_dir() -> Path:
+    return Path(os.environ["STAND_IN_STATE"])
+
+
+def _answer(name: str, default: str) -> str:
+    """What a test wants a tool to answer; a file in the state folder."""
+    file = _state_dir() / name
+    return file.read_text().strip() if file.exists() else default
+
+
+def _service() -> State | None:
+    """What the running supervisor says of its job, or nothing when none runs."""
+    try:
+        state: State = json.loads((_state_dir() / "service.json").read_text())
+        os.kill(state["supervisor"], 0)
+    except (OSError, ValueError):
+        return None
+    return state
+
+
+def _supervise(file: str) -> None:
+    (_state_dir() / "service.json").unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).with_name("supervisor.py")), file, str(_state_dir() / "service.json")]
+    output = (_state_dir() / "supervisor.log").open("ab")
+    subprocess.Popen(
+        [*command, "--throttle-scale", THROTTLE_SCALE], start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+    )
+    while not _service():
+        time.sleep(0.02)
+
+
+def _signal(state: State, number: signal.Signals) -> None:
+    os.kill(state["supervisor"], number)
+
+
+def _launchctl(arguments: list[str]) -> int:
+    state = _service()
+    command = arguments[0]
+    if command == "print":
+        if not state:
+            return _NO_SUCH_SERVICE
+        print(f"{arguments[1]} = {{\n\tstate = running\n\truns = {len(state['starts'])}\n\tpid = {state['pid']}\n}}")
+    elif command == "bootstrap":
+        if state:
+            return _ALREADY_LOADED
+        _supervise(arguments[2])
+    elif command == "bootout":
+        if not state:
+            return _NOT_LOADED
+        _signal(state, signal.SIGTERM)
+        return _IN_PROGRESS
+    elif command == "kickstart":
+        assert arguments[1] == "-k"
+        assert state
+        _signal(state, signal.SIGHUP)
+    else:
+        assert command == "enable"
+    return 0
+
+
+def _systemctl(arguments: list[str]) -> int:
+    assert arguments[0] == "--user"
+    if _answer("systemd", "running") != "running":
+        print("Failed to connect to bus: No medium found", file=sys.stderr)
+        return 1
+    words = [argument for argument in arguments[1:] if not argument.startswith("--")]
+    state = _service()
+    unit = Path(os.environ["HOME"]) / ".config" / "systemd" / "user" / words[-1]
+    if words[0] == "restart" and state:
+        _signal(state, signal.SIGHUP)
+    elif words[0] == "restart":
+        _supervise(str(unit))
+    elif words[0] == "disable" and state:
+        _signal(state, signal.SIGTERM)
+        while _service():
+            time.sleep(0.02)
+    elif words[0] in ("is-active", "status"):
+        return 0 if state else 3
+    return 0
+
+
+def _fixed(name: str, default: str) -> Callable[[list[str]], int]:
+    def tool(_: list[str]) -> int:
+        print(_answer(name, default))
+        return 0
+
+    return tool
+
+
+def _uname(arguments: list[str]) -> int:
+    print(_answer("system", "Darwin") if arguments == ["-s"] else _answer("processor", "arm64"))
+    return 0
+
+
+def _id(arguments: list[str]) -> int:
+    print("burke" if "-un" in arguments else _answer("user", "501"))
+    return 0
+
+
+TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "launchctl": _launchctl,
+    "systemctl": _systemctl,
+    "uname": _uname,
+    "id": _id,
+    "sw_vers": _fixed("macos", "26.3"),
+    "sysctl": _fixed("rosetta", "0"),
+    "xcode-select": _fixed("xcode", "/Library/Developer/CommandLineTools"),
+    "loginctl": _fixed("linger", "no"),
+    "afplay": _fixed("player", ""),
+    "journalctl": _fixed("journal", ""),
+    # The environment is there already; the Makefile's target is tested where the whole project is.
+    "make": _fixed("make", ""),
+}
+
+
+def install_tools(folder: Path) -> None:
+    """Put an executable for each tool into `folder`, for the front of PATH."""
+    folder.mkdir()
+    for name in TOOLS:
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{__file__}" {name} "$@"\n')
+        script.chmod(0o755)
+
+
+def calls(state: Path) -> list[str]:
+    """How the tools were called, in order."""
+    file = state / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def main() -> int:
+    """Be the tool that the first argument names."""
+    name, arguments = sys.argv[1], sys.argv[2:]
+    with (_state_dir() / "calls").open("a") as file:
+        file.write(" ".join([name, *arguments]) + "\n")
+    return TOOLS[name](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

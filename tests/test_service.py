@@ -1,0 +1,415 @@
+"""The service: its files key by key, install.sh from end to end, and how the server behaves under a service manager."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import plistlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import wave
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+import system_tools
+from conftest import PROJECT, START_SECONDS, free_port
+from supervisor import State
+
+LABEL = "com.burkestudio.sesame-tts"
+SECONDS = 90
+
+
+def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@dataclass
+class Machine:
+    """A home, a copy of the project in a folder with an awkward name, and the stand-ins of the system's tools."""
+
+    home: Path
+    project: Path
+    state: Path
+    port: int
+    supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.home / "cache of voices"
+
+    @property
+    def plist(self) -> Path:
+        return self.home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
+
+    @property
+    def unit(self) -> Path:
+        return self.home / ".config" / "systemd" / "user" / "sesame-tts.service"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{self.home / 'tools'}:/usr/bin:/bin"
+        return {"HOME": str(self.home), "PATH": path, "STAND_IN_STATE": str(self.state), "XDG_RUNTIME_DIR": str(self.home)}
+
+    def configure(self, **settings: object) -> None:
+        lines = {"HOST": "127.0.0.1", "PORT": self.port, "CSM": "off", "CACHE_DIR": self.cache_dir, "SHUTDOWN_TIMEOUT": 20} | settings
+        (self.project / ".env").write_text("".join(f'{name}="{value}"\n' for name, value in lines.items()))
+
+    def says(self, **answers: str) -> None:
+        """What the system's tools are to answer from now on."""
+        for name, answer in answers.items():
+            (self.state / name).write_text(answer)
+
+    def install(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.project / "install.sh"), *arguments],
+            env=self.environment | environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    def calls(self, tool: str) -> list[str]:
+        return [call for call in system_tools.calls(self.state) if call.startswith(tool)]
+
+    def manager(self) -> State:
+        """The service manager's own view."""
+        state: State = json.loads((self.state / "service.json").read_text())
+        return state
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def log(self) -> str:
+        return "".join(file.read_text(errors="replace") for file in sorted(self.cache_dir.glob("*.log")))
+
+    def end(self) -> None:
+        """End the supervisor, and with it the server."""
+        if self.supervisor:
+            self.supervisor.terminate()
+            self.supervisor.wait(SECONDS)
+        elif (self.state / "service.json").exists():
+            pid = self.manager()["supervisor"]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            until(lambda: not _alive(pid))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    home, state = tmp_path / "home", tmp_path / "state"
+    project = tmp_path / "100% Burke's $peech & co"
+    for folder in (home, state, project):
+        folder.mkdir()
+    for file in [*PROJECT.glob("*.py"), *PROJECT.glob("*.plist"), PROJECT / "install.sh", PROJECT / "Makefile"]:
+        shutil.copy2(file, project)
+    for folder_name in ("presets", "playground", "deploy"):
+        shutil.copytree(PROJECT / folder_name, project / folder_name)
+    (project / ".venv" / "bin").mkdir(parents=True)
+    interpreter = project / ".venv" / "bin" / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    interpreter.chmod(0o755)
+    system_tools.install_tools(home / "tools")
+    made = Machine(home, project, state, free_port())
+    made.configure()
+    yield made
+    made.end()
+
+
+def rendered(machine: Machine, **environment: str) -> tuple[dict[str, object], str]:
+    result = machine.install("--render", str(machine.home / "out"), **environment)
+    assert result.returncode == 0, result.stderr
+    return plistlib.loads((machine.home / "out" / f"{LABEL}.plist").read_bytes()), (machine.home / "out" / "sesame-tts.service").read_text()
+
+
+def test_install_sh_is_clean_for_bash_and_shellcheck() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    assert subprocess.run(["/bin/bash", "-n", "install.sh"], cwd=PROJECT, check=False).returncode == 0
+    found = subprocess.run([shellcheck, "install.sh"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_the_plist_is_a_valid_template_that_names_only_what_is_replaced() -> None:
+    text = (PROJECT / f"{LABEL}.plist").read_text()
+    plist = plistlib.loads(text.encode())
+    assert plist["Label"] == LABEL
+    assert {word for word in text.split("@") if word.isupper()} == {"PROJECT", "CACHE_DIR"}
+
+
+def test_the_rendered_plist_is_right_key_by_key(machine: Machine) -> None:
+    plist, _ = rendered(machine)
+    log = str(machine.cache_dir / "launchd.log")
+    assert plist == {
+        "Label": LABEL,
+        "ProgramArguments": [f"{machine.project}/.venv/bin/python", f"{machine.project}/server.py"],
+        "WorkingDirectory": str(machine.project),
+        "EnvironmentVariables": {"PATH": "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LOG_STDERR": "false"},
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "ThrottleInterval": 10,
+        "ExitTimeOut": 35,  # SHUTDOWN_TIMEOUT is 20 here
+        "ProcessType": "Interactive",
+        "SoftResourceLimits": {"NumberOfFiles": 8192},
+        "Umask": 0o077,
+        "StandardOutPath": log,
+        "StandardErrorPath": log,
+    }
+    assert machine.cache_dir.is_dir(), "launchd does not make the folder of its log"
+
+
+def test_where_models_lie_is_carried_into_the_service_and_no_secret_is(machine: Machine) -> None:
+    plist, unit = rendered(machine, HF_HOME="/Volumes/big disk/hf", HF_TOKEN="hf_secret", PORT="1")
+    environment = plist["EnvironmentVariables"]
+    assert isinstance(environment, dict)
+    assert environment["HF_HOME"] == "/Volumes/big disk/hf"
+    assert 'Environment="HF_HOME=/Volumes/big disk/hf"' in unit
+    assert "hf_secret" not in str(plist) + unit
+    assert "PORT" not in environment
+
+
+def test_a_setting_of_the_shell_that_the_service_will_not_see_is_told(machine: Machine) -> None:
+    result = machine.install("--render", str(machine.home / "out"), PORT="1")
+    assert "PORT in this shell is not seen by a service" in result.stderr
+
+
+def test_the_systemd_unit_passes_systemds_own_check(machine: Machine) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    _, unit = rendered(machine)
+    for line in ("Restart=always", "RestartSec=10", "TimeoutStopSec=35", "KillMode=mixed", "RestartPreventExitStatus=2", "UMask=0077"):
+        assert line in unit.splitlines()
+    assert "@" not in unit.replace("between @", "")
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--user", machine.home / "out" / "sesame-tts.service"],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(machine.home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_away(machine: Machine) -> None:
+    installed = machine.install()
+    assert installed.returncode == 0, installed.stdout + installed.stderr + machine.log()
+    assert machine.calls("launchctl bootstrap") == [f"launchctl bootstrap gui/501 {machine.plist}"]
+    assert machine.calls("make") == [f"make -C {machine.project} setup"]
+    assert f"runs at http://127.0.0.1:{machine.port}" in installed.stdout
+    sample = machine.cache_dir / "installed.wav"
+    assert machine.calls("afplay") == [f"afplay {sample}"]
+    with wave.open(str(sample)) as spoken:
+        assert spoken.getframerate() == 24000
+        assert spoken.getnframes() > 24000
+    assert sample.stat().st_mode & 0o077 == 0o044 or sample.stat().st_mode & 0o077 == 0
+    assert (machine.cache_dir / "server.log").stat().st_mode & 0o077 == 0, "the service's files are its owner's"
+    first = machine.manager()["pid"]
+
+    upgraded = machine.install()
+    assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr + machine.log()
+    assert len(machine.calls("launchctl bootout")) == 1
+    assert len(machine.calls("launchctl bootstrap")) == 2
+    second = machine.manager()
+    assert second["pid"] != first
+    assert second["statuses"] == []
+    assert len(second["starts"]) == 1
+
+    restarted = machine.install("--restart")
+    assert restarted.returncode == 0, restarted.stdout + restarted.stderr
+    assert machine.calls("launchctl kickstart") == [f"launchctl kickstart -k gui/501/{LABEL}"]
+    assert machine.manager()["statuses"] == [0], "the server ended in order"
+
+    status = machine.install("--status")
+    assert status.returncode == 0, status.stdout + status.stderr
+    assert f"pid = {machine.manager()['pid']}" in status.stdout
+    assert f"Answers at 127.0.0.1:{machine.port}: ok" in status.stdout
+    logs = machine.install("--logs")
+    assert logs.returncode == 0
+    assert "listens on" in logs.stdout
+
+    removed = machine.install("--uninstall")
+    assert removed.returncode == 0, removed.stderr
+    assert not machine.plist.exists()
+    assert not machine.answers()
+    assert machine.cache_dir.is_dir(), "voices and logs are the user's"
+    again = machine.install("--uninstall")
+    assert (again.returncode, "not installed" in again.stdout) == (0, True)
+    assert machine.install("--status").returncode == 1
+
+
+def test_linux_gets_a_user_unit_that_speaks_and_goes_away(machine: Machine) -> None:
+    machine.says(system="Linux", processor="x86_64")
+    machine.configure(API_KEY="it's a secret")
+    installed = machine.install("--no-download")
+    assert installed.returncode == 0, installed.stdout + installed.stderr + machine.log()
+    assert "loginctl enable-linger burke" in installed.stderr
+    assert "systemctl --user enable --quiet sesame-tts.service" in machine.calls("systemctl")
+    assert (machine.cache_dir / "installed.wav").stat().st_size > 48000
+    assert "secret" not in installed.stdout + installed.stderr + machine.unit.read_text() + machine.log()
+    assert machine.install("--status").returncode == 0
+    assert machine.install("--restart").returncode == 0
+    assert machine.manager()["statuses"] == [0]
+    assert machine.install("--uninstall").returncode == 0
+    assert not machine.unit.exists()
+    assert not machine.answers()
+
+
+def test_linux_without_a_systemd_for_users_is_told_what_to_do_instead(machine: Machine) -> None:
+    machine.says(system="Linux", systemd="absent")
+    result = machine.install()
+    assert result.returncode == 3
+    assert "make run" in result.stderr
+    assert machine.calls("make") == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"processor": "x86_64"}, "needs Apple Silicon"),
+        ({"processor": "x86_64", "rosetta": "1"}, "Rosetta"),
+        ({"macos": "13.6.1"}, "macOS 14 or newer"),
+        ({"user": "0"}, "without sudo"),
+    ],
+)
+def test_a_machine_that_cannot_run_it_is_refused_before_anything_is_changed(
+    machine: Machine, answers: dict[str, str], message: str
+) -> None:
+    machine.says(**answers)
+    result = machine.install()
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert machine.calls("make") == []
+    assert not machine.plist.exists()
+
+
+def test_wrong_usage_is_told(machine: Machine) -> None:
+    assert machine.install("--instal").returncode == 2
+    assert machine.install("--render").returncode == 2
+    assert machine.install("--help").returncode == 0
+
+
+def test_a_port_that_another_program_holds_is_told_and_nothing_is_started(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", machine.port)):
+        result = machine.install()
+    assert result.returncode == 2
+    assert f"PORT={machine.port} is taken" in result.stderr
+    assert machine.calls("launchctl bootstrap") == []
+
+
+def test_a_mistake_in_env_does_not_end_the_service_that_runs(machine: Machine) -> None:
+    assert machine.install().returncode == 0
+    machine.configure(DEFAULT_FORMAT="ogg")
+    result = machine.install()
+    assert result.returncode == 2
+    assert "DEFAULT_FORMAT=" in result.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        machine.configure(PORT=taken.getsockname()[1])
+        assert machine.install().returncode == 2
+    assert machine.calls("launchctl bootout") == []
+    assert machine.answers()
+
+
+def supervise(machine: Machine) -> None:
+    """Start the job of the rendered plist, with a throttle of a tenth: one second."""
+    files = (PROJECT / "tests" / "supervisor.py", machine.home / "out" / f"{LABEL}.plist", machine.state / "service.json")
+    command = [sys.executable, *map(str, files), "--throttle-scale", system_tools.THROTTLE_SCALE]
+    machine.supervisor = subprocess.Popen(command, env=machine.environment, start_new_session=True)
+    until(lambda: (machine.state / "service.json").exists())
+
+
+def test_a_server_that_is_killed_is_started_again_but_not_before_the_throttle(machine: Machine) -> None:
+    rendered(machine)
+    supervise(machine)
+    until(machine.answers, START_SECONDS)
+    for _ in range(2):
+        before = machine.manager()
+        assert before["pid"]
+        os.kill(before["pid"], signal.SIGKILL)
+        until(lambda before=before: machine.manager()["pid"] not in (None, before["pid"]))  # type: ignore[misc]
+        until(machine.answers, START_SECONDS)
+    starts, statuses = machine.manager()["starts"], machine.manager()["statuses"]
+    assert statuses == [-signal.SIGKILL, -signal.SIGKILL]
+    assert all(later - earlier >= 1.0 for earlier, later in pairwise(starts))
+    pid = json.loads((machine.cache_dir / "server.pid").read_text())["pid"]
+    assert pid == machine.manager()["pid"], "the file of the killed server hinders nobody"
+
+
+def test_a_server_that_is_told_to_stop_finishes_its_sentence_and_exits_with_0(machine: Machine) -> None:
+    rendered(machine)
+    supervise(machine)
+    until(machine.answers, START_SECONDS)
+    request = {
+        "model": "tts-1",
+        "input": "This sentence is spoken to its very end. " * 40,
+        "voice": "heart",
+        "response_format": "wav",
+        "stream": True,
+    }
+    url = f"http://127.0.0.1:{machine.port}/v1/audio/speech"
+    supervisor = machine.manager()["supervisor"]
+    with httpx.stream("POST", url, json=request, timeout=SECONDS) as answer:
+        assert answer.status_code == 200
+        chunks = answer.iter_raw()
+        size = len(next(chunks))
+        os.kill(supervisor, signal.SIGTERM)
+        size += sum(len(chunk) for chunk in chunks)
+    assert size > 40 * 24000 * 2, "forty sentences of a second and more"
+    until(lambda: machine.manager()["statuses"])
+    assert machine.manager()["statuses"] == [0]
+    assert not (machine.cache_dir / "server.pid").exists()
+
+
+def test_a_setting_that_cannot_be_used_shows_in_the_log_and_keeps_the_machine_quiet(machine: Machine) -> None:
+    rendered(machine)
+    machine.configure(MAX_QUEUE="many")
+    supervise(machine)
+    until(lambda: len(machine.manager()["starts"]) == 4)
+    starts, statuses = machine.manager()["starts"], machine.manager()["statuses"]
+    assert statuses == [2, 2, 2]
+    assert all(later - earlier >= 1.0 for earlier, later in pairwise(starts)), "a crash loop is throttled"
+    assert "MAX_QUEUE=" in (machine.cache_dir / "launchd.log").read_text()
+
+
+def test_a_real_systemd_runs_the_unit(machine: Machine) -> None:
+    """Under a name of its own, and only for as long as the user's manager runs: a service of the same user stays untouched."""
+    systemctl = ["systemctl", "--user", "--quiet"]
+    if not shutil.which("systemctl") or subprocess.run([*systemctl, "show-environment"], capture_output=True, check=False).returncode:
+        pytest.skip("no systemd runs services for this user")
+    rendered(machine)
+    name = f"sesame-tts-test-{os.getpid()}.service"
+    unit = machine.home / "out" / name
+    (machine.home / "out" / "sesame-tts.service").rename(unit)
+    subprocess.run([*systemctl, "--runtime", "link", str(unit)], check=True)
+    try:
+        subprocess.run([*systemctl, "start", name], check=True)
+        until(machine.answers, START_SECONDS)
+        subprocess.run([*systemctl, "kill", "--kill-whom=main", "--signal=SIGKILL", name], check=True)
+        until(lambda: not machine.answers())
+        until(machine.answers, START_SECONDS)
+    finally:
+        subprocess.run([*systemctl, "stop", name], check=False)
+        subprocess.run([*systemctl, "--runtime", "disable", name], check=False)
+    assert not machine.answers()
