@@ -17,6 +17,7 @@ import jiwer
 import mutagen
 import numpy as np
 import soundfile
+from mutagen.aac import AAC
 from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
@@ -53,9 +54,9 @@ def decode(data: bytes, fmt: str) -> tuple[Samples, int]:
 
 
 def duration(source: Path | bytes, fmt: str) -> float:
-    """How many seconds the file says it lasts, as `wave`, libsndfile or mutagen read it (nothing is decoded).
+    """How many seconds the file says it lasts, as `wave`, libsndfile or mutagen read it.
 
-    ADTS AAC carries no duration: mutagen estimates it from the first frames.
+    ADTS AAC carries no duration: mutagen adds up its frames, padding included.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     if fmt == "pcm":
@@ -63,11 +64,10 @@ def duration(source: Path | bytes, fmt: str) -> float:
     if fmt == "wav":
         with wave.open(io.BytesIO(data)) as opened:
             return float(opened.getnframes() / opened.getframerate())
-    if fmt == "flac":
-        return float(soundfile.info(io.BytesIO(data)).duration)
-    described = mutagen.File(io.BytesIO(data))
-    assert described is not None, f"mutagen does not recognise this {fmt}"
-    return float(described.info.length)
+    if fmt == "aac":
+        return float(mutagen.File(io.BytesIO(data), options=[AAC]).info.length)
+    # mutagen honours an MP3's count of padding samples only if LAME itself wrote it; libsndfile does whoever wrote it.
+    return float(soundfile.info(io.BytesIO(data)).duration)
 
 
 @cache
