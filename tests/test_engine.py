@@ -1,0 +1,323 @@
+"""The engine: models that load and speak, the built-in one and CSM through real mlx-audio, and what it does when a model misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pytest
+import tiny_csm
+from conftest import RunningServer
+from listening import decode, transcribe, word_error_rate
+
+from builtin_voice import BuiltinVoice
+from config import Settings
+from errors import GenerationTimeoutError, InternalError, InvalidInputError
+from model_host import Heartbeat, ModelHost
+from speech_model import GroupChunk, LoadProgress, ModelLoadError, SpeechOptions
+from speech_turns import Turns
+from tts_engine import TTSEngine, Utterance
+from voice_presets import Voice, VoicePresetManager
+
+T = TypeVar("T")
+TEXT = "Good morning. It is a quarter past seven, and the kettle is on."
+
+
+def with_engine(work: Callable[[TTSEngine, VoicePresetManager], Coroutine[Any, Any, T]], tmp_path: Path, **settings: Any) -> T:
+    """Run `work` with an engine whose built-in voice is ready."""
+
+    async def scenario() -> T:
+        chosen = Settings(csm="off", cache_dir=tmp_path, default_voice="heart", **settings)
+        presets = VoicePresetManager(chosen.presets_dir, chosen.default_voice)
+        engine = TTSEngine(chosen, presets)
+        await engine.start()
+        await engine.hosts["hibari"].settled()
+        try:
+            return await work(engine, presets)
+        finally:
+            await engine.close()
+
+    return asyncio.run(scenario())
+
+
+def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
+    async def work(engine: TTSEngine, presets: VoicePresetManager) -> Utterance:
+        utterance = engine.speak(TEXT, presets.resolve("heart"), SpeechOptions(seed=1))
+        samples = await utterance.samples()
+        assert samples.dtype == np.float32
+        assert samples.ndim == 1
+        assert word_error_rate(TEXT, transcribe(samples, utterance.sample_rate)) == 0
+        assert utterance.audio_seconds == pytest.approx(samples.size / 24_000)
+        return utterance
+
+    utterance = with_engine(work, tmp_path)
+    assert utterance.groups == ["Good morning. ", "It is a quarter past seven, and the kettle is on."]
+    assert [mark.group for mark in utterance.marks] == [0, 1]
+    assert utterance.generation_time > 0
+
+
+def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp_path: Path) -> None:
+    async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
+        voice = presets.resolve("heart")
+        first = await engine.speak("Hello.", voice, SpeechOptions(seed=9)).samples()
+        for seed in range(98):
+            await engine.speak("Something in between.", voice, SpeechOptions(seed=seed)).samples()
+        assert np.array_equal(await engine.speak("Hello.", voice, SpeechOptions(seed=9)).samples(), first)
+
+    with_engine(work, tmp_path)
+
+
+def test_closing_an_utterance_frees_the_turn_for_the_next(tmp_path: Path) -> None:
+    async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
+        voice, turns = presets.resolve("heart"), engine.hosts["hibari"].turns
+        running = engine.speak(TEXT * 60, voice, SpeechOptions(seed=1))
+        waiting = engine.speak(TEXT, voice, SpeechOptions(seed=1))
+        async for _ in running:
+            break
+        assert (turns.active, turns.waiting) == (1, 1)
+        await waiting.aclose()
+        assert (turns.active, turns.waiting) == (1, 0)
+        await running.aclose()
+        assert (turns.active, turns.waiting) == (0, 0)
+        assert running.audio_seconds < 60
+        assert (await engine.speak("Next.", voice, SpeechOptions(seed=1)).samples()).size > 0
+
+    with_engine(work, tmp_path)
+
+
+def test_texts_with_nothing_to_say_are_refused(tmp_path: Path) -> None:
+    async def work(engine: TTSEngine, _: VoicePresetManager) -> None:
+        for text in ("***", "🎉", "\n\n---\n\n", "\u200b"):
+            with pytest.raises(InvalidInputError):
+                engine.prepare_text(text)
+            with pytest.raises(InvalidInputError):
+                engine.prepare_text(text, normalize=False)
+        assert engine.prepare_text("**Hello** [you](https://example.com)") == "Hello you"
+        assert engine.prepare_text("**Hello**", normalize=False) == "**Hello**"
+
+    with_engine(work, tmp_path)
+
+
+class FaultyVoice(BuiltinVoice):
+    """The built-in voice with a fault that a test sets off, as a broken model would have it."""
+
+    def __init__(self, fault: Callable[[], None]) -> None:
+        super().__init__()
+        self._fault = fault
+
+    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
+        for chunk in super().speak(groups, voice, options, cancelled):
+            yield chunk
+            if "fault" in groups[chunk.group]:
+                self._fault()
+
+
+def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: Path, stall_seconds: float = 60.0) -> None:
+    """A fault reaches the reader of the utterance it spoils, and the next utterance is spoken."""
+
+    async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
+        await engine.hosts["hibari"].close()
+        host = ModelHost(lambda: FaultyVoice(fault), Turns(5, 30), stall_seconds=stall_seconds, after_load=lambda model: model.warm_up([]))
+        engine.hosts["hibari"] = host
+        host.start()
+        await host.settled()
+        voice = presets.resolve("heart")
+        spoiled = engine.speak("A good sentence. A fault is here. And another.", voice, SpeechOptions(seed=1))
+        with pytest.raises(expected):
+            await spoiled.samples()
+        await host.settled()
+        assert (host.turns.active, host.turns.waiting) == (0, 0)
+        assert host.ready
+        assert (await engine.speak("All is well again.", voice, SpeechOptions(seed=1)).samples()).size > 0
+
+    with_engine(work, tmp_path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_a_model_raises_reaches_the_caller_and_spares_the_thread(error: BaseException, tmp_path: Path) -> None:
+    def fault() -> None:
+        raise error
+
+    with_faulty(fault, InternalError, tmp_path)
+
+
+def test_out_of_memory_has_its_own_error(tmp_path: Path) -> None:
+    from errors import InsufficientMemoryError
+
+    def fault() -> None:
+        raise MemoryError
+
+    with_faulty(fault, InsufficientMemoryError, tmp_path)
+
+
+def test_a_hung_model_is_left_behind_and_loaded_anew(tmp_path: Path) -> None:
+    hangs = iter([20.0])
+    with_faulty(lambda: time.sleep(next(hangs, 0)), GenerationTimeoutError, tmp_path, stall_seconds=1.0)
+
+
+class FailingLoad(BuiltinVoice):
+    """Fails to load as often as it is told to."""
+
+    def __init__(self, failures: list[BaseException]) -> None:
+        super().__init__()
+        self._failures = failures
+
+    def load(self, report: Callable[[LoadProgress], None]) -> None:
+        report(LoadProgress("trying", 1, 4))
+        if self._failures:
+            raise self._failures.pop(0)
+        super().load(report)
+
+
+def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
+    async def scenario() -> None:
+        failures: list[BaseException] = [ModelLoadError("The disk is full: free 7 GB."), ValueError("?"), MemoryError()]
+        host = ModelHost(lambda: FailingLoad(failures), Turns(5, 30), stall_seconds=60)
+        host.start()
+        for told in ("The disk is full: free 7 GB.", "unforeseen way (ValueError)", "not enough memory"):
+            await host.settled()
+            assert host.state == "failed"
+            assert told in (host.error or "")
+            host.reload()
+            while host.state == "failed":
+                await asyncio.sleep(0.01)
+        await host.settled()
+        assert host.state == "ready"
+        assert host.error is None
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
+    async def scenario() -> None:
+        host = ModelHost(BuiltinVoice, Turns(5, 30), stall_seconds=60, idle_seconds=0.2)
+        host.start()
+        await host.settled()
+        while host.state != "unloaded":
+            await asyncio.sleep(0.05)
+        assert host.ready
+        async with host.turns.turn():
+            rate = await host.run(lambda model: model.sample_rate, Heartbeat())
+        assert rate == 24_000
+        assert host.state == "ready"
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture(scope="module")
+def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Settings for a server whose CSM is the tiny checkpoint: random weights, so lengths are capped and nothing is judged."""
+    presets = tmp_path_factory.mktemp("presets")
+    for key in ("a", "b"):
+        preset = {"name": f"tiny_{key}", "voice_key": f"conversational_{key}", "max_audio_length_ms": 320}
+        (presets / f"tiny_{key}.json").write_text(json.dumps(preset))
+    (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
+    environment = tiny_csm.environment(tiny_csm.build())
+    return {
+        "CSM": "on",
+        "GUARD": "off",
+        "MODEL_DTYPE": "float32",
+        "DEFAULT_VOICE": "tiny_a",
+        "PRESETS_DIR": presets,
+        "PAUSE_MS": 100,
+        **environment,
+    }
+
+
+@pytest.fixture(scope="module")
+def csm_server(tmp_path_factory: pytest.TempPathFactory, csm_settings: dict[str, object]) -> Iterator[RunningServer]:
+    from conftest import start_server
+
+    running = start_server(tmp_path_factory.mktemp("csm"), **csm_settings)
+    try:
+        health = running.wait_for(lambda health: health["models"]["csm-1b"]["state"] in {"ready", "failed"}, 180)
+        assert health["models"]["csm-1b"]["state"] == "ready", health
+        yield running
+    finally:
+        running.stop()
+
+
+def speak(server: RunningServer, **fields: Any) -> httpx.Response:
+    body = {"model": "csm-1b", "input": "Hello.", "voice": "tiny_a", "response_format": "wav"} | fields
+    response = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=240)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def test_csm_loads_from_a_hugging_face_cache_and_speaks(csm_server: RunningServer) -> None:
+    health = csm_server.health()
+    assert health["status"] == "ok"
+    assert health["model"]["loaded"] is True
+    assert health["model"]["sample_rate"] == 24_000
+    assert health["model"]["peak_memory_gb"] > 0
+    facts = health["models"]["csm-1b"]
+    assert (facts["source"], facts["dtype"], facts["watermark"]) == ("sesame/csm-1b", "float32", False)
+    response = speak(csm_server)
+    samples, rate = decode(response.content, "wav")
+    assert rate == 24_000
+    assert 0 < samples.size <= 4 * 1920  # four frames of 80 ms
+    assert np.abs(samples).max() > 0
+    assert response.headers["x-model"] == "csm-1b"
+
+
+def test_csm_starts_every_utterance_from_a_clean_state(csm_server: RunningServer) -> None:
+    first = speak(csm_server, seed=4).content
+    speak(csm_server, seed=5, input="Another text. With two sentences.")
+    assert speak(csm_server, seed=4).content == first
+    assert speak(csm_server, seed=5).content != first
+    assert speak(csm_server, seed=4, voice="tiny_b").content != first
+
+
+def test_the_requests_sampler_reaches_csm(csm_server: RunningServer) -> None:
+    greedy = {speak(csm_server, seed=seed, temperature=0).content for seed in (1, 2)}
+    assert len(greedy) == 1
+    assert speak(csm_server, seed=1, top_k=1).content == speak(csm_server, seed=2, top_k=1).content
+
+
+def test_a_long_text_becomes_one_capped_group_after_another(csm_server: RunningServer) -> None:
+    text = " ".join(f"This is sentence number {number}, and it is long enough to matter." for number in range(12))
+    response = speak(csm_server, input=text, timestamps=True)
+    captions = httpx.get(f"{csm_server.url}{response.headers['x-timestamps']}").json()["captions"]
+    assert len(captions) >= 3
+    assert " ".join(caption["text"] for caption in captions) == text
+    assert all(caption["end"] - caption["start"] <= 0.3201 for caption in captions)
+    assert len(captions[0]["text"]) <= 120
+
+
+def test_csm_streams_what_it_would_have_sent_complete(csm_server: RunningServer) -> None:
+    text = "First comes this. " * 9
+    streamed = speak(csm_server, seed=3, input=text, stream=True, response_format="wav")
+    complete = speak(csm_server, seed=3, input=text, response_format="wav")
+    a, b = decode(streamed.content, "wav")[0], decode(complete.content, "wav")[0]
+    assert a.size == b.size
+    assert np.abs(a - b).max() <= 2 / 32768  # frames are decoded in other blocks: equal within float error
+
+
+def test_the_two_models_speak_side_by_side(csm_server: RunningServer) -> None:
+    body = {"model": "m", "input": "A longer sentence that takes CSM a while to say. " * 4, "voice": "tiny_a", "stream": True}
+    with httpx.Client(base_url=csm_server.url, timeout=240) as client, client.stream("POST", "/v1/audio/speech", json=body) as response:
+        assert speak(csm_server, voice="heart").headers["x-model"] == "hibari"
+        assert len(response.read()) > 0
+
+
+def test_without_a_hub_the_server_stays_up_and_says_what_to_do(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    server = make_server(CSM="on", HF_HUB_CACHE=tmp_path / "empty", HF_HUB_OFFLINE=0, HF_ENDPOINT="http://127.0.0.1:9")
+    health = server.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "failed", 60)
+    assert health["status"] == "degraded"
+    assert "sesame/csm-1b" in health["models"]["csm-1b"]["error"]
+    body = {"model": "m", "input": "Hello.", "voice": "conversational"}
+    with server.client() as client:
+        refused = client.post("/v1/audio/speech", json=body)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "model_not_ready"
+        assert "heart" in refused.json()["error"]["message"]
+        assert client.post("/v1/audio/speech", json=body | {"voice": "heart"}).status_code == 200
+        assert client.post("/admin/reload").json()["models"]["hibari"] == "ready"
