@@ -28,6 +28,8 @@ const keyDialog = new KeyDialog(() => begin());
 const voiceDialog = new VoiceDialog((voice) => useNewVoice(voice));
 const results = new Results(byId("recent"), byId("results"), { play: replay, download, restore });
 
+const SPEAK_KEY = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl ↵";
+
 let speaking = null; // the AbortController of the request under way
 let wanted = "curl";
 let listed = true;
@@ -54,6 +56,7 @@ async function speak() {
   player.start(take);
   render();
   say("Waiting for the first sound");
+  server.hurry = true;
   server.ask();
   try {
     await receive(take, controller.signal);
@@ -63,11 +66,13 @@ async function speak() {
     if (take.state === "failed") fail(error);
   }
   if (speaking === controller) speaking = null;
+  server.hurry = speaking !== null;
   finishTake(take);
 }
 
 async function receive(take, signal) {
   const { headers, events } = await speakStreamed(take.request, signal);
+  server.ask();
   take.queued = Number(headers.get("X-Queue-Time")) || 0;
   const spokenBy = headers.get("X-Voice");
   for await (const event of events) {
@@ -118,6 +123,7 @@ function render() {
   const active = Boolean(speaking) || player.playing;
   byId("speak").classList.toggle("active", active);
   byId("speak-word").textContent = active ? "Stop" : "Speak";
+  byId("speak-key").textContent = active ? "Esc" : SPEAK_KEY;
   byId("play").classList.toggle("active", player.playing);
   byId("play").setAttribute("aria-label", player.playing ? "Pause" : "Play");
   byId("play").disabled = !player.take?.length;
@@ -313,7 +319,6 @@ text.addEventListener("input", showChoice);
 settings.addEventListener("change", showChoice);
 voices.addEventListener("change", showChoice);
 server.addEventListener("change", () => listVoices());
-byId("speak-key").textContent = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl ↵";
 text.setSelectionRange(text.value.length, text.value.length);
 render();
 begin();

@@ -48,9 +48,9 @@ export class Results {
     const play = make("button", { type: "button", className: "round" }, icon(["M4.8 2.8v10.4L13.2 8z", "when-play"], ["M4 3h3v10H4zM9 3h3v10H9z", "when-pause"]));
     play.setAttribute("aria-label", `Play: ${excerpt(take)}`);
     play.addEventListener("click", () => this.#actions.play(take));
-    const figures = figuresOf(take).map(([name, value]) => `${name.toLowerCase()} ${value}`);
+    const figures = figuresOf(take).map(([name, value]) => (name === "Duration" ? value : `${name.toLowerCase()} ${value}`));
     const state = { stopped: "stopped", failed: "broken off" }[take.state];
-    const meta = [voice, ...figures, `seed ${seed}`, state].filter(Boolean).join(" · ");
+    const meta = [voice, figures.pop(), ...figures, `seed ${seed}`, state].filter(Boolean).join(" · ");
     return make(
       "li",
       {},

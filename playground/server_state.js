@@ -19,6 +19,7 @@ export class ServerState extends EventTarget {
     super();
     this.#parts = parts;
     this.health = null;
+    this.hurry = false; // asks often, because something of ours is under way
     document.addEventListener("visibilitychange", () => document.hidden || this.ask());
   }
 
@@ -39,7 +40,7 @@ export class ServerState extends EventTarget {
 
   #moving() {
     const { status, queue } = this.health ?? {};
-    return status !== "ok" || (queue?.active ?? 0) + (queue?.waiting ?? 0) > 0;
+    return this.hurry || status !== "ok" || (queue?.active ?? 0) + (queue?.waiting ?? 0) > 0;
   }
 
   #show(fault) {

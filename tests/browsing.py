@@ -1,0 +1,192 @@
+"""A real Chromium on the page, and an eye on what no page of ours may do: console errors, policy violations, foreign requests."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import which
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from listening import Samples
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+
+RESULTS = Path(__file__).resolve().parent.parent / "test-results"
+
+_NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+_FLAGS = [
+    "--no-sandbox",  # it refuses to start as root otherwise, and it sees only our own page
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
+
+
+def find_chromium() -> str | None:
+    """The Chromium or Chrome of this machine; CHROMIUM names another."""
+    return os.environ.get("CHROMIUM") or next((found for name in _NAMES if (found := which(name))), None)
+
+
+@contextmanager
+def running_chromium() -> Iterator[Browser]:
+    """A headless browser; the test is skipped, with the reason, where there is none."""
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium on this machine: `apt-get install chromium`, or CHROMIUM=/path/to/it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """One visit to the page, in a browser profile of its own.
+
+    Attributes:
+        page: Playwright's page.
+        context: Its profile.
+        faults: What went wrong that a user would not see.
+        refusals: Answers with 4xx and 5xx; a test that provokes them says so with `expect_refusals`.
+    """
+
+    page: Page
+    context: BrowserContext
+    url: str
+    faults: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
+    expect_refusals: bool = False
+
+    def watch(self) -> None:
+        """Begin to note faults."""
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
+        self.context.on("request", self._request)
+        self.page.add_init_script(
+            "document.addEventListener('securitypolicyviolation', (e) => console.error(`policy: ${e.violatedDirective} ${e.blockedURI}`));"
+        )
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            kept = self.refusals if message.text.startswith("Failed to load resource") else self.faults
+            kept.append(f"{message.type}: {message.text}")
+
+    def _request(self, request: Request) -> None:
+        self.requested.append(request.url)
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("blob", "data") and parts.netloc != urlsplit(self.url).netloc:
+            self.faults.append(f"foreign request: {request.url}")
+
+    def check(self) -> None:
+        """Fail if anything was wrong behind the scenes."""
+        assert self.faults == [], self.faults
+        assert self.expect_refusals or self.refusals == [], self.refusals
+
+    def open(self) -> None:
+        """Load the page, and wait for its voices."""
+        self.page.goto(self.url)
+        self.page.locator(".voice input").first.wait_for()
+
+    def speak(self, text: str) -> None:
+        """Type a text and speak it, whether or not something is spoken already."""
+        self.page.fill("#text", text)
+        self.page.keyboard.press("Control+Enter")
+
+    def wait(self, expression: str, seconds: float = 60) -> Any:
+        """The first truthy value of a JavaScript expression. (Playwright's own waiting needs `eval`, which our policy forbids.)"""
+        deadline = time.monotonic() + seconds
+        while not (value := self.page.evaluate(expression)):
+            assert time.monotonic() < deadline, f"not within {seconds} s: {expression}"
+            self.page.wait_for_timeout(20)
+        return value
+
+    def wait_complete(self) -> None:
+        """Until the whole utterance has arrived."""
+        self.wait("sesame.take?.state === 'complete'")
+
+    def loudest_heard(self) -> float:
+        """The loudest of what the player sends to the loudspeaker, as soon as it is louder than silence."""
+        return float(
+            self.wait(
+                """() => {
+                    const { analyser } = sesame.player;
+                    if (!analyser) return 0;
+                    const heard = new Float32Array(analyser.fftSize);
+                    analyser.getFloatTimeDomainData(heard);
+                    const loudest = Math.max(...heard.map(Math.abs));
+                    return loudest > 0.02 ? loudest : 0;
+                }"""
+            )
+        )
+
+    def samples(self) -> Samples:
+        """All samples of the last take, float32, shape (n,), at 24 kHz."""
+        encoded = self.page.evaluate(
+            """async () => {
+                const blob = new Blob([sesame.take.from(0)]);
+                const reader = new FileReader();
+                reader.readAsDataURL(blob);
+                await new Promise((resolve) => (reader.onload = resolve));
+                return reader.result.split(",")[1];
+            }"""
+        )
+        return np.frombuffer(base64.b64decode(encoded), "<f4")
+
+    def pixels(self, variable: str) -> int:
+        """How many pixels of the waveform have the colour of a CSS variable."""
+        return int(
+            self.page.evaluate(
+                """(name) => {
+                    const canvas = document.getElementById("canvas");
+                    const probe = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+                    const pen = probe.getContext("2d", { willReadFrequently: true });
+                    pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+                    pen.fillRect(0, 0, 1, 1);
+                    const wanted = pen.getImageData(0, 0, 1, 1).data;
+                    pen.clearRect(0, 0, 1, 1);
+                    pen.drawImage(canvas, 0, 0);
+                    const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+                    let count = 0;
+                    for (let i = 0; i < data.length; i += 4) count += wanted.every((value, k) => data[i + k] === value) ? 1 : 0;
+                    return count;
+                }""",
+                variable,
+            )
+        )
+
+
+@contextmanager
+def visit(browser: Browser, url: str, name: str, **options: Any) -> Iterator[Visit]:
+    """A visit; leaves a screenshot in test-results/ when the test fails."""
+    context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | options))
+    guest = Visit(context.new_page(), context, url)
+    guest.watch()
+    try:
+        yield guest
+        guest.check()
+    except BaseException:
+        RESULTS.mkdir(exist_ok=True)
+        guest.page.screenshot(path=RESULTS / f"{name}.png", full_page=True)
+        raise
+    finally:
+        context.close()

@@ -1,0 +1,255 @@
+"""The page for everybody: keyboard alone, names for screen readers, contrast, phones, dark mode, and own voices from the microphone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import Visit, running_chromium, visit
+from conftest import PROJECT, RunningServer
+from playwright.sync_api import Browser, expect
+
+SENTENCE = "The quick brown fox jumps over the lazy dog."
+STORY = "Good morning. This voice runs on your own machine, and nothing you type leaves it. Change these words, then press Speak."
+PHONE = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
+
+Guest = Callable[..., AbstractContextManager[Visit]]
+
+# The contrast of every visible text with what is painted behind it (WCAG 2.2, 1.4.3), as "text: ratio" for those below the bound.
+LOW_CONTRAST = """() => {
+    const parse = (colour) => { const v = colour.match(/[\\d.]+/g).map(Number); return { rgb: v.slice(0, 3), alpha: v[3] ?? 1 }; };
+    const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const luminance = (rgb) => 0.2126 * linear(rgb[0]) + 0.7152 * linear(rgb[1]) + 0.0722 * linear(rgb[2]);
+    const behind = (element) => {
+        for (let e = element; e; e = e.parentElement) {
+            const { rgb, alpha } = parse(getComputedStyle(e).backgroundColor);
+            if (alpha > 0.99) return rgb;
+        }
+        return [255, 255, 255];
+    };
+    const low = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        const element = node.parentElement;
+        if (!node.data.trim() || !element.checkVisibility() || element.closest("script, noscript, option, :disabled")) continue;
+        const [a, b] = [luminance(parse(getComputedStyle(element).color).rgb), luminance(behind(element))];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) low.push(`${node.data.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+    }
+    return low;
+}"""
+
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a, [role=slider], meter, audio, fieldset")]
+    .filter((e) => e.checkVisibility())
+    .filter((e) => !(e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || [...(e.labels ?? [])].some((l) => l.textContent.trim())
+        || e.querySelector("legend")?.textContent.trim() || (e.matches("button, a") && e.textContent.trim())))
+    .map((e) => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def guest(browser: Browser, server: RunningServer, request: pytest.FixtureRequest) -> Guest:
+    def open_visit(url: str | None = None, **options: Any) -> AbstractContextManager[Visit]:
+        return visit(browser, url or f"{server.url}/", str(request.node.name), **options)
+
+    return open_visit
+
+
+def test_the_keyboard_alone_is_enough(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        page = seen.page
+        keyboard = page.keyboard
+        keyboard.press("Tab")
+        expect(page.locator(".skip")).to_be_focused()
+        keyboard.press("Enter")
+        expect(page.locator("#text")).to_be_focused()
+        keyboard.press("Control+A")
+        keyboard.type(STORY)
+        keyboard.press("Control+Enter")
+        assert seen.loudest_heard() > 0.02
+        seen.wait_complete()
+        keyboard.press("Escape")
+        expect(page.locator("#status")).to_have_text("Stopped")
+        for name in ("#chosen", "#speak", "#play", "#wave"):
+            keyboard.press("Tab")
+            expect(page.locator(name)).to_be_focused()
+        keyboard.press("End")
+        assert page.evaluate("sesame.take.duration - sesame.player.position") < 0.01
+        keyboard.press("Home")
+        keyboard.press("ArrowRight")
+        assert page.evaluate("sesame.player.position") == pytest.approx(1, abs=0.01)
+        expect(page.locator("#wave")).to_have_attribute("aria-valuetext", "0:01 of " + page.inner_text("#length"))
+        keyboard.press("Tab")
+        keyboard.press("Tab")
+        expect(page.locator(".voice input:checked")).to_be_focused()
+        keyboard.press("ArrowUp")
+        expect(page.locator("#chosen")).to_contain_text("conversational_b")
+
+
+def test_every_stop_of_the_keyboard_can_be_seen(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        visited = []
+        for _ in range(30):
+            seen.page.keyboard.press("Tab")
+            place, outlined = seen.page.evaluate(
+                """() => {
+                    const e = document.activeElement;
+                    const shown = [e, e.nextElementSibling, e.closest(".voice, .composer")].filter(Boolean);
+                    const visible = shown.some((x) => getComputedStyle(x).outlineStyle !== "none" && parseFloat(getComputedStyle(x).outlineWidth) >= 2);
+                    return [e.id || e.value || e.textContent, visible || e.id === "text"];
+                }"""
+            )
+            if place in visited or not place:
+                break
+            visited.append(place)
+            assert outlined, f"nothing shows that {place!r} has the focus"
+        assert len(visited) >= 12
+        assert "copy" in visited
+
+
+def test_everything_has_a_name(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.speak(SENTENCE)
+        seen.wait_complete()
+        assert seen.page.evaluate(NAMELESS) == []
+        seen.page.click("#add-voice")
+        assert seen.page.evaluate(NAMELESS) == []
+        ids = seen.page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+        assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read_in_both_schemes(scheme: str, guest: Guest) -> None:
+    with guest(color_scheme=scheme) as seen:
+        seen.expect_refusals = True
+        seen.open()
+        ground = seen.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        assert max(ground) < 60 if scheme == "dark" else min(ground) > 230
+        assert seen.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+        seen.page.click("#server-button")
+        seen.speak(STORY)
+        expect(seen.page.locator("#transcript [aria-current]")).to_have_count(1)
+        assert seen.page.evaluate(LOW_CONTRAST) == []
+        seen.wait_complete()
+        seen.speak("x " * 3000)
+        expect(seen.page.locator("#error")).to_be_visible()
+        seen.page.click("#add-voice")
+        seen.page.click("#voice-save")
+        expect(seen.page.locator("#voice-error")).to_be_visible()
+        assert seen.page.evaluate(LOW_CONTRAST) == []
+
+
+def test_a_phone_shows_everything_without_sideways_scrolling(guest: Guest) -> None:
+    with guest(**PHONE) as seen:
+        seen.open()
+        seen.page.locator("#server-button").tap()
+        seen.page.fill("#text", STORY)
+        seen.page.locator("#speak").tap()
+        assert seen.loudest_heard() > 0.02
+        seen.wait_complete()
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 320
+        small = seen.page.evaluate(
+            """() => [...document.querySelectorAll("button, .segments label, .voice, input[type=range], input[type=text]")]
+                .filter((e) => e.checkVisibility())
+                .map((e) => [e.id || e.textContent.trim(), e.getBoundingClientRect()])
+                .filter(([, box]) => box.width < 24 || box.height < 24 || box.left < 0 || box.right > 320)
+                .map(([name]) => name)"""
+        )
+        assert small == []
+        seen.page.locator("#add-voice").tap()
+        box = seen.page.locator("#voice-dialog").bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 320
+        assert seen.page.evaluate(
+            "document.querySelector('#voice-dialog').scrollWidth <= document.querySelector('#voice-dialog').clientWidth"
+        )
+
+
+def test_reduced_motion_is_respected(guest: Guest) -> None:
+    with guest(reduced_motion="reduce") as seen:
+        seen.open()
+        seen.speak(SENTENCE)
+        seen.wait_complete()
+        assert seen.page.evaluate("document.getAnimations().length") == 0
+
+
+def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
+    own = make_server()
+    with guest(f"{own.url}/", permissions=["microphone"]) as seen:
+        seen.open()
+        page = seen.page
+        page.click("#add-voice")
+        expect(page.locator("#voice-note")).to_contain_text("CSM-1B, which is switched off")
+        page.click("#voice-save")
+        expect(page.locator("#voice-error")).to_contain_text("Record something")
+        page.click("#record")
+        seen.wait("document.querySelector('#level').value > 0.01")
+        page.wait_for_timeout(2500)
+        page.click("#record")
+        expect(page.locator("#sample")).to_be_visible()
+        seen.wait("document.querySelector('#sample-audio').readyState >= 1")
+        page.fill("#voice-name", "My own voice")
+        page.click("#voice-save")
+        expect(page.locator("#voice-error")).to_contain_text("consent")
+        page.locator("#voice-consent").check()
+        page.click("#voice-save")
+        expect(page.locator("#voice-dialog")).to_be_hidden()
+        card = page.locator(".voice", has_text="My own voice")
+        expect(card.locator("input")).to_be_checked()
+        page.reload()
+        expect(card).to_have_count(1)
+        card.get_by_role("button", name="Delete the voice My own voice").click()
+        page.click("#delete-go")
+        expect(card).to_have_count(0)
+        expect(page.locator(".voice")).not_to_have_count(0)
+
+
+def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server: RunningServer, tmp_path: Path) -> None:
+    broken = tmp_path / "holiday.wav"
+    broken.write_bytes(b"this is no sound at all" * 50)
+    with guest() as seen:
+        seen.expect_refusals = True
+        seen.open()
+        page = seen.page
+        page.click("#add-voice")
+        page.set_input_files("#voice-file", broken)
+        assert page.input_value("#voice-words") == ""
+        page.fill("#voice-name", "Broken")
+        page.fill("#voice-words", "Words.")
+        page.locator("#voice-consent").check()
+        page.click("#voice-save")
+        expect(page.locator("#voice-error")).to_contain_text("audio")
+        page.click("#voice-cancel")
+        expect(page.locator(".voice", has_text="Broken")).to_have_count(0)
+
+
+@pytest.mark.skipif("UPDATE_SCREENSHOTS" not in os.environ, reason="UPDATE_SCREENSHOTS=1 renews the README's pictures")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("desktop-light", {"viewport": {"width": 1160, "height": 840}, "color_scheme": "light"}),
+        ("phone-dark", {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}),
+    ],
+)
+def test_the_readmes_pictures_are_of_the_page_as_it_is(name: str, options: dict[str, Any], guest: Guest) -> None:
+    with guest(**options) as seen:
+        seen.open()
+        if "light" in name:
+            seen.speak("The kettle is on, and the rain has stopped. Shall we take the long way round the lake?")
+            seen.wait_complete()
+        seen.speak(STORY)
+        seen.wait("sesame.player.position > 2.4")
+        seen.page.screenshot(path=PROJECT / "docs" / "images" / f"playground-{name}.png")
