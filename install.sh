@@ -125,7 +125,7 @@ fetch_model() {
     elif [ "$DOWNLOAD" = "no" ]; then
         say "Left for later: the server fetches it when it first runs; /health shows how far it is."
     else
-        (cd "$PROJECT" && "$PYTHON" model_source.py) || fail "$FAILED" \
+        helper fetch || fail "$FAILED" \
             "the model could not be fetched; the lines above say why. Running install.sh again resumes it, --no-download goes on without."
     fi
 }

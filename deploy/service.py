@@ -19,6 +19,7 @@ sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules lie one folder up
 from server_process import listen  # noqa: E402
+from speech_model import LoadProgress, ModelLoadError  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 UNIT_TEMPLATE = PROJECT_DIR / "deploy" / "sesame-tts.service"
@@ -184,6 +185,40 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def fetch(settings: Settings, _: argparse.Namespace) -> int:
+    """Fetch what is missing of Sesame's model, and say how far it is. Stopped at any point, the next run goes on from there."""
+    from model_source import find_model
+
+    try:
+        files = find_model(settings.model_id, _Progress(sys.stdout.isatty()).report)
+    except ModelLoadError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"All of {files.source} is on this machine." + (f" ({files.note}.)" if files.note else ""))
+    return 0
+
+
+class _Progress:
+    """On a terminal one line that counts up; elsewhere a line for each tenth."""
+
+    def __init__(self, on_terminal: bool) -> None:
+        self._on_terminal = on_terminal
+        self._tenth = -1
+
+    def report(self, progress: LoadProgress) -> None:
+        """Called twice a second at most while something is fetched."""
+        if not progress.total:
+            return
+        done = progress.done or 0
+        tenth = 10 * done // progress.total
+        line = f"{done / 1e9:6.2f} of {progress.total / 1e9:.2f} GB  {progress.stage}"
+        if self._on_terminal:
+            print(f"\r{line:<110.110}", end="\n" if done >= progress.total else "", flush=True)
+        elif tenth > self._tenth:
+            print(line, flush=True)
+        self._tenth = tenth
+
+
 def port(settings: Settings, arguments: argparse.Namespace) -> int:
     """0 if the port can be had, or is the running service's own; else the server's own words about who holds it."""
     if arguments.running and _pid_file(settings).get("port") == settings.port:
@@ -251,7 +286,7 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (facts, render, port, wait, ready, speak, status):
+    for command in (facts, render, fetch, port, wait, ready, speak, status):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         if command is render:

@@ -1,0 +1,184 @@
+"""A pool of machines: two real servers behind a real HAProxy, with machines dying and being restarted under load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from haproxy_pool import CONFIG, NAMES, Pool, haproxy_program, until
+
+pytestmark = pytest.mark.skipif(haproxy_program() is None, reason="haproxy is not installed (Debian: apt-get install haproxy)")
+
+KEY = {"Authorization": "Bearer pool-key"}
+SENTENCE = "One machine of the pool says this sentence, and another one says the next. "
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    made = Pool(tmp_path_factory.mktemp("pool"), API_KEY="pool-key", DEFAULT_VOICE="heart")
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def request(sentences: int, **fields: object) -> dict[str, object]:
+    return {"model": "tts-1", "voice": "heart", "input": SENTENCE * sentences, "response_format": "wav", "seed": 1} | fields
+
+
+def speak(pool: Pool, sentences: int = 2, **fields: object) -> httpx.Response:
+    with pool.client(headers=KEY) as client:
+        return client.post("/v1/audio/speech", json=request(sentences, **fields))
+
+
+class Load:
+    """Clients that keep asking until told to stop; every answer is kept."""
+
+    def __init__(self, pool: Pool, clients: int, sentences: int) -> None:
+        self._pool = pool
+        self._sentences = sentences
+        self._over = False
+        self.answers: list[httpx.Response | httpx.TransportError] = []
+        self._executor = ThreadPoolExecutor(clients)
+        self._futures: list[Future[None]] = [self._executor.submit(self._ask) for _ in range(clients)]
+
+    def _ask(self) -> None:
+        while not self._over:
+            try:
+                self.answers.append(speak(self._pool, self._sentences))
+            except httpx.TransportError as error:
+                self.answers.append(error)
+
+    def end(self) -> list[httpx.Response | httpx.TransportError]:
+        """Let the last requests finish; the answers that are not a whole file."""
+        self._over = True
+        for future in self._futures:
+            future.result()
+        self._executor.shutdown()
+        whole = max(len(answer.content) for answer in self.answers if isinstance(answer, httpx.Response))
+        return [answer for answer in self.answers if not isinstance(answer, httpx.Response) or len(answer.content) != whole]
+
+
+def test_haproxy_accepts_the_configuration_as_it_is() -> None:
+    program = haproxy_program()
+    assert program
+    checked = subprocess.run([program, "-c", "-f", CONFIG], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_requests_are_shared_out_one_a_machine_and_the_rest_waits_in_front(pool: Pool) -> None:
+    before = {name: int(pool.statistics(name)["stot"]) for name in NAMES}
+    with ThreadPoolExecutor(8) as executor:
+        futures = [executor.submit(speak, pool, 4) for _ in range(8)]
+        until(lambda: int(pool.statistics("BACKEND")["qcur"]) > 0)
+        while not all(future.done() for future in futures):
+            assert all(int(pool.statistics(name)["scur"]) <= 1 for name in NAMES)
+            for server in pool.servers.values():
+                health = httpx.get(f"{server.url}/health", headers=KEY, timeout=30).json()
+                assert health["queue"]["waiting"] == 0
+        answers = [future.result() for future in futures]
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.content for answer in answers}) == 1, "every machine says the same for the same seed"
+    shares = [int(pool.statistics(name)["stot"]) - before[name] for name in NAMES]
+    assert sum(shares) == 8
+    assert min(shares) >= 1
+
+
+def test_the_key_goes_through_and_errors_come_back_as_the_machine_made_them(pool: Pool) -> None:
+    with pool.client() as client:
+        refused = client.post("/v1/audio/speech", json=request(1))
+    assert refused.status_code == 401
+    assert refused.json()["error"]["type"]
+    unknown = speak(pool, voice="nobody")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "invalid_voice")
+
+
+def test_a_stream_arrives_while_it_is_being_spoken_and_unchanged(pool: Pool) -> None:
+    fields = request(20, response_format="pcm", stream=True)
+    with pool.client(headers=KEY) as client, client.stream("POST", "/v1/audio/speech", json=fields) as answer:
+        chunks = answer.iter_raw()
+        through = next(chunks)
+        assert sum(int(pool.statistics(name)["scur"]) for name in NAMES) == 1, "the first sound is here, and the machine still speaks"
+        through += b"".join(chunks)
+    with pool.servers["one"].client(headers=KEY) as client:
+        direct = client.post("/v1/audio/speech", json=fields).content
+    assert through == direct
+
+
+def test_captions_are_asked_of_the_machine_that_spoke(pool: Pool) -> None:
+    with ThreadPoolExecutor(4) as executor:
+        answers = list(executor.map(lambda _: speak(pool, timestamps=True), range(4)))
+    with pool.client(headers=KEY) as client:
+        for answer in answers:
+            captions = client.get(answer.headers["X-Timestamps"])
+            assert captions.status_code == 200, captions.text
+
+
+def test_what_belongs_to_one_machine_is_not_changed_through_the_pool(pool: Pool) -> None:
+    with pool.client(headers=KEY) as client:
+        assert client.post("/v1/audio/voices", data={"name": "x"}).json()["error"]["code"] == "forbidden"
+        assert client.delete("/v1/audio/voices/x").status_code == 403
+        assert client.post("/admin/reload").status_code == 404
+        assert client.get("/metrics").status_code == 404
+        assert client.get("/v1/audio/voices").status_code == 200
+
+
+def test_who_hangs_up_while_waiting_leaves_the_queue(pool: Pool) -> None:
+    with ThreadPoolExecutor(2) as executor:
+        busy = [executor.submit(speak, pool, 20) for _ in NAMES]
+        until(lambda: all(pool.statistics(name)["scur"] == "1" for name in NAMES))
+        before = sum(int(pool.statistics(name)["stot"]) for name in NAMES)
+        with pool.client(headers=KEY) as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/audio/speech", json=request(1), timeout=0.2)
+        until(lambda: pool.statistics("BACKEND")["qcur"] == "0")
+        assert [future.result().status_code for future in busy] == [200, 200]
+    assert sum(int(pool.statistics(name)["stot"]) for name in NAMES) == before, "no machine has spoken for nobody"
+
+
+def test_a_machine_killed_under_load_fails_only_what_it_was_speaking(pool: Pool) -> None:
+    load = Load(pool, clients=3, sentences=4)
+    until(lambda: len(load.answers) >= 4)
+    until(lambda: pool.statistics("one")["scur"] == "1")
+    victim = pool.servers["one"].process
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait(10)
+    count = len(load.answers)
+    until(lambda: len(load.answers) >= count + 6)
+    pool.start_server("one")
+    pool.wait_until_up("one")
+    before = int(pool.statistics("one")["stot"])
+    until(lambda: int(pool.statistics("one")["stot"]) > before)
+    failed = load.end()
+    assert len(failed) <= 1, "it was speaking one text"
+    for answer in failed:
+        assert isinstance(answer, httpx.Response)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "machine_lost")
+
+
+def test_a_rolling_restart_fails_nobody(pool: Pool) -> None:
+    load = Load(pool, clients=4, sentences=3)
+    for name in NAMES:
+        count = len(load.answers)
+        until(lambda count=count: len(load.answers) >= count + 4)  # type: ignore[misc]
+        assert pool.restart_in_order(name) == 0
+    assert load.end() == []
+
+
+def test_without_any_machine_the_answer_is_an_error_that_clients_understand(pool: Pool) -> None:
+    for name in NAMES:
+        pool.tell(f"set server speech/{name} state maint")
+    try:
+        answer = speak(pool)
+    finally:
+        for name in NAMES:
+            pool.tell(f"set server speech/{name} state ready")
+            pool.wait_until_up(name)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.json()["error"]["code"] == "no_machine"
