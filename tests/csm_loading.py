@@ -21,8 +21,12 @@ def load(cache: Path, repo: str = tiny_csm.SESAME) -> Model:
     """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it; the hub's client was imported before, so it is told where to look."""
     snapshot = tiny_csm.snapshot_of(cache, repo)
     tokenizer = str(tiny_csm.snapshot_of(cache, tiny_csm.TOKENIZER))
-    hub = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": True}
-    with patch.multiple(huggingface_hub.constants, **hub), patch.object(sesame, "TOKENIZER_REPO", tokenizer):
+    hub = huggingface_hub.constants
+    with (
+        patch.object(hub, "HF_HUB_CACHE", str(cache)),
+        patch.object(hub, "HF_HUB_OFFLINE", True),
+        patch.object(sesame, "TOKENIZER_REPO", tokenizer),
+    ):
         model = Model(json.loads((snapshot / "config.json").read_text()))
     weights = model.sanitize(mx.load(str(snapshot / "model.safetensors")))
     model.load_weights(list(weights.items()))
