@@ -17,6 +17,7 @@
     ├── RateLimitError                 429  rate_limit_exceeded: the queue is full
     └── ServerError                    500  the server is at fault
         ├── ConversionError            500  conversion_failed: ffmpeg
+        ├── StorageError               500  storage_failed: the disk is full, or cannot be written to
         ├── InternalError              500  internal_error
         ├── ModelNotReadyError         503  model_not_ready
         ├── QueueTimeoutError          503  queue_timeout
@@ -174,6 +175,12 @@ class ConversionError(ServerError):
     """ffmpeg is missing, failed or hung."""
 
     code = "conversion_failed"
+
+
+class StorageError(ServerError):
+    """The server cannot keep what it was given: its disk is full or cannot be written to."""
+
+    code = "storage_failed"
 
 
 class InternalError(ServerError):

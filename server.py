@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -10,8 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
-from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import captions
 import logs
+from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from http_middleware import Gate, RequestLog, error_response, is_owner, require_owner
@@ -28,6 +29,8 @@ from speech_endpoint import SpeechEndpoint
 from speech_request import SpeechRequest, explain
 from tts_engine import TTSEngine
 from voice_presets import VoicePresetManager
+from voice_routes import VoiceEndpoint, fresh_voices, voice_routes
+from voice_store import VoiceStore
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The voice's model is not ready, the wait was too long, or the memory too small",
     }.items()
 }
-_AUDIO: dict[int | str, dict[str, Any]] = {200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}}
+_AUDIO: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}
+}
 
 
 class Server:
@@ -65,18 +70,22 @@ class Server:
 
     Attributes:
         settings: The settings.
-        presets: The voices.
+        store: The voices that people added.
+        presets: All voices.
         engine: The models.
         metrics: The figures.
         speech: The speech endpoint.
+        voices: The endpoint of the voices.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice)
+        self.store = VoiceStore(settings.cache_dir / "voices")
+        self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice, self.store)
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)
         self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics)
+        self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
 
     def default_ready(self) -> bool:
@@ -119,20 +128,6 @@ class Server:
             "version": VERSION,
         }
 
-    def voices(self) -> list[dict[str, Any]]:
-        """The voices, as `/v1/audio/voices` lists them."""
-        return [
-            {
-                "id": voice.preset.name,
-                "name": voice.preset.name,
-                "description": voice.preset.description,
-                "model": voice.preset.model,
-                "ready": self.engine.host(voice).ready,
-                "aliases": self.presets.aliases_of(voice.preset.name),
-            }
-            for voice in self.presets.voices()
-        ]
-
 
 speech_routes = APIRouter()
 service_routes = APIRouter()
@@ -155,12 +150,6 @@ async def get_timestamps(answer: str, request: Request, format: Literal["json", 
     if format == "srt":
         return Response(captions.to_srt(found), media_type="application/x-subrip")
     return JSONResponse(captions.to_json(found))
-
-
-@speech_routes.get("/audio/voices", responses=_ERRORS, summary="The voices")
-async def list_voices(request: Request) -> dict[str, Any]:
-    """Every voice, whether it is ready, and the other names that reach it."""
-    return {"voices": _server(request).voices()}
 
 
 @speech_routes.get("/audio/models", responses=_ERRORS, summary="The models, as Open WebUI asks for them")
@@ -221,15 +210,19 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         clean_temporary_files()
-        server.presets.refresh()
+        server.store.clean()
+        await asyncio.to_thread(server.presets.refresh)
         await server.engine.start()
         yield
         await server.engine.close()
 
-    app = FastAPI(title="Sesame TTS", version=VERSION, lifespan=lifespan, redoc_url=None, description=__doc__)
+    app = FastAPI(
+        title="Sesame TTS", version=VERSION, lifespan=lifespan, redoc_url=None, description=__doc__, dependencies=[Depends(fresh_voices)]
+    )
     app.state.server = server
-    app.include_router(speech_routes, prefix="/v1")
-    app.include_router(speech_routes, include_in_schema=False)
+    for routes in (speech_routes, voice_routes):
+        app.include_router(routes, prefix="/v1", responses=_ERRORS)
+        app.include_router(routes, include_in_schema=False)
     app.include_router(service_routes)
     if settings.playground:
         _add_page(app)

@@ -68,6 +68,10 @@ class SpeechCheck:
             return None
         return _distance(wanted, _words(self._recognise(_at_whisper_rate(samples)))) / len(wanted)
 
+    def transcribe(self, samples: Samples) -> str:
+        """The words that are heard in `samples`, float32, shape (n,), 24 kHz; English."""
+        return self._recognise(_at_whisper_rate(samples)).strip()
+
 
 def _at_whisper_rate(samples: Samples) -> Samples:
     """24 kHz to 16 kHz, by leaving out what lies above 8 kHz from the spectrum."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from voice_presets import Voice
+if TYPE_CHECKING:
+    from voice_presets import Voice
 
 Samples = NDArray[np.float32]
 """Mono audio: float32, shape (samples,), nominally within [-1, 1]."""

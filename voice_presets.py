@@ -1,21 +1,23 @@
-"""Voice presets: JSON files in a folder, checked one by one, read again whenever the folder changes."""
+"""The voices there are: presets, JSON files in a folder that are read again whenever they change, and voices that people added."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from errors import InvalidVoiceError, shorten
+from preset_file import CSM_VOICE_KEYS, VoicePreset, read_preset
+from recording_verdicts import RecordingVerdicts
+from voice_store import RECORDING, StoredVoice, VoiceStore, name_key, name_taken
+
+__all__ = ["CSM_VOICE_KEYS", "OPENAI_VOICES", "SkippedPreset", "Voice", "VoicePreset", "VoicePresetManager"]
 
 logger = logging.getLogger(__name__)
-
-ModelId = Literal["csm-1b", "hibari"]
 
 # The voices that OpenAI's API and its clients name (OpenClaw's list, November 2026).
 OPENAI_VOICES: tuple[str, ...] = (
@@ -23,86 +25,34 @@ OPENAI_VOICES: tuple[str, ...] = (
     *("juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"),
 )
 
-# The voice prompts in the CSM repository's prompts/ folder that mlx-audio knows the words of; see csm_prompts.py.
-CSM_VOICE_KEYS = ("conversational_a", "conversational_b")
-HIBARI_VOICE_KEYS = ("heart",)
-
-_MAX_PRESET_BYTES = 64 * 1024
-
-_Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class VoicePreset(BaseModel):
-    """One voice: the user's fields (TRD 3.4), and optional ones with mlx-audio's names.
-
-    Attributes:
-        name: What a request calls it.
-        model: Which model speaks it.
-        voice_key: A voice prompt that the model brings along.
-        speaker_id: CSM's speaker number.
-        temperature: Of the sampler.
-        top_k: Of the sampler.
-        max_audio_length_ms: No sentence group becomes longer than this.
-        description: For people.
-        speaker_embedding_path: Reserved by the user's document; must stay empty.
-        ref_audio: A recording to clone, relative to the preset's folder.
-        ref_text: What is said in it, word for word.
-        voice_match: CSM's way to prompt: the recording's text and the new text as one segment.
-        aliases: Other names that reach this voice.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: _Name
-    model: ModelId = "csm-1b"
-    voice_key: str | None = None
-    speaker_id: int = Field(0, ge=0, le=9)
-    temperature: float = Field(0.9, ge=0.0, le=2.0)
-    top_k: int = Field(50, ge=1, le=2051)
-    max_audio_length_ms: float = Field(90_000, ge=80, le=90_000)
-    description: str = Field("", max_length=500)
-    speaker_embedding_path: None = None
-    ref_audio: str | None = None
-    ref_text: str | None = Field(None, max_length=2000)
-    voice_match: bool = True
-    aliases: tuple[_Name, ...] = ()
-
-    @model_validator(mode="after")
-    def _one_source_of_voice(self) -> VoicePreset:
-        if self.model == "hibari":
-            _require(self.ref_audio is None, "ref_audio", "is for CSM voices; hibari speaks only the voice in its package")
-            _require_key(self.voice_key, HIBARI_VOICE_KEYS)
-        elif self.ref_audio is None:
-            _require(self.ref_text is None, "ref_text", "is given without ref_audio")
-            _require_key(self.voice_key, CSM_VOICE_KEYS)
-        else:
-            _require(self.voice_key is None, "voice_key", "and ref_audio exclude one another: keep one")
-            _require(bool(self.ref_text and self.ref_text.strip()), "ref_text", "must hold the words of ref_audio, exactly as spoken")
-        return self
-
-
-def _require(condition: bool, key: str, fault: str) -> None:
-    if not condition:
-        raise ValueError(f"{key} {fault}")
-
-
-def _require_key(value: str | None, choices: tuple[str, ...]) -> None:
-    _require(value in choices, "voice_key", f"is {shorten(value)}; known voices: {', '.join(choices)} (or give ref_audio and ref_text)")
-
 
 @dataclass(frozen=True)
 class Voice:
     """A preset and where it came from.
 
     Attributes:
-        preset: The checked preset.
+        preset: The checked preset. That of an added voice is named by the voice's id: logs and headers hold no person's name.
         folder: The preset file's folder: `ref_audio` is relative to it.
         uploaded: Somebody sent this voice; it is not a file of the owner's.
+        given_name: What people call an added voice.
+        created_at: When it was added, in Unix seconds.
     """
 
     preset: VoicePreset
     folder: Path
     uploaded: bool = False
+    given_name: str = ""
+    created_at: int | None = None
+
+    @property
+    def id(self) -> str:
+        """What reaches exactly this voice."""
+        return self.preset.name
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.given_name or self.preset.name
 
 
 @dataclass(frozen=True)
@@ -117,82 +67,149 @@ class SkippedPreset:
 class _Catalogue:
     voices: dict[str, Voice] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    given_names: dict[str, str] = field(default_factory=dict)
     skipped: list[SkippedPreset] = field(default_factory=list)
 
 
 class VoicePresetManager:
-    """The voices there are, by name and alias.
+    """The voices there are, by id, name and alias. Safe to use from several threads.
 
     Args:
         presets_dir: The folder of the preset files.
-        default_voice: The preset that OpenAI's voice names reach unless another preset claims them.
+        default_voice: The voice that OpenAI's voice names reach unless a preset claims them.
+        added: The voices that people added.
     """
 
-    def __init__(self, presets_dir: Path, default_voice: str) -> None:
+    def __init__(self, presets_dir: Path, default_voice: str, added: VoiceStore | None = None) -> None:
         self._presets_dir = presets_dir
         self._default_voice = default_voice
+        self._added = added
         self._catalogue = _Catalogue()
+        self._verdicts = RecordingVerdicts()
         self._signature: object = ()
+        self._reading = threading.Lock()
+
+    def changed(self) -> bool:
+        """Whether a file was added, changed or removed since the voices were read. Takes well under a millisecond."""
+        return self._signature != (*self._files(), self._verdicts.signature_now())
 
     def refresh(self) -> None:
-        """Read the folder again if a file in it was added, changed or removed since the last time."""
-        signature = _signature(self._presets_dir)
-        if signature != self._signature:
-            self._catalogue = self._read()
-            self._signature = signature
+        """Read again what has changed. Blocks while a new recording is decoded: for worker threads."""
+        with self._reading:
+            self._read_if_changed()
 
     def resolve(self, name: str) -> Voice:
-        """The voice that `name`, a preset's name or an alias, stands for.
+        """The voice that `name` stands for: an id, a preset's name, an alias, or what somebody called an added voice.
 
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        self.refresh()
-        voices = self._catalogue.voices
-        target = name if name in voices else self._catalogue.aliases.get(name)
-        if target is None and name in OPENAI_VOICES:
-            target = self._default_voice
-        if target is None or target not in voices:
+        with self._latest() as catalogue:
+            voice = _find(catalogue, name)
+            if voice is None and name in OPENAI_VOICES:
+                voice = _find(catalogue, self._default_voice)
+        if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
             )
-        return voices[target]
+        return voice
 
     def names(self) -> list[str]:
-        """The voices' names, sorted."""
-        self.refresh()
-        return sorted(self._catalogue.voices)
+        """The voices' names, in the order of `voices`."""
+        return [voice.name for voice in self.voices()]
 
     def voices(self) -> list[Voice]:
-        """The voices, sorted by name."""
-        self.refresh()
-        return [self._catalogue.voices[name] for name in sorted(self._catalogue.voices)]
+        """The voices: presets sorted by name, then added ones."""
+        with self._latest() as catalogue:
+            return sorted(catalogue.voices.values(), key=lambda voice: (voice.uploaded, voice.name))
 
-    def aliases_of(self, name: str) -> list[str]:
-        """The other names that reach the voice `name`, OpenAI's among them."""
-        claimed = self._catalogue.aliases
-        own = {alias for alias, target in claimed.items() if target == name}
-        if name == self._default_voice:
-            own |= {alias for alias in OPENAI_VOICES if alias not in claimed and alias not in self._catalogue.voices}
+    def aliases_of(self, voice_id: str) -> list[str]:
+        """The other names that reach a voice, OpenAI's among them."""
+        with self._latest() as catalogue:
+            own = {alias for alias, target in catalogue.aliases.items() if target == voice_id}
+            default = _find(catalogue, self._default_voice)
+            if default is not None and default.id == voice_id:
+                own |= {alias for alias in OPENAI_VOICES if _find(catalogue, alias) is None}
         return sorted(own)
 
     def skipped(self) -> list[SkippedPreset]:
         """The preset files that could not be used."""
-        self.refresh()
-        return self._catalogue.skipped
+        with self._latest() as catalogue:
+            return catalogue.skipped
+
+    def check_new_name(self, name: str) -> None:
+        """Refuse a name for an added voice that reaches another voice already, however it is written.
+
+        Raises:
+            ConflictError: It is a preset's, an alias, or one of OpenAI's.
+        """
+        with self._latest() as catalogue:
+            names = {name_key(known) for known in (*catalogue.voices, *catalogue.aliases, *OPENAI_VOICES)}
+        if name_key(name) in names:
+            raise name_taken(name)
+
+    @contextmanager
+    def _latest(self) -> Iterator[_Catalogue]:
+        """The voices as they are now; as they were, while another thread is reading what has changed."""
+        if self._reading.acquire(blocking=False):
+            try:
+                self._read_if_changed()
+            finally:
+                self._reading.release()
+        yield self._catalogue
+
+    def _read_if_changed(self) -> None:
+        if not self.changed():
+            return
+        files = self._files()  # taken before reading: what changes meanwhile is read again
+        self._catalogue = self._read()
+        self._signature = (*files, self._verdicts.signature())
+
+    def _files(self) -> tuple[object, object]:
+        return _signature(self._presets_dir), self._added and self._added.signature()
 
     def _read(self) -> _Catalogue:
         catalogue = _Catalogue()
+        recordings: list[Path] = []
         for path in sorted(self._presets_dir.glob("*.json")):
             try:
-                voice = Voice(_read_preset(path), path.parent)
+                voice = Voice(read_preset(path), path.parent)
+                if voice.preset.ref_audio is not None:
+                    recordings.append(voice.folder / voice.preset.ref_audio)
+                    self._check_recording(recordings[-1])
                 _add(catalogue, voice)
             except ValueError as error:
                 catalogue.skipped.append(SkippedPreset(path.name, str(error)))
                 logger.warning("preset %s is skipped: %s", path.name, error)
+        self._verdicts.keep(recordings)
         if not catalogue.voices:
             logger.warning("no usable preset in %s", self._presets_dir)
+        for stored in self._added.voices() if self._added else ():
+            voice = _added_voice(stored)
+            catalogue.voices[voice.id] = voice
+            catalogue.given_names[name_key(voice.name)] = voice.id
         return catalogue
+
+    def _check_recording(self, path: Path) -> None:
+        fault = self._verdicts.fault(path)
+        if fault is not None:
+            raise ValueError(f"ref_audio: {fault[0].lower()}{fault[1:]}")
+
+
+def _find(catalogue: _Catalogue, name: str) -> Voice | None:
+    """Presets and their aliases come first: what somebody sends never takes their place."""
+    for voice_id in (name, catalogue.aliases.get(name), catalogue.given_names.get(name_key(name))):
+        if voice_id in catalogue.voices:
+            return catalogue.voices[voice_id]
+    return None
+
+
+def _added_voice(stored: StoredVoice) -> Voice:
+    about = stored.description
+    description = f"Added on {about.consent_date[:10]}, from {about.seconds:.0f} s of speech"
+    fields = {"name": stored.id, "description": description, "ref_audio": RECORDING, "ref_text": about.ref_text}
+    preset = VoicePreset.model_validate(fields)
+    return Voice(preset, stored.folder, uploaded=True, given_name=about.name, created_at=about.created_at)
 
 
 def _signature(folder: Path) -> object:
@@ -219,40 +236,3 @@ def _add(catalogue: _Catalogue, voice: Voice) -> None:
             raise ValueError(f"aliases: {shorten(alias)} already belongs to {shorten(catalogue.aliases[alias])}")
     catalogue.voices[preset.name] = voice
     catalogue.aliases.update(dict.fromkeys(preset.aliases, preset.name))
-
-
-def _read_preset(path: Path) -> VoicePreset:
-    """The preset in a file.
-
-    Raises:
-        ValueError: With the key and the reason.
-    """
-    try:
-        if path.stat().st_size > _MAX_PRESET_BYTES:
-            raise ValueError(f"the file is larger than {_MAX_PRESET_BYTES // 1024} KiB")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
-    except UnicodeDecodeError:
-        raise ValueError("the file is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("broken JSON: nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError('the file must hold one JSON object, {"name": …}')  # noqa: TRY004 - one kind of fault for the caller
-    try:
-        return VoicePreset.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(_first_fault(error)) from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault: Any = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key; known keys: {', '.join(VoicePreset.model_fields)}"
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    choices = f"; known models: {', '.join(get_args(ModelId))}" if key == "model" else ""
-    return f"{key}: {shorten(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}{choices}"

@@ -1,0 +1,280 @@
+"""Voices that people add themselves: each is a folder with a recording and a description, which appears and disappears as a whole."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import unicodedata
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import regex
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from audio_converter import to_int16
+from audio_formats import SAMPLE_RATE
+from errors import ConflictError, InvalidRequestError, NotFoundError, StorageError, shorten
+from speech_model import Samples
+
+logger = logging.getLogger(__name__)
+
+MAX_VOICES = 100
+"""How many voices are kept: at 60 s each, 288 MB of recordings."""
+
+MAX_NAME = 64
+"""Characters a voice's name may have."""
+
+MAX_WORDS = 2000
+"""Characters that the words of a recording may have: a minute of fast speech is about 1200."""
+
+RECORDING = "recording.wav"
+"""A voice's recording in its folder: 24 kHz, mono, 16 bit."""
+
+_DESCRIPTION = "voice.json"
+_MAX_DESCRIPTION_BYTES = 64 * 1024
+_TEMPORARY = ".unfinished-"  # hidden, and no id: what is in the making, or about to go
+_ID = regex.compile(r"voice_[0-9a-f]{24}")
+# Letters of every script with their marks, as people's names have them; no controls, no invisible and no bidirectional characters.
+_NAME = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N} .'’()&+_-]*")
+
+
+class VoiceDescription(BaseModel):
+    """What `voice.json` holds.
+
+    Attributes:
+        name: What people call the voice.
+        ref_text: What is said in the recording.
+        consent: What was sent as the speaker's consent: a word for yes, or the id of a consent.
+        consent_date: When that was, in ISO 8601, UTC.
+        created_at: The same moment in Unix seconds.
+        seconds: How long the recording is.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = Field(min_length=1, max_length=MAX_NAME)
+    ref_text: str = Field(min_length=1, max_length=MAX_WORDS)
+    consent: str = Field(min_length=1, max_length=200)
+    consent_date: str
+    created_at: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StoredVoice:
+    """A voice that somebody added.
+
+    Attributes:
+        id: Opaque, never used twice.
+        folder: Where its recording lies. Never told to anybody.
+        description: All else.
+    """
+
+    id: str
+    folder: Path
+    description: VoiceDescription
+
+
+def clean_name(name: str) -> str:
+    """`name` as it is kept: composed characters, single spaces.
+
+    Raises:
+        InvalidRequestError: It cannot be a voice's name; the message says what can.
+    """
+    cleaned = " ".join(unicodedata.normalize("NFC", name).split(" ")).strip()
+    if not _NAME.fullmatch(cleaned) or len(cleaned) > MAX_NAME or _ID.fullmatch(cleaned):
+        raise InvalidRequestError(
+            f"The name {shorten(name)} cannot be used: it must have 1 to {MAX_NAME} characters, begin with a letter or a digit, and hold "
+            "only letters, digits, spaces and . ' ( ) & + _ -",
+            param="name",
+            code="invalid_name",
+        )
+    return cleaned
+
+
+def name_key(name: str) -> str:
+    """What two names share when people would take them for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class VoiceStore:
+    """The voices in a folder. Safe to use from several threads and processes at a time; a process that is killed leaves nothing half done.
+
+    A voice is written into a hidden folder that is then renamed; all changes happen under one lock, so whatever hidden folder there is
+    when the lock is had was left by a process that was killed. All methods block; `add` for milliseconds.
+
+    Args:
+        folder: Made when the first voice is added. It must not be inside the project.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def signature(self) -> object:
+        """What changes when a voice is added or deleted, or its description changes."""
+        return tuple(sorted((folder.name, _change_of(folder / _DESCRIPTION)) for folder in self._folders()))
+
+    def voices(self) -> list[StoredVoice]:
+        """The voices, oldest first; one that is damaged is left out, with a warning in the log."""
+        found = []
+        for folder in self._folders():
+            try:
+                found.append(StoredVoice(folder.name, folder, _read(folder)))
+            except ValueError as error:
+                logger.warning("the added voice %s is skipped: %s", folder.name, error)
+        return sorted(found, key=lambda voice: (voice.description.created_at, voice.id))
+
+    def add(self, name: str, recording: Samples, ref_text: str, consent: str) -> StoredVoice:
+        """Keep a voice.
+
+        Args:
+            name: From `clean_name`.
+            recording: float32, shape (n,), 24 kHz, from `recordings`.
+            ref_text: Its words.
+            consent: The speaker's.
+
+        Raises:
+            ConflictError: The name is taken, or there are too many voices.
+            StorageError: The disk is full or cannot be written to. Nothing is left then.
+        """
+        now = int(time.time())
+        date = datetime.fromtimestamp(now, timezone.utc).isoformat()
+        seconds = round(len(recording) / SAMPLE_RATE, 3)
+        description = VoiceDescription(name=name, ref_text=ref_text, consent=consent, consent_date=date, created_at=now, seconds=seconds)
+        with self._alone():
+            self._check_room(name)
+            voice_id = f"voice_{secrets.token_hex(12)}"
+            folder = self._folder / voice_id
+            with self._unfinished() as unfinished:
+                _write(unfinished / RECORDING, _wav(recording))
+                _write(unfinished / _DESCRIPTION, description.model_dump_json(indent=2).encode())
+                unfinished.rename(folder)
+        return StoredVoice(voice_id, folder, description)
+
+    def delete(self, voice_id: str) -> None:
+        """Remove a voice and all that was made from its recording.
+
+        Raises:
+            NotFoundError: There is none with this id.
+            StorageError: It cannot be removed.
+        """
+        folder = self._folder / voice_id
+        missing = NotFoundError("There is no added voice with this id. GET /v1/audio/voices lists the voices.")
+        if not _ID.fullmatch(voice_id) or not folder.is_dir():
+            raise missing
+        with self._alone(), self._unfinished() as leaving:
+            try:
+                folder.rename(leaving / voice_id)  # gone at once; its files follow
+            except FileNotFoundError:
+                raise missing from None
+
+    def clean(self) -> None:
+        """Remove what a process that was killed left behind. A folder that cannot be written to is no obstacle to a start."""
+        if not self._folder.is_dir():
+            return
+        try:
+            with self._alone():
+                pass
+        except StorageError as error:
+            logger.warning("%s", error.message)
+
+    def _folders(self) -> list[Path]:
+        try:
+            with os.scandir(self._folder) as entries:
+                return [Path(entry.path) for entry in entries if _ID.fullmatch(entry.name)]
+        except OSError:  # not there yet, or not any more
+            return []
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While this lasts, nobody else changes the folder, and there is nothing unfinished in it."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (self._folder / ".lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when a process ends, however it ends
+                for leftover in self._folder.glob(f"{_TEMPORARY}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                yield
+        except OSError as error:
+            logger.error("an added voice cannot be kept or removed: %s", error.strerror)  # noqa: TRY400 - the cause is all there is to know
+            raise StorageError(f"The server cannot change its folder of voices: {error.strerror or type(error).__name__}.") from None
+
+    @contextmanager
+    def _unfinished(self) -> Iterator[Path]:
+        """A hidden folder, readable for this user only; whatever is in it, or becomes of it, goes at the end."""
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_room(self, name: str) -> None:
+        voices = self.voices()
+        if len(self._folders()) >= MAX_VOICES:
+            raise ConflictError(f"There are {MAX_VOICES} voices already, the most that are kept: delete one first.", code="too_many_voices")
+        if any(name_key(voice.description.name) == name_key(name) for voice in voices):
+            raise name_taken(name)
+
+
+def name_taken(name: str) -> ConflictError:
+    """The refusal of a name that reaches a voice already."""
+    return ConflictError(f"The name {shorten(name)} is taken: choose another.", param="name")
+
+
+def _read(folder: Path) -> VoiceDescription:
+    """What a voice's folder says of it.
+
+    Raises:
+        ValueError: It is damaged; the message holds no path.
+    """
+    try:
+        with (folder / _DESCRIPTION).open("rb") as file:
+            description = VoiceDescription.model_validate_json(file.read(_MAX_DESCRIPTION_BYTES))
+        with wave.open(str(folder / RECORDING), "rb") as recording:
+            size = recording.getnframes() * recording.getsampwidth()
+        whole = size > 0 and (folder / RECORDING).stat().st_size >= size
+    except OSError as error:
+        raise ValueError(f"its files cannot be read: {error.strerror or type(error).__name__}") from None
+    except ValidationError as error:
+        raise ValueError(f"its description is damaged ({error.error_count()} faults)") from None
+    except (wave.Error, EOFError):
+        whole = False
+    if not whole:
+        raise ValueError("its recording is damaged")
+    return description
+
+
+def _wav(samples: Samples) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(SAMPLE_RATE)
+        writer.writeframes(to_int16(samples))
+    return file.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is really on the disk when this returns."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _change_of(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
