@@ -1,0 +1,189 @@
+"""CSM's network, mlx-audio's, built from files on this machine: no network call, no second copy of the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_audio.codec.models.mimi import MimiStreamingDecoder
+from mlx_audio.codec.models.mimi.mimi import Mimi, mimi_202407
+from mlx_audio.tts.models.sesame import sesame
+from mlx_audio.utils import apply_quantization
+
+from model_source import MIMI_REPO, TOKENIZER_REPO, ModelFiles
+from speech_model import LoadProgress, ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+_CODEBOOKS = 32
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class LocalCsm(sesame.Model):  # type: ignore[misc]  # mlx-audio has no types
+    """mlx-audio's model with a constructor that asks no hub.
+
+    The stock one (mlx-audio 0.6.2) looks the codec and the tokenizer up on the hub each time it is built, also when both are in the
+    cache. Everything else is inherited.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        nn.Module.__init__(self)  # type: ignore[attr-defined]  # mlx's stubs lack it
+        self.model = sesame.SesameModel(files.config)
+        self.model.setup_caches(1)
+        self._frame_size = self.model.args.audio_num_codebooks + 1
+        self._speaker_prefix_space = bool(files.config.get("speaker_prefix_space", False))
+        self._watermark_key = files.config.get("watermark_key", sesame.CSM_1B_GH_WATERMARK)
+        self._use_default_voice_prompt = True
+        self._default_voice_match = True
+        self.tokenizer_repo = None
+        self._text_tokenizer = _tokenizer(files)
+        self._audio_tokenizer = _mimi(files)
+        self._streaming_decoder = MimiStreamingDecoder(self._audio_tokenizer)
+        self._watermarker = _watermarker()
+        self._sample_rate = self._audio_tokenizer.cfg.sample_rate
+
+    @property
+    def watermarks(self) -> bool:
+        """Whether what it says gets a watermark."""
+        return self._watermarker is not None and self._watermark_key is not None
+
+
+def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None]) -> LocalCsm:
+    """The network with its weights, all in memory.
+
+    Args:
+        files: From `find_model`.
+        dtype: What the weights are to be: "bfloat16", "float16", "float32", or "auto" for what the file has. Quantized ones stay as they are.
+        report: Told what is being done.
+
+    Raises:
+        ModelLoadError: The files do not hold CSM-1B, or memory is short.
+    """
+    report(LoadProgress("reading the codec and the tokenizer"))
+    try:
+        model = LocalCsm(files)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ModelLoadError(
+            f"config.json of {files.source} does not describe a CSM that mlx-audio can build ({error}).", retry=False
+        ) from error
+    weights = model.sanitize(_open_weights(files))
+    quantized = "quantization" in files.config or "quantization_config" in files.config
+    try:
+        if quantized:
+            apply_quantization(model, files.config, weights, model.model_quant_predicate)
+        _check_names(model, weights, files.source)
+        _read_into(model, weights, None if quantized or dtype == "auto" else getattr(mx, dtype), report)
+    except RuntimeError as error:  # MLX's own: out of memory, or a file that cannot be read
+        raise ModelLoadError(f"The weights of {files.source} could not be read into memory: {_first_line(error)}") from error
+    model.eval()
+    return model
+
+
+def parameters(model: LocalCsm) -> int:
+    """How many parameters CSM has (1.55 G the real one); the codec's are not counted."""
+    modules = dict(model.named_modules())
+    count = 0
+    for name, value in _flat(model).items():
+        if value.dtype == mx.uint32:  # quantized: as many as fit into 32 bits
+            count += value.size * 32 // modules[name.rpartition(".")[0]].bits
+        elif not name.endswith((".scales", ".biases")):
+            count += value.size
+    return count
+
+
+def precision(model: LocalCsm) -> str:
+    """The type of the weights, in words: "bfloat16", or "8-bit"."""
+    head = model.model.codebook0_head
+    return f"{head.bits}-bit" if hasattr(head, "bits") else str(head.weight.dtype).rpartition(".")[2]
+
+
+def _flat(model: LocalCsm) -> dict[str, mx.array]:
+    parameters: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    return dict(parameters)
+
+
+def _open_weights(files: ModelFiles) -> dict[str, mx.array]:
+    """The tensors of all files, not yet read: MLX reads each one when it is first needed."""
+    weights: dict[str, mx.array] = {}
+    for path in files.weights:
+        try:
+            weights.update(mx.load(str(path)))  # type: ignore[arg-type]  # a safetensors file always gives a dict
+        except RuntimeError as error:
+            raise ModelLoadError(f"{path.name} of {files.source} cannot be read: {_first_line(error)}", retry=False) from error
+    return weights
+
+
+def _check_names(model: LocalCsm, weights: dict[str, mx.array], source: str) -> None:
+    """Refuse weights that are not exactly the network's, before gigabytes are read."""
+    expected = _flat(model)
+    strange, missing = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
+    wrong = [name for name in sorted(weights.keys() & expected.keys()) if weights[name].shape != expected[name].shape]
+    for what, names in (("unknown", strange), ("missing", missing), ("of another shape", wrong)):
+        if names:
+            raise ModelLoadError(
+                f"{source} is not a CSM-1B checkpoint that mlx-audio can read: {len(names)} tensors are {what}, {names[0]} for one. "
+                "Copies in the layout of transformers do not load; sesame/csm-1b and the mlx-community ones do.",
+                retry=False,
+            )
+
+
+def _read_into(model: LocalCsm, weights: dict[str, mx.array], dtype: mx.Dtype | None, report: Callable[[LoadProgress], None]) -> None:
+    """Read tensor by tensor, converting each while it is alone in memory, so that the file's own precision is never there as a whole.
+
+    mlx-audio 0.6.2 reads everything as it is in the file and would have to be converted afterwards, both copies in memory.
+    """
+    total, done = sum(value.nbytes for value in weights.values()), 0
+    for name in sorted(weights):
+        value = weights.pop(name)
+        size = value.nbytes
+        if dtype is not None and value.dtype in _FLOATS:
+            value = value.astype(dtype)
+        mx.eval(value)
+        model.load_weights([(name, value)], strict=False)
+        mx.clear_cache()
+        done += size
+        report(LoadProgress("reading the weights", done, total))
+
+
+def _tokenizer(files: ModelFiles) -> object:
+    try:
+        return sesame.load_llama3_tokenizer(str(files.tokenizer))
+    except Exception as error:  # transformers raises whatever the file's content leads it to
+        raise ModelLoadError(
+            f"The tokenizer of {TOKENIZER_REPO} cannot be read ({type(error).__name__}): remove it from Hugging Face's cache.", retry=False
+        ) from error
+
+
+def _mimi(files: ModelFiles) -> Mimi:
+    mimi = Mimi(mimi_202407(_CODEBOOKS))
+    try:
+        mimi.load_pytorch_weights(str(files.mimi), strict=True)
+        mx.eval(mimi.parameters())
+    except (ValueError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"{files.mimi.name} of {MIMI_REPO} cannot be read ({_first_line(error)}): remove it from Hugging Face's cache.", retry=False
+        ) from error
+    mimi.eval()
+    return mimi
+
+
+def _watermarker() -> object | None:
+    """What marks the sound where silentcipher is installed (it brings PyTorch along; a plain install has neither), else None."""
+    if sesame.load_watermarker is None:
+        return None
+    try:
+        watermarker: object = sesame.load_watermarker()
+        return watermarker
+    except Exception as error:  # its weights come from the network
+        logger.warning("silentcipher is installed but cannot be loaded (%s): no watermark is applied", type(error).__name__)
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    """An MLX message, shortened and without the paths that it names."""
+    words = str(error).strip().partition("\n")[0].split()
+    return " ".join("…" if "/" in word else word for word in words)[:200]
