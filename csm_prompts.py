@@ -39,12 +39,21 @@ Codes = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class _Recording:
-    """A voice prompt's file and what is said in it; `speaker` is who says it where the prompt is a segment of its own."""
+    """A voice prompt's file and what is said in it.
+
+    Attributes:
+        path: The file.
+        words: What is said in it.
+        speaker: Who says it, where the prompt is a segment of its own.
+        built_in: It came with the model.
+        added: Somebody added it: its codes, from which it could be heard again, stay in its own folder and are deleted with it.
+    """
 
     path: Path
     words: str
     speaker: int
     built_in: bool
+    added: bool = False
 
 
 class PromptStore:
@@ -98,7 +107,9 @@ class PromptStore:
     def _recording(self, voice: Voice) -> _Recording:
         preset = voice.preset
         if preset.ref_audio is not None:
-            return _Recording(voice.folder / preset.ref_audio, preset.ref_text or "", preset.speaker_id, built_in=False)
+            return _Recording(
+                voice.folder / preset.ref_audio, preset.ref_text or "", preset.speaker_id, built_in=False, added=voice.uploaded
+            )
         key = preset.voice_key or ""
         return _Recording(self._prompt_folder / f"{key}.wav", self._words_of(key), speaker=0, built_in=True)
 
@@ -136,11 +147,12 @@ class PromptStore:
         return codes
 
     def _load_or_encode(self, recording: _Recording) -> Codes:
-        file = self._cache_folder / f"{self._key(recording)}.codes"
+        folder = recording.path.parent if recording.added else self._cache_folder
+        file = folder / f"{self._key(recording)}.codes"
         codes = self._read(file)
         if codes is None:
             codes = self._encode(recording)
-            _write(file, codes)
+            _write(file, codes, make_folder=not recording.added)
         return codes
 
     def _key(self, recording: _Recording) -> str:
@@ -197,14 +209,15 @@ def _codec_identity(mimi: sesame.Mimi) -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, codes: Codes) -> None:
+def _write(file: Path, codes: Codes, *, make_folder: bool) -> None:
     """Put codes into the cache, at once or not at all. A folder that cannot be written to only costs the next start its time."""
     payload = io.BytesIO()
     np.save(payload, codes, allow_pickle=False)
     data = payload.getvalue()
     temporary: Path | None = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:  # an added voice's has been there, and must not come back when it was deleted meanwhile
+            file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".tmp", delete=False) as handle:
             temporary = Path(handle.name)
             handle.write(hashlib.sha256(data).digest() + data)

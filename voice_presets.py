@@ -125,11 +125,11 @@ class VoicePresetManager:
 
     def aliases_of(self, voice_id: str) -> list[str]:
         """The other names that reach a voice, OpenAI's among them."""
-        with self._latest() as catalogue:
-            own = {alias for alias, target in catalogue.aliases.items() if target == voice_id}
-            default = _find(catalogue, self._default_voice)
-            if default is not None and default.id == voice_id:
-                own |= {alias for alias in OPENAI_VOICES if _find(catalogue, alias) is None}
+        catalogue = self._catalogue  # of voices that were just listed: looking at the files again for each of them would add up
+        own = {alias for alias, target in catalogue.aliases.items() if target == voice_id}
+        default = _find(catalogue, self._default_voice)
+        if default is not None and default.id == voice_id:
+            own |= {alias for alias in OPENAI_VOICES if _find(catalogue, alias) is None}
         return sorted(own)
 
     def skipped(self) -> list[SkippedPreset]:

@@ -121,8 +121,8 @@ class VoiceStore:
         self._folder = folder
 
     def signature(self) -> object:
-        """What changes when a voice is added or deleted, or its description changes."""
-        return tuple(sorted((folder.name, _change_of(folder / _DESCRIPTION)) for folder in self._folders()))
+        """What changes when a voice is added or deleted. Nothing else matters: no id comes twice, and what a voice is never changes."""
+        return frozenset(folder.name for folder in self._folders())
 
     def voices(self) -> list[StoredVoice]:
         """The voices, oldest first; one that is damaged is left out, with a warning in the log."""
@@ -270,11 +270,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _change_of(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
