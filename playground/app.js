@@ -49,7 +49,7 @@ async function speak() {
   report(fault && { message: fault });
   if (fault) return (text.value.trim() ? byId("seed") : text).focus();
   const request = currentRequest();
-  const take = new Take({ ...request, seed: request.seed ?? newSeed() });
+  const take = new Take({ ...request, seed: request.seed ?? newSeed() }, voices.voice?.name ?? request.voice);
   const controller = new AbortController();
   speaking = controller;
   window.sesame.take = take;
@@ -281,6 +281,7 @@ async function listVoices() {
     listed = true;
   } catch (error) {
     listed = false;
+    voices.refuse();
     fail(error);
   }
 }

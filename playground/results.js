@@ -44,13 +44,13 @@ export class Results {
   }
 
   #row(take) {
-    const { voice, seed, response_format: format } = take.request;
+    const { seed, response_format: format } = take.request;
     const play = make("button", { type: "button", className: "round" }, icon(["M4.8 2.8v10.4L13.2 8z", "when-play"], ["M4 3h3v10H4zM9 3h3v10H9z", "when-pause"]));
     play.setAttribute("aria-label", `Play: ${excerpt(take)}`);
     play.addEventListener("click", () => this.#actions.play(take));
     const figures = figuresOf(take).map(([name, value]) => (name === "Duration" ? value : `${name.toLowerCase()} ${value}`));
     const state = { stopped: "stopped", failed: "broken off" }[take.state];
-    const meta = [voice, figures.pop(), ...figures, `seed ${seed}`, state].filter(Boolean).join(" · ");
+    const meta = [take.voiceName, figures.pop(), ...figures, `seed ${seed}`, state].filter(Boolean).join(" · ");
     return make(
       "li",
       {},

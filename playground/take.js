@@ -7,9 +7,13 @@ const PEAK_SAMPLES = 240; // one value of loudness for 10 ms
 const CHARACTERS_A_SECOND = 15;
 
 export class Take {
-  /** @param request What was asked of the server, seed included, so that the same audio can be had again as a file. */
-  constructor(request) {
+  /**
+   * @param request What was asked of the server, seed included, so that the same audio can be had again as a file.
+   * @param voiceName What people call the voice.
+   */
+  constructor(request, voiceName) {
     this.request = request;
+    this.voiceName = voiceName;
     this.pieces = [];
     this.length = 0;
     this.peaks = [];

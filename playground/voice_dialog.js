@@ -82,7 +82,6 @@ export class VoiceDialog {
     if (!this.#sample) return [byId("record").disabled ? byId("voice-file") : byId("record"), "Record something, or choose a file."];
     if (this.#sample.size > LARGEST) return [byId("voice-file"), "The file is larger than 10 MiB. A minute of speech is enough."];
     if (!byId("voice-name").value.trim()) return [byId("voice-name"), "Give the voice a name."];
-    if (!byId("voice-words").value.trim()) return [byId("voice-words"), "Type the words that are spoken in the recording."];
     if (!byId("voice-consent").checked) return [byId("voice-consent"), "A voice can be used only with its speaker's consent. Tick the box if you have it."];
     return null;
   }
@@ -97,7 +96,8 @@ export class VoiceDialog {
     body.set("name", byId("voice-name").value.trim());
     body.set("audio_sample", this.#sample, this.#sample.name);
     body.set("consent", "true");
-    body.set("ref_text", byId("voice-words").value.trim());
+    const words = byId("voice-words").value.trim();
+    if (words) body.set("ref_text", words); // without them the server listens itself, or says that it cannot
     const button = byId("voice-save");
     button.disabled = true;
     button.textContent = "Saving…";

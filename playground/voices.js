@@ -36,6 +36,11 @@ export class VoiceList extends EventTarget {
     return ready.find(standard) ?? ready[0] ?? this.voices.find(standard) ?? this.voices[0];
   }
 
+  /** The server did not list its voices: say so in their place, unless some are shown already. */
+  refuse() {
+    if (!this.voices.length) this.#list.replaceChildren(make("p", { className: "empty" }, "The server has not listed its voices."));
+  }
+
   choose(id) {
     this.chosen = id;
     memory.write("voice", id);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from browsing import Visit, running_chromium, visit
 from conftest import RunningServer
 from listening import decode, transcribe, word_error_rate
 from playwright.sync_api import Browser, expect
+from starlette.testclient import TestClient
 
 from config import Settings
 from server import create_app
@@ -276,10 +276,9 @@ def test_a_take_can_be_heard_again_and_searched(guest: Guest) -> None:
 
 
 def test_the_page_is_gone_when_it_is_switched_off() -> None:
-    async def statuses(*, playground: bool) -> list[int]:
-        transport = httpx.ASGITransport(create_app(Settings(playground=playground, csm="off")))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return [(await client.get(path)).status_code for path in ("/", "/playground/app.js")]
+    def statuses(*, playground: bool) -> list[int]:
+        client = TestClient(create_app(Settings(playground=playground, csm="off")), base_url="http://127.0.0.1")
+        return [client.get(path).status_code for path in ("/", "/playground/app.js")]
 
-    assert asyncio.run(statuses(playground=True)) == [200, 200]
-    assert asyncio.run(statuses(playground=False)) == [404, 404]
+    assert statuses(playground=True) == [200, 200]
+    assert statuses(playground=False) == [404, 404]
