@@ -106,46 +106,37 @@ def _systemctl(arguments: list[str]) -> int:
     return 0
 
 
-def _fixed(name: str, default: str) -> Callable[[list[str]], int]:
-    def tool(_: list[str]) -> int:
-        print(_answer(name, default))
-        return 0
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {"launchctl": _launchctl, "systemctl": _systemctl}
 
-    return tool
-
-
-def _uname(arguments: list[str]) -> int:
-    print(_answer("system", "Darwin") if arguments == ["-s"] else _answer("processor", "arm64"))
-    return 0
-
-
-def _id(arguments: list[str]) -> int:
-    print("burke" if "-un" in arguments else _answer("user", "501"))
-    return 0
-
-
-TOOLS: dict[str, Callable[[list[str]], int]] = {
-    "launchctl": _launchctl,
-    "systemctl": _systemctl,
-    "uname": _uname,
-    "id": _id,
-    "sw_vers": _fixed("macos", "26.3"),
-    "sysctl": _fixed("rosetta", "0"),
-    "xcode-select": _fixed("xcode", "/Library/Developer/CommandLineTools"),
-    "loginctl": _fixed("linger", "no"),
-    "afplay": _fixed("player", ""),
-    "journalctl": _fixed("journal", ""),
+# Tools that answer one thing, whatever they are asked: the file in the state folder that changes it, and what they answer without one.
+ANSWERS = {
+    "sw_vers": ("macos", "26.3"),
+    "sysctl": ("rosetta", "0"),
+    "xcode-select": ("xcode", "/Library/Developer/CommandLineTools"),
+    "loginctl": ("linger", "no"),
+    "afplay": ("player", ""),
+    "journalctl": ("journal", ""),
     # The environment is there already; the Makefile's target is tested where the whole project is.
-    "make": _fixed("make", ""),
+    "make": ("make", ""),
+    "uname -s": ("system", "Darwin"),
+    "uname -m": ("processor", "arm64"),
+    "id -u": ("user", "501"),
+    "id -un": ("name", "burke"),
 }
 
 
 def install_tools(folder: Path) -> None:
     """Put an executable for each tool into `folder`, for the front of PATH."""
     folder.mkdir()
-    for name in TOOLS:
+    scripts = {name: f'exec "{sys.executable}" -S "{__file__}" {name} "$@"\n' for name in PROGRAMS}
+    for words, (file, default) in ANSWERS.items():
+        name, _, option = words.partition(" ")
+        answer = f'cat "$STAND_IN_STATE/{file}" 2>/dev/null || echo "{default}"\n'
+        start = scripts.setdefault(name, f'echo "{name} $*" >> "$STAND_IN_STATE/calls"\n')
+        scripts[name] = start + (f'if [ "$1" = {option} ]; then {answer}fi\n' if option else answer)
+    for name, text in scripts.items():
         script = folder / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{__file__}" {name} "$@"\n')
+        script.write_text("#!/bin/sh\n" + text)
         script.chmod(0o755)
 
 
@@ -160,7 +151,7 @@ def main() -> int:
     name, arguments = sys.argv[1], sys.argv[2:]
     with (_state_dir() / "calls").open("a") as file:
         file.write(" ".join([name, *arguments]) + "\n")
-    return TOOLS[name](arguments)
+    return PROGRAMS[name](arguments)
 
 
 if __name__ == "__main__":
