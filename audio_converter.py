@@ -27,6 +27,7 @@ __all__ = [
     "StreamEncoder",
     "clean_temporary_files",
     "convert",
+    "encoder_arguments",
     "ffmpeg_version",
     "find_ffmpeg",
     "to_int16",
@@ -81,7 +82,14 @@ def _tempo(speed: float) -> list[str]:
     return [f"atempo={speed ** (1 / count):.9f}"] * count
 
 
-def _arguments(fmt: AudioFormat, sample_rate: int, speed: float, mark: Mark | None, target: str, *, streamed: bool = False) -> list[str]:
+def encoder_arguments(
+    fmt: AudioFormat, sample_rate: int, speed: float, mark: Mark | None, target: str, *, streamed: bool = False
+) -> list[str]:
+    """ffmpeg's arguments to make `fmt` of signed 16-bit samples from its standard input; `target` is the output's name.
+
+    Raises:
+        ValueError: `speed` is out of range.
+    """
     source = ["-f", "s16le", "-ar", str(sample_rate // _RATE_DIVISOR), "-ac", "1", "-i", "pipe:0"]
     filters = ["-af", ",".join([f"asetrate={sample_rate}", *_tempo(speed)])]
     result = ["-ar", str(SAMPLE_RATE), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *mark_arguments(fmt, mark)]
@@ -143,7 +151,7 @@ async def convert(
 
 async def _at_speed(pcm: bytes, sample_rate: int, speed: float, stall_timeout: float) -> bytes:
     raw = FORMATS["pcm"]
-    changed = await _run(_arguments(raw, sample_rate, speed, None, "pipe:1"), pcm, None, stall_timeout)
+    changed = await _run(encoder_arguments(raw, sample_rate, speed, None, "pipe:1"), pcm, None, stall_timeout)
     expected = len(pcm) / 2 / sample_rate / speed
     if len(changed) % 2 or abs(len(changed) / 2 / SAMPLE_RATE - expected) > 0.2 + 0.05 * expected:
         raise ConversionError(_WRONG.format(name="the same speech at another speed"))
@@ -154,7 +162,7 @@ async def _encode(pcm: bytes, fmt: AudioFormat, mark: Mark | None, stall_timeout
     """Encode into a file: a pipe cannot be sought in, and then no header could say how long the sound is."""
     with temporary_folder() as folder:
         file = folder / f"speech.{fmt.extension}"
-        await _run(_arguments(fmt, SAMPLE_RATE, 1.0, mark, file.name), pcm, folder, stall_timeout)
+        await _run(encoder_arguments(fmt, SAMPLE_RATE, 1.0, mark, file.name), pcm, folder, stall_timeout)
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except OSError:
@@ -191,7 +199,7 @@ class StreamEncoder:
         stall_timeout: float = STALL_TIMEOUT,
     ) -> None:
         self._format = fmt
-        self._arguments = _arguments(fmt, sample_rate, speed, mark, "pipe:1", streamed=True)
+        self._arguments = encoder_arguments(fmt, sample_rate, speed, mark, "pipe:1", streamed=True)
         self._needs_ffmpeg = _needs_ffmpeg(fmt, sample_rate, speed)
         self._stall_timeout = stall_timeout
         self._process: FfmpegProcess | None = None
