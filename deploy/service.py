@@ -192,7 +192,10 @@ def fetch(settings: Settings, _: argparse.Namespace) -> int:
     try:
         files = find_model(settings.model_id, _Progress(sys.stdout.isatty()).report)
     except ModelLoadError as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What has been fetched is kept.", file=sys.stderr)
         return 1
     print(f"All of {files.source} is on this machine." + (f" ({files.note}.)" if files.note else ""))
     return 0

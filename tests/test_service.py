@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 import system_tools
+import tiny_csm
 from conftest import PROJECT, START_SECONDS, free_port
 from supervisor import State
 
@@ -303,6 +304,23 @@ def test_a_machine_that_cannot_run_it_is_refused_before_anything_is_changed(
     assert message in result.stderr
     assert machine.calls("make") == []
     assert not machine.plist.exists()
+
+
+def test_a_model_that_cannot_be_fetched_stops_the_installation_and_says_how_to_go_on(machine: Machine) -> None:
+    machine.configure(CSM="on")
+    result = machine.install(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(machine.home / "hub"))
+    assert result.returncode == 1
+    assert "is not complete in Hugging Face's cache" in result.stderr
+    assert "--no-download" in result.stderr
+    assert machine.calls("launchctl") == []
+
+
+def test_a_model_that_is_there_is_not_fetched_again(machine: Machine) -> None:
+    machine.configure(CSM="on")
+    hub = tiny_csm.build()
+    helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
+    result = subprocess.run(helper, env=machine.environment | tiny_csm.environment(hub), capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "All of sesame/csm-1b is on this machine.\n"), result.stderr
 
 
 def test_wrong_usage_is_told(machine: Machine) -> None:
