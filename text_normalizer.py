@@ -1,0 +1,344 @@
+"""Makes a text speakable: what a reader sees as form (Markdown, HTML, links, emoji) goes, what a listener can hear stays."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import regex
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+# Each pass can uncover marks (an escaped asterisk, an entity), so passes repeat until nothing changes; four were enough for all tries.
+_PASSES = 4
+_MAX_NESTING = 60
+
+# What a voice can say: letters and digits of any script, and the symbols that have a spoken name.
+_SPEECH = regex.compile(r"[\p{L}\p{N}%&@+°§©®×÷±√∞]|(?<!=)=(?!=)")
+_MARKUP = regex.compile(r"[*_`\[\]<>&~|\\]|://|\bwww\.|(?m)^[ \t]{0,3}(?:#|[-+]\s|=|-{2,}|\d{1,9}[.)](?:\s|$))|[ ]{2}\n")
+
+# --- Characters ---
+
+_LINE_BREAK = regex.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028]")
+# Pictures: all emoji but those that are text with a name (© ® ™, arrows), and the blocks of drawing, dingbats and game signs.
+_PICTURE = (
+    r"(?:[[\p{RI}\p{Emoji_Presentation}\p{Extended_Pictographic}\u2500-\u27BF\u2800-\u28FF\u2B00-\u2BFF\U0001F000-\U0001F0FF]"
+    r"--[©®™‼⁉ℹ\u2190-\u21FF♭♮♯\u2776-\u2793]]|ℹ\uFE0F)[\uFE0E\uFE0F\u200D\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F]*+"
+)
+_PICTURES = rf"{_PICTURE}(?:[ \t]*+{_PICTURE})*+"
+_BULLET = regex.compile(r"(?m)^([ \t]*)[•‣◦▪●■□▶►➤][ \t]+")
+_PICTURE_LINE = regex.compile(rf"(?m)^([ \t]*+){_PICTURES}[ \t]*+(?=\S)", flags=regex.V1)
+_ANY_PICTURE = regex.compile(rf"(?<![ \t])([ \t]*+){_PICTURES}([ \t]*+)", flags=regex.V1)
+_BEHIND_OPENING = regex.compile(r"(?:^|\s)[*_~(\[“\"]{1,4}$")
+_KEYCAP_LINE = regex.compile(r"(?m)^([ \t]*)([0-9])\uFE0F?\u20E3[ \t]*")
+# Joiners are spelling in Arabic and Indic scripts, everything else that is invisible is not.
+_INVISIBLE = regex.compile(
+    r"(?<=[\p{M}\p{Arabic}])[\u200C\u200D](?=\p{L})(*SKIP)(*FAIL)"
+    r"|[[\p{Default_Ignorable_Code_Point}\p{Cc}\p{Cs}\p{Co}\p{Cn}\u20E3\uFFF9-\uFFFD]--[\n\t]]",
+    flags=regex.V1,
+)
+_ASCII_INVISIBLE = re.compile(r"[\x00-\x08\x0E-\x1F\x7F]")
+_SPACE = regex.compile(r"[^\S\n\t ]")
+
+# --- Links ---
+
+_HOST = r"[\p{Latin}\p{Greek}\p{Cyrillic}\p{Nd}_-]+(?:\.[\p{Latin}\p{Greek}\p{Cyrillic}\p{Nd}_-]+)*"
+_TAIL = (
+    r"(?::\d+)?(?:[/?#][^\s<>\"|\\^`{}()\[\]“”\p{Han}\p{Hiragana}\p{Katakana}，。！？]*+(?:\([^\s()<>\"]*+\)[^\s<>\"|\\^`{}()\[\]“”]*+)*+)?"
+)
+_URL = regex.compile(
+    rf"(?i)((?<![a-z0-9])[a-z][a-z0-9+.-]{{1,15}}+://)(?:[^\s/?#@<>()\[\]]{{1,64}}+@)?({_HOST})?({_TAIL})|((?<![a-z0-9])www\.{_HOST})({_TAIL})"
+)
+_SAID_URL = regex.compile(rf"(?i)(?<![a-z0-9])(?:[a-z][a-z0-9+.-]{{1,15}}+://(?:www\.)?({_HOST})?(?::\d+)?/?|www\.(?=[\p{{L}}\p{{Nd}}_-]))")
+_URL_END = "*_~.,;:!?'…"
+_LINK_TARGET = regex.compile(r"(?i)[a-z][a-z0-9+.-]*:|[/#.]|www\.|.*(?:/|\w\.\w)")
+_FOOTNOTE = regex.compile(r"\[\^[^\]\s]{1,32}\]:?")
+
+# --- HTML ---
+
+_TAG = regex.compile(r"</?([A-Za-z][A-Za-z0-9-]*)([^<>]*)>")
+_BREAKING_NAMES = """address article aside blockquote br dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre
+section summary details table tr ul"""
+_FLOWING_NAMES = """a abbr b bdi bdo body big button canvas caption cite code col colgroup data del dfn em embed figcaption font head html
+i iframe img input ins kbd label legend link mark meta object option picture q rp rt ruby s samp select small source span strike strong sub
+sup svg tbody td template textarea tfoot th thead time title tt u var video audio wbr script style"""
+_BREAKING = frozenset(_BREAKING_NAMES.split())
+_FLOWING = frozenset(_FLOWING_NAMES.split())
+_HIDING = regex.compile(r"(?i)<!--|<\?|<(script|style)\b")
+_CLOSING = {"<!--": "-->", "<?": "?>"}
+
+# --- Sentences ---
+
+_ENDED = regex.compile(r"[\p{Sentence_Terminal}…:;,，；：、–—-][\p{Pe}\p{Pf}\"'’]*$")
+_CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}。，、！？]"
+_CJK_END = regex.compile(rf"{_CJK}\P{{L}}*$")
+_SOFT_BREAK = "\r"
+_CJK_WRAP = regex.compile(rf"(?<={_CJK}){_SOFT_BREAK}(?={_CJK})")
+_WORDS = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’.,:@-][\p{L}\p{M}\p{N}]+)*")
+_CHECKBOX = regex.compile(r"^\[[ xX]\]\s+")
+_PROSE_FENCES = frozenset({"text", "txt", "plain", "plaintext", "markdown", "md"})
+# Quotes and list marks nested deeper than anybody writes; the parser would drop what is inside.
+_DEEP = regex.compile(r"(?m)^(?:[ \t]*+>){10,}|^(?:[ \t]*+(?:[-*+]|\d{1,9}[.)])(?=[ \t])){10,}")
+
+
+def _parser(*disabled: str) -> MarkdownIt:
+    # Indented text is prose far more often than code, so it is read.
+    markdown = MarkdownIt("commonmark", {"maxNesting": _MAX_NESTING}).enable(["table", "strikethrough"])
+    return markdown.disable(["code", *disabled])
+
+
+_MARKDOWN = _parser()
+_WITHOUT_DEFINITIONS = _parser("reference")
+_INSIDE_HTML = _parser("reference", "html_block")
+
+
+def has_speech(text: str) -> bool:
+    """Whether a voice could say anything of `text`: a letter or digit of any script, or a symbol with a spoken name."""
+    return _SPEECH.search(text) is not None
+
+
+def speakable(text: str) -> str:
+    """`text` as it should be spoken: paragraphs of plain sentences, parted by blank lines; empty if nothing can be said.
+
+    - Markdown's marks go and their words stay; list items, headings and table rows become sentences (cells parted by commas), a full
+      stop added where none is; the numbers of an ordered list stay. Text that only looks like Markdown (5 * 3, snake_case, #1, C#)
+      stays as it is. Lines of a paragraph are joined.
+    - Of a link its text is read, of a picture its description, of a bare URL the host ("example.com").
+    - Code in a line keeps its words. A code block is left out, as a listener gets nothing from it, unless it is marked as text or
+      Markdown, or nothing else is left to say: then its words are read.
+    - HTML's tags go, their text stays; entities become their characters.
+    - Emoji, drawings, control, private and invisible characters go; what is left is in Unicode's normal form C.
+
+    It raises nothing on any string, and gives its own result back unchanged.
+    """
+    for _ in range(_PASSES):
+        said = _once(text)
+        if said == text:
+            break
+        text = said
+    return text if has_speech(text) else ""
+
+
+def _once(text: str) -> str:
+    text = _shorten_urls(_clean(text))
+    if _MARKUP.search(text):
+        blocks = _read_markdown(text)
+    else:
+        blocks = _finished([paragraph.replace("\n", _SOFT_BREAK) for paragraph in regex.split(r"\n\s*\n", text)])
+    return "\n\n".join(blocks)
+
+
+def _clean(text: str) -> str:
+    """Without characters that cannot be said, line breaks as newlines, pictures at the start of lines as list marks."""
+    text = _LINE_BREAK.sub("\n", text).replace("\u2029", "\n\n").replace("‼", "!!").replace("⁉", "!?")
+    if not text.isascii():
+        text = _BULLET.sub(r"\1- ", _KEYCAP_LINE.sub(r"\1\2. ", text))
+        # One picture in front is a decoration, several are a list.
+        text = _PICTURE_LINE.sub(r"\1- " if len(_PICTURE_LINE.findall(text)) > 1 else r"\1", text)
+        text = _ANY_PICTURE.sub(_without_picture, text)
+        return unicodedata.normalize("NFC", _SPACE.sub(" ", _INVISIBLE.sub("", text)))
+    return _ASCII_INVISIBLE.sub("", text)
+
+
+def _without_picture(match: regex.Match[str]) -> str:
+    """A space instead of the picture; nothing next to punctuation and to Markdown's marks, which lose their meaning beside a space."""
+    before, after = match.string[max(0, match.start() - 5) : match.start()], match.string[match.end() : match.end() + 1]
+    if after and (after in ".,!?;:…。，！？" or (not match.group(2) and after in '*_~)]”"')):
+        return ""
+    return "" if not match.group(1) and _BEHIND_OPENING.search(before) else " "
+
+
+def _shorten_urls(text: str) -> str:
+    """Bare URLs and link targets without their paths, whose underscores and asterisks the parser would take for marks."""
+
+    def short(match: regex.Match[str]) -> str:
+        whole = match.group()
+        end = whole[len(whole.rstrip(_URL_END)) :]
+        opening = match.string[max(0, match.start() - 3) : match.start()]  # other marks at the end belong to the URL
+        end = "".join(character for character in end if character not in "*_~" or character in opening)
+        host: str = match.group(4) or match.group(1) + (match.group(2) or "")
+        return host + end
+
+    return _URL.sub(short, text) if _has_url(text) else text
+
+
+def _has_url(text: str) -> bool:
+    return "://" in text or "www." in text.lower()
+
+
+def _say_urls(text: str) -> str:
+    """URLs as their hosts."""
+    if not _has_url(text):
+        return text
+    said: str = _SAID_URL.sub(lambda match: match.group(1) or ("link" if "://" in match.group() else ""), text)
+    return said
+
+
+# --- Markdown ---
+
+
+def _read_markdown(text: str) -> list[str]:
+    text = _DEEP.sub("- ", _without_stray_brackets(_FOOTNOTE.sub("", text)))
+    env: dict[str, dict[str, dict[str, str]]] = {}
+    tokens = _MARKDOWN.parse(text, env)
+    targets = (definition["href"] for definition in env.get("references", {}).values())
+    if not all(_LINK_TARGET.match(target) for target in targets):  # "[Anna]: yes" is a dialogue
+        tokens = _WITHOUT_DEFINITIONS.parse(text)
+    return _Reader().read(tokens)
+
+
+def _words_of_code(code: str) -> list[str]:
+    return [_ended(" ".join(words)) for line in code.split("\n") if (words := _WORDS.findall(line))]
+
+
+def _without_stray_brackets(text: str) -> str:
+    """Without `[` that nothing closes and pairs nested deeper than ten: they are silent, and a thousand of them take the parser seconds."""
+    open_at: list[int] = []
+    drop: set[int] = set()
+    for match in regex.finditer(r"[\[\]]", text):
+        if match.group() == "[":
+            open_at.append(match.start())
+        elif open_at:
+            start = open_at.pop()
+            if len(open_at) >= 10:
+                drop |= {start, match.start()}
+    drop.update(open_at)
+    return "".join(character for index, character in enumerate(text) if index not in drop) if drop else text
+
+
+class _Reader:
+    """Walks over the parser's tokens and collects what is to be said, a block at a time."""
+
+    def __init__(self) -> None:
+        self._blocks: list[str] = []
+        self._items: list[str] = []  # the numbers ("1.") of the list items that are open, until they are said
+        self._code: list[str] = []
+        self._cells: list[str] | None = None
+        self._heading = False
+
+    def read(self, tokens: Sequence[Token]) -> list[str]:
+        for token in tokens:
+            self._take(token)
+        return _finished(self._blocks) or _words_of_code("".join(self._code))
+
+    def _take(self, token: Token) -> None:
+        if token.type == "inline":
+            self._say(_inline(token.children or []))
+        elif token.type in {"heading_open", "heading_close"}:
+            self._heading = token.nesting == 1
+        elif token.type == "list_item_open":
+            self._items.append(f"{token.info}{token.markup}" if token.info else "")
+        elif token.type == "list_item_close":
+            self._blocks.append(self._items.pop())  # nothing, unless the item was empty: "1984." alone is a text
+        elif token.type == "tr_open":
+            self._cells = []
+        elif token.type == "tr_close":
+            self._blocks.append(_ended(", ".join(cell for cell in self._cells or [] if cell)))
+            self._cells = None
+        elif token.type == "fence" and _PROSE_FENCES.isdisjoint(token.info.lower().split()[:1]):
+            self._code.append(token.content)
+        elif token.type == "fence":
+            self._blocks += _read_markdown(token.content)
+        elif token.type == "html_block":
+            self._blocks += _Reader().read(_INSIDE_HTML.parse(_without_hidden(token.content)))
+
+    def _say(self, text: str) -> None:
+        if self._cells is not None:
+            self._cells.append(" ".join(text.split()))
+            return
+        if self._items:
+            text = _CHECKBOX.sub("", text.strip())
+            if self._items[-1]:
+                text = f"{self._items[-1]} {text}"
+                self._items[-1] = ""
+        self._blocks.append(_ended(text) if self._items or self._heading else text)
+
+
+def _inline(tokens: Sequence[Token]) -> str:
+    """The words of one run of text; `\\n` where the line is broken on purpose, `\\r` where it is only wrapped."""
+    parts: list[str] = []
+    link: tuple[int, str] = (0, "")
+    hidden_until = _hidden_ends(tokens)
+    skip_to = -1
+    closed = {token.content.strip("</> ").lower() for token in tokens if token.type == "html_inline" and token.content.startswith("</")}
+    for index, token in enumerate(tokens):
+        if index <= skip_to:
+            continue
+        if token.type == "softbreak":
+            parts.append(_SOFT_BREAK)
+        elif token.type == "hardbreak":
+            parts.append("\n")
+        elif token.type == "code_inline":
+            parts.append(_TAG.sub(lambda match: match.group()[1:-1].strip("/ "), token.content))
+        elif token.type == "html_inline":
+            skip_to = hidden_until.get(index, -1)
+            parts.append(_tag_words(token.content, closed))
+        elif token.type == "image":
+            parts.append(_inline(token.children or []))
+        elif token.type == "link_open":
+            link = (len(parts), str(token.attrGet("href") or ""))
+        elif token.type == "link_close" and not has_speech("".join(parts[link[0] :])):
+            parts.append(link[1] if "://" in link[1] else "")
+        else:
+            parts.append(token.content)
+    return "".join(parts)
+
+
+def _hidden_ends(tokens: Sequence[Token]) -> dict[int, int]:
+    """Where scripts and style sheets inside a line end, by where they begin."""
+    ends: dict[int, int] = {}
+    close: dict[str, int] = {}
+    for index in range(len(tokens) - 1, -1, -1):
+        match = _TAG.match(tokens[index].content) if tokens[index].type == "html_inline" else None
+        name = match.group(1).lower() if match else ""
+        if match and name in {"script", "style"}:
+            if match.group().startswith("</"):
+                close[name] = index
+            elif name in close:
+                ends[index] = close[name]
+    return ends
+
+
+def _tag_words(content: str, closed: set[str]) -> str:
+    """Nothing for HTML and XML; the words of a placeholder such as <your name>, which is neither."""
+    match = _TAG.fullmatch(content)
+    if not match:
+        return ""
+    name, rest = match.group(1).lower(), match.group(2)
+    if name in _BREAKING:
+        return "\n"
+    is_markup = name in _FLOWING or name in closed or "=" in rest or "/" in content
+    return "" if is_markup else match.group(1) + rest
+
+
+def _without_hidden(html: str) -> str:
+    """Without comments, scripts and style sheets."""
+    kept: list[str] = []
+    position = 0
+    while match := _HIDING.search(html, position):
+        kept.append(html[position : match.start()])
+        closing = _CLOSING.get(match.group(), f"</{match.group(1)}>")
+        end = html.lower().find(closing.lower(), match.end())
+        if end < 0:
+            return "".join(kept)
+        position = end + len(closing)
+    return "".join(kept) + html[position:]
+
+
+# --- Blocks ---
+
+
+def _ended(text: str) -> str:
+    """`text` as a sentence: with a full stop, if no punctuation ends it."""
+    text = text.strip()
+    if not has_speech(text) or _ENDED.search(text):
+        return text
+    return text + ("。" if _CJK_END.search(text) else ".")
+
+
+def _finished(blocks: list[str]) -> list[str]:
+    """The lines of the blocks that have something to say, with single spaces and URLs as their hosts."""
+    lines = (line for block in blocks for line in _CJK_WRAP.sub("", block).split("\n"))
+    said = (" ".join(_say_urls(line).split()) for line in lines)
+    return [line for line in said if has_speech(line)]
