@@ -147,12 +147,15 @@ class Download:
             ModelLoadError: With what failed and what to do.
         """
         self._check_space()
-        while self._wanted:
-            listing, file = self._wanted[0]
-            with _translated(listing.repo, file.name):
-                self._fetch(listing, file)
-                _link(listing, file)
-            self._wanted.pop(0)
+        wanted, self._wanted = self._wanted, []  # a file that is refused is not wanted again
+        try:
+            for listing, file in wanted:
+                with _translated(listing.repo, file.name):
+                    self._fetch(listing, file)
+                    _link(listing, file)
+        except ModelLoadError:
+            self._total = self._fetched
+            raise
 
     def _check_space(self) -> None:
         missing = self._total - self._fetched
@@ -179,6 +182,7 @@ class Download:
         with WeakFileLock(lock):
             if not blob.exists():
                 self._transfer(listing, file, part)
+                self._report(LoadProgress(f"checking {file.name} of {listing.repo}"))
                 _verify(file, part, listing.repo)
                 part.replace(blob)
 
@@ -188,6 +192,7 @@ class Download:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self._stage = f"downloading {file.name.rpartition('/')[2]} of {listing.repo}"
+        self._reported_at = 0.0  # a new file is always told of
         if part.exists() and part.stat().st_size > file.size:
             part.unlink()
         with part.open("ab") as target:

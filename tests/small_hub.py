@@ -1,0 +1,129 @@
+"""A hub on loopback: lists repositories and hands their files out over HTTP, or refuses to, as Hugging Face's does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+COMMIT = "c" * 40
+_LARGE = 100_000  # bytes; from here on a file is named by its SHA-256, as the hub's large ones are
+
+
+@dataclass
+class SmallHub:
+    """The hub's content and manners.
+
+    Attributes:
+        repositories: Folder by repository name; files below it are served.
+        list_errors: Status (and X-Error-Code, may be "") with which the list of a repository is refused.
+        file_errors: The same for its files.
+        accepted_token: The only token that is let in; None lets everybody in who has none.
+        cut_after: The connection breaks after so many bytes of a file, each time.
+        requests: `METHOD path` and the Range header of each request so far.
+    """
+
+    repositories: dict[str, Path] = field(default_factory=dict)
+    list_errors: dict[str, tuple[int, str]] = field(default_factory=dict)
+    file_errors: dict[str, tuple[int, str]] = field(default_factory=dict)
+    bad_token: str | None = None
+    cut_after: int | None = None
+    corrupt: bool = False
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def __enter__(self) -> SmallHub:
+        hub = self
+
+        class Handler(_Handler):
+            def do_GET(self) -> None:
+                self.serve(hub)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def fetched(self, name: str) -> int:
+        """How often a file of that name was asked for."""
+        return sum(path.endswith(f"/{name}") for path, _ in self.requests)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+    def serve(self, hub: SmallHub) -> None:
+        path = urlsplit(self.path).path
+        hub.requests.append((path, self.headers.get("Range")))
+        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        match = listed or file
+        assert match, path
+        repo = match[1]
+        errors = hub.list_errors if listed else hub.file_errors
+        if hub.bad_token and self.headers.get("Authorization") == f"Bearer {hub.bad_token}":
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif repo in errors:
+            self._refuse(*errors[repo])
+        elif repo not in hub.repositories:
+            self._refuse(401, "RepoNotFound")
+        elif listed:
+            self._send(json.dumps(_listing(repo, hub.repositories[repo])).encode())
+        elif file:
+            self._send_file(hub, hub.repositories[repo] / file[2])
+
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
+        self.send_response(status)
+        for name, value in (("X-Error-Code", code), ("X-Error-Message", message)):
+            if value:
+                self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send_file(self, hub: SmallHub, path: Path) -> None:
+        content = path.read_bytes()
+        if hub.corrupt and len(content) >= _LARGE:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self._send(content, begin, hub.cut_after)
+
+    def _send(self, content: bytes, begin: int = 0, cut_after: int | None = None) -> None:
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        body = content[begin:]
+        if cut_after is not None and len(body) > cut_after:
+            self.wfile.write(body[:cut_after])
+            self.close_connection = True
+        else:
+            self.wfile.write(body)
+
+
+def _listing(repo: str, folder: Path) -> dict[str, Any]:
+    siblings = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        entry: dict[str, Any] = {"rfilename": path.relative_to(folder).as_posix(), "size": len(content)}
+        entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 - git's id
+        if len(content) >= _LARGE:
+            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        siblings.append(entry)
+    return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
