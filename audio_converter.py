@@ -226,12 +226,16 @@ class StreamEncoder:
         Raises:
             ConversionError: ffmpeg has ended or hangs, or a sample is not a number.
         """
-        data = to_int16(samples)
-        self._silent = self._silent and not data
-        if self._process is not None:
-            await self._process.write(data)
-        elif data:
-            self._output.put(data)
+        try:
+            data = to_int16(samples)
+            self._silent = self._silent and not data
+            if self._process is not None:
+                await self._process.write(data)
+            elif data:
+                self._output.put(data)
+        except ConversionError as error:
+            self._output.end(error)  # who reads must not wait for an end that nobody will write
+            raise
 
     async def finish(self) -> None:
         """All samples are written. Does not wait for ffmpeg: the iteration ends when that has ended well, and raises when not."""
