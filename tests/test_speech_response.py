@@ -1,0 +1,45 @@
+"""A streamed answer ends its work when the client goes, at whatever moment that is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.types import Message, Scope
+
+from speech_response import SpeechStream
+
+PIECES = 2000
+
+
+async def _pieces_made_for_a_client_that_goes_after(taken: int) -> int:
+    made = 0
+    gone = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal made
+        for _ in range(PIECES):
+            made += 1
+            if made == taken:
+                gone.set()
+            yield b"x"
+            await asyncio.sleep(0)
+
+    async def send(_: Message) -> None:
+        await asyncio.sleep(0)
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def close() -> None:
+        pass
+
+    scope: Scope = {"type": "http", "state": {"facts": {}}}
+    await SpeechStream(body(), close, headers={}, media_type="audio/pcm")(scope, receive, send)
+    return made
+
+
+def test_a_client_that_goes_stops_the_work_at_once() -> None:
+    for taken in range(1, 40):
+        assert asyncio.run(_pieces_made_for_a_client_that_goes_after(taken)) < taken + 20
