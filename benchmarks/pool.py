@@ -1,0 +1,74 @@
+"""What a second machine brings: texts a second through HAProxy with one server and with two, all on this machine.
+
+    .venv/bin/python benchmarks/pool.py [--requests 24] [--clients 4] [--sentences 4]
+
+Two servers on one machine share its cores, so the figure for two is a lower bound of what two machines give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from haproxy_pool import NAMES, Pool  # the same pool as the tests
+
+SENTENCE = "One machine of the pool says this sentence, and another one says the next. "
+
+
+def speak(url: str, sentences: int) -> float:
+    """Seconds until one whole mp3 is here."""
+    import httpx
+
+    started = time.perf_counter()
+    body = {"model": "tts-1", "voice": "heart", "input": SENTENCE * sentences, "seed": 1}
+    httpx.post(f"{url}/v1/audio/speech", json=body, timeout=300).raise_for_status()
+    return time.perf_counter() - started
+
+
+def measure(name: str, url: str, arguments: argparse.Namespace) -> None:
+    """Print one row: texts a second, and the time that one of `clients` waits for its text."""
+    speak(url, arguments.sentences)  # warm
+    started = time.perf_counter()
+    with ThreadPoolExecutor(arguments.clients) as executor:
+        seconds = sorted(executor.map(lambda _: speak(url, arguments.sentences), range(arguments.requests)))
+    rate = arguments.requests / (time.perf_counter() - started)
+    print(f"| {name:28} | {rate:14.2f} | {statistics.median(seconds):10.2f} | {seconds[-1]:11.2f} |", flush=True)
+
+
+def main() -> None:
+    """Measure one server directly, one behind HAProxy, and two behind HAProxy, in one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--sentences", type=int, default=4)
+    arguments = parser.parse_args()
+    print(
+        f"{arguments.requests} texts of {arguments.sentences} sentences, {arguments.clients} clients, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+    )
+    print(f"| {'':28} | texts a second | median (s) | longest (s) |\n|{'-' * 30}|{'-' * 15}:|{'-' * 11}:|{'-' * 12}:|")
+    with tempfile.TemporaryDirectory() as folder:
+        # One thread a server, as far as its libraries let themselves be told: two machines do not share cores either.
+        pool = Pool(Path(folder), DEFAULT_VOICE="heart", OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)
+        try:
+            pool.start()
+            measure("one server, directly", pool.servers["one"].url, arguments)
+            pool.tell("set server speech/two state maint")
+            measure("one server behind HAProxy", pool.url, arguments)
+            pool.tell("set server speech/two state ready")
+            for name in NAMES:
+                pool.wait_until_up(name)
+            measure("two servers behind HAProxy", pool.url, arguments)
+        finally:
+            pool.stop()
+
+
+if __name__ == "__main__":
+    main()
