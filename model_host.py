@@ -100,8 +100,10 @@ class ModelHost:
         self._worker.close()
 
     def reload(self) -> None:
-        """Load again, now: after a failure, or because files have changed."""
-        self._reload.set()
+        """Load again, now: after a failure, or because files have changed. `settled` waits for the end of that load."""
+        if self._keeper:
+            self._settled.clear()
+            self._reload.set()
 
     async def settled(self) -> None:
         """Return once the current load has come to its end, good or bad."""
@@ -231,7 +233,6 @@ class ModelHost:
                 logger.info("model %s: unloaded after %.0f s without work", self.model.id, idle)
 
     async def _load_on_demand(self) -> None:
-        self._settled.clear()
         self.reload()
         await self.settled()
         if self.state != "ready":

@@ -285,7 +285,9 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
 
 
 def _from_http(request: Request, error: HTTPException) -> TTSError:
-    """FastAPI's own refusals as errors of ours."""
+    """FastAPI's own refusals as errors of ours; one of ours that it caught while it read the body is let through."""
+    if isinstance(error.__cause__, TTSError):
+        return error.__cause__
     if error.status_code == 404:
         return NotFoundError(f"There is nothing at {shorten(request.url.path)}. /docs lists what there is.")
     if error.status_code == 405:

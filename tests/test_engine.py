@@ -185,8 +185,6 @@ def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
             assert host.state == "failed"
             assert told in (host.error or "")
             host.reload()
-            while host.state == "failed":
-                await asyncio.sleep(0.01)
         await host.settled()
         assert host.state == "ready"
         assert host.error is None
@@ -214,18 +212,18 @@ def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
 
 @pytest.fixture(scope="module")
 def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Settings for a server whose CSM is the tiny checkpoint: random weights, so lengths are capped and nothing is judged."""
+    """Settings for a server whose CSM is the tiny checkpoint: a few frames of noise a group, so nothing is judged."""
     presets = tmp_path_factory.mktemp("presets")
-    for key in ("a", "b"):
-        preset = {"name": f"tiny_{key}", "voice_key": f"conversational_{key}", "max_audio_length_ms": 320}
-        (presets / f"tiny_{key}.json").write_text(json.dumps(preset))
+    tiny = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 240}
+    (presets / "tiny.json").write_text(json.dumps(tiny))
     (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
-    environment = tiny_csm.environment(tiny_csm.build())
+    outcomes = [tiny_csm.ends_after(frames) for frames in (1, 2, 3)]
+    environment = tiny_csm.environment(tiny_csm.build(script={"": outcomes}))
     return {
         "CSM": "on",
         "GUARD": "off",
         "MODEL_DTYPE": "float32",
-        "DEFAULT_VOICE": "tiny_a",
+        "DEFAULT_VOICE": "tiny",
         "PRESETS_DIR": presets,
         "PAUSE_MS": 100,
         **environment,
@@ -246,7 +244,7 @@ def csm_server(tmp_path_factory: pytest.TempPathFactory, csm_settings: dict[str,
 
 
 def speak(server: RunningServer, **fields: Any) -> httpx.Response:
-    body = {"model": "csm-1b", "input": "Hello.", "voice": "tiny_a", "response_format": "wav"} | fields
+    body = {"model": "csm-1b", "input": "Hello.", "voice": "tiny", "response_format": "wav"} | fields
     response = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=240)
     assert response.status_code == 200, response.text
     return response
@@ -263,7 +261,7 @@ def test_csm_loads_from_a_hugging_face_cache_and_speaks(csm_server: RunningServe
     response = speak(csm_server)
     samples, rate = decode(response.content, "wav")
     assert rate == 24_000
-    assert 0 < samples.size <= 4 * 1920  # four frames of 80 ms
+    assert 0 < samples.size <= 3 * 1920  # three frames of 80 ms
     assert np.abs(samples).max() > 0
     assert response.headers["x-model"] == "csm-1b"
 
@@ -272,8 +270,7 @@ def test_csm_starts_every_utterance_from_a_clean_state(csm_server: RunningServer
     first = speak(csm_server, seed=4).content
     speak(csm_server, seed=5, input="Another text. With two sentences.")
     assert speak(csm_server, seed=4).content == first
-    assert speak(csm_server, seed=5).content != first
-    assert speak(csm_server, seed=4, voice="tiny_b").content != first
+    assert len({speak(csm_server, seed=seed).content for seed in (6, 7, 8)} | {first}) > 1
 
 
 def test_the_requests_sampler_reaches_csm(csm_server: RunningServer) -> None:
@@ -288,7 +285,7 @@ def test_a_long_text_becomes_one_capped_group_after_another(csm_server: RunningS
     captions = httpx.get(f"{csm_server.url}{response.headers['x-timestamps']}").json()["captions"]
     assert len(captions) >= 3
     assert " ".join(caption["text"] for caption in captions) == text
-    assert all(caption["end"] - caption["start"] <= 0.3201 for caption in captions)
+    assert all(caption["end"] - caption["start"] <= 0.2401 for caption in captions)
     assert len(captions[0]["text"]) <= 120
 
 
@@ -302,7 +299,7 @@ def test_csm_streams_what_it_would_have_sent_complete(csm_server: RunningServer)
 
 
 def test_the_two_models_speak_side_by_side(csm_server: RunningServer) -> None:
-    body = {"model": "m", "input": "A longer sentence that takes CSM a while to say. " * 4, "voice": "tiny_a", "stream": True}
+    body = {"model": "m", "input": "A longer sentence that takes CSM a while to say. " * 4, "voice": "tiny", "stream": True}
     with httpx.Client(base_url=csm_server.url, timeout=240) as client, client.stream("POST", "/v1/audio/speech", json=body) as response:
         assert speak(csm_server, voice="heart").headers["x-model"] == "hibari"
         assert len(response.read()) > 0
