@@ -6,6 +6,9 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 PY := .venv/bin/python
 
+# With it set, every start would compile every module again: seconds, each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run setup test check clean bench bench-csm
 
 run: .venv/.run-stamp

@@ -236,6 +236,14 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def _look_around(server: Server) -> None:
+    """What takes a moment the first time (a process, a few files), done before the first request."""
+    clean_temporary_files()
+    find_ffmpeg()
+    ffmpeg_version()
+    server.presets.refresh()
+
+
 def _server(request: Request) -> Server:
     server: Server = request.app.state.server
     return server

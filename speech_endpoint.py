@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from audio_converter import FORMATS, AudioFormat, Mark, StreamEncoder, convert
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from audio_converter import FORMATS, AudioFormat, Mark, StreamEncoder, convert
 from captions import CaptionStore, captions_of
 from config import Settings
 from errors import InternalError, ModelNotReadyError, TTSError
@@ -123,7 +123,9 @@ class SpeechEndpoint:
         if utterance.word_error_rate is not None:
             headers["X-Word-Error-Rate"] = f"{utterance.word_error_rate:.3f}"
         if plan.request.timestamps:
-            key = self.captions.keep(captions_of(utterance.groups, utterance.marks, plan.request.speed))
+            # The speed as it came out: ffmpeg's atempo meets the asked one to a percent only.
+            speed = utterance.audio_seconds / duration
+            key = self.captions.keep(captions_of(utterance.groups, utterance.marks, speed))
             headers["X-Timestamps"] = f"/v1/audio/speech/{key}/timestamps"
         await self._end(plan, utterance, request, "200")
         return Response(data, headers=headers, media_type=plan.format.content_type)
@@ -190,6 +192,7 @@ class _Spoken:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The encoded bytes; raises what went wrong in place of what is missing."""
+        await self._utterance.begun()  # a request that waits for its turn holds no process
         async with self._encoder:
             self._pump = asyncio.create_task(self._feed())
             try:

@@ -9,16 +9,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
-from audio_joiner import GroupJoiner, GroupMark
-from csm_model import CsmModel
-from text_normalizer import has_speech, speakable
 
+from audio_joiner import GroupJoiner, GroupMark
 from builtin_voice import BuiltinVoice
 from config import Settings
+from csm_model import CsmModel
 from errors import InsufficientMemoryError, InternalError, InvalidInputError, TTSError
 from model_host import Heartbeat, ModelHost
 from speech_model import Samples, SpeechModel, SpeechOptions
 from speech_turns import Turns
+from text_normalizer import has_speech, speakable
 from text_splitter import split_text
 from voice_presets import Voice, VoicePresetManager
 
@@ -62,6 +62,18 @@ class Utterance:
         self._buffer: asyncio.Queue[Samples | BaseException | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._has_turn = False
+        self._begun = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    async def begun(self) -> None:
+        """Return once its turn has come.
+
+        Raises:
+            TTSError: It did not come: the queue was full, or the wait too long.
+        """
+        await self._begun.wait()
+        if not self._has_turn and self._failure:
+            raise self._failure
 
     async def __aiter__(self) -> AsyncIterator[Samples]:
         """The samples, as they come; raises what went wrong in place of what is missing."""
@@ -192,6 +204,7 @@ class TTSEngine:
             async with host.turns.turn() as waited:
                 utterance._has_turn = True
                 utterance.queue_time = waited
+                utterance._begun.set()
                 emit = _emitter(utterance, asyncio.get_running_loop())
                 started = time.monotonic()
                 try:
@@ -207,6 +220,8 @@ class TTSEngine:
         except BaseException as error:
             logger.exception("the model failed")
             end = InternalError(f"The model failed ({type(error).__name__}). The server's log has the details.")
+        utterance._failure = end
+        utterance._begun.set()
         utterance._buffer.put_nowait(end)
 
     def _speak_on_thread(

@@ -16,6 +16,8 @@ import httpx
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+from config import Settings
+
 # No deadline: a machine that is busy elsewhere is no fault of the code.
 hypothesis_settings.register_profile("ours", deadline=None)
 hypothesis_settings.load_profile("ours")
@@ -32,8 +34,8 @@ def free_port() -> int:
 
 def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:
     """The environment of a server under test: none of our settings from outside, no hub, no key."""
-    own = {"HOST", "PORT", "CACHE_DIR", "CSM", "API_KEY", "DEFAULT_VOICE", "LOG_LEVEL", "PRESETS_DIR", "MODEL_ID"}
-    inherited = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("HF_")}
+    dropped = {name.upper() for name in Settings.model_fields} | {"PYTHONDONTWRITEBYTECODE"}  # every start would compile every module
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("HF_")}
     defaults = {"HOST": "127.0.0.1", "CACHE_DIR": str(cache_dir), "CSM": "off", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return inherited | defaults | {name: str(value) for name, value in settings.items()}
 

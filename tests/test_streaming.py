@@ -42,7 +42,8 @@ def test_every_format_streams_the_whole_text(server: RunningServer, name: str) -
     assert "content-length" not in response.headers
     streamed, rate = decode(response.content, name)
     whole, _ = decode(complete.content, name)
-    assert streamed.size / rate == pytest.approx(whole.size / rate, abs=0.06)
+    # A streamed MP3 cannot say how much of its first and last frame is the encoder's padding: up to 2 frames of 48 ms.
+    assert streamed.size / rate == pytest.approx(whole.size / rate, abs=0.1 if name == "mp3" else 0.03)
     assert word_error_rate(TEXT, transcribe(streamed, rate)) == 0
     if name in {"flac", "wav", "pcm"}:
         assert np.array_equal(streamed, whole)
