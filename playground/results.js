@@ -50,7 +50,7 @@ export class Results {
     play.addEventListener("click", () => this.#actions.play(take));
     const figures = figuresOf(take).map(([name, value]) => (name === "Duration" ? value : `${name.toLowerCase()} ${value}`));
     const state = { stopped: "stopped", failed: "broken off" }[take.state];
-    const meta = [take.voiceName, figures.pop(), ...figures, `seed ${seed}`, state].filter(Boolean).join(" · ");
+    const meta = [take.voiceName, figures.pop(), ...figures, `seed\u00a0${seed}`, state].filter(Boolean).join(" · ");
     return make(
       "li",
       {},

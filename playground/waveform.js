@@ -57,8 +57,8 @@ export class Waveform {
     const from = (bar / bars) * this.#shown;
     const to = ((bar + 1) / bars) * this.#shown;
     const here = this.take && this.#shown > 0 && from < this.take.duration;
-    // The square root lifts quiet syllables, as the ear does.
-    const tall = here ? Math.max(BAR, Math.sqrt(this.take.peak(from, to)) * (height - 4)) : BAR;
+    // The square root lifts quiet syllables, as the ear does; speech seldom goes above half of full scale, so that fills the height.
+    const tall = here ? Math.max(BAR, Math.sqrt(Math.min(1, 2 * this.take.peak(from, to))) * (height - 4)) : BAR;
     pen.fillStyle = !here ? colours.line : to <= this.position || (from < this.position && this.position > 0) ? colours.accent : colours.rest;
     pen.beginPath();
     pen.roundRect(bar * (BAR + GAP), (height - tall) / 2, BAR, tall, BAR / 2);

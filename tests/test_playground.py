@@ -277,7 +277,8 @@ def test_a_take_can_be_heard_again_and_searched(guest: Guest) -> None:
 
 def test_the_page_is_gone_when_it_is_switched_off() -> None:
     def statuses(*, playground: bool) -> list[int]:
-        client = TestClient(create_app(Settings(playground=playground, csm="off")), base_url="http://127.0.0.1")
+        chosen: dict[str, Any] = {"playground": playground, "csm": "off"}
+        client = TestClient(create_app(Settings(**chosen)), base_url="http://127.0.0.1")
         return [client.get(path).status_code for path in ("/", "/playground/app.js")]
 
     assert statuses(playground=True) == [200, 200]

@@ -240,7 +240,7 @@ def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("desktop-light", {"viewport": {"width": 1160, "height": 840}, "color_scheme": "light"}),
+        ("desktop-light", {"viewport": {"width": 1160, "height": 800}, "color_scheme": "light"}),
         ("phone-dark", {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}),
     ],
 )
