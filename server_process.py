@@ -35,7 +35,9 @@ def listen(settings: Settings) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise SettingsError(f"HOST={settings.host!r} cannot be used: it is neither an address nor a name of this machine.") from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by name: asyncio turns Nagle's algorithm off only where it says TCP. Without that every answer on a kept connection
+    # waits for the client's delayed acknowledgement (measured on Linux: 47 ms instead of 5 for a small one).
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
