@@ -16,11 +16,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+_PROJECT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(_PROJECT), str(_PROJECT / "tests")]
 
-from haproxy_pool import NAMES, Pool  # the same pool as the tests
+from haproxy_pool import NAMES, Pool  # noqa: E402 - the same pool as the tests
 
 SENTENCE = "One machine of the pool says this sentence, and another one says the next. "
+_SMALL_REQUESTS = 300
 
 
 def speak(url: str, sentences: int) -> float:
@@ -43,6 +45,19 @@ def measure(name: str, url: str, arguments: argparse.Namespace) -> None:
     print(f"| {name:28} | {rate:14.2f} | {statistics.median(seconds):10.2f} | {seconds[-1]:11.2f} |", flush=True)
 
 
+def hop(url: str) -> float:
+    """Median milliseconds of one small request on a kept connection."""
+    import httpx
+
+    seconds = []
+    with httpx.Client(base_url=url) as client:
+        for _ in range(_SMALL_REQUESTS):
+            started = time.perf_counter()
+            client.get("/health/ready").raise_for_status()
+            seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
 def main() -> None:
     """Measure one server directly, one behind HAProxy, and two behind HAProxy, in one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,10 +77,16 @@ def main() -> None:
             measure("one server, directly", pool.servers["one"].url, arguments)
             pool.tell("set server speech/two state maint")
             measure("one server behind HAProxy", pool.url, arguments)
+            pool.tell("set maxconn server speech/one 2")
+            measure("the same with maxconn 2", pool.url, arguments)
+            pool.tell("set maxconn server speech/one 1")
             pool.tell("set server speech/two state ready")
             for name in NAMES:
                 pool.wait_until_up(name)
             measure("two servers behind HAProxy", pool.url, arguments)
+            print(
+                f"\na small request: {hop(pool.servers['one'].url):.1f} ms directly, {hop(pool.url):.1f} ms through HAProxy (medians of {_SMALL_REQUESTS})"
+            )
         finally:
             pool.stop()
 
