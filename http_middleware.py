@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config import Settings
-from errors import AuthenticationError, BodyTooLargeError, ForbiddenError, HostNotAllowedError, TTSError, shorten
+from errors import AuthenticationError, BodyTooLargeError, ForbiddenError, HostNotAllowedError, InternalError, TTSError, shorten
 from speech_request import MAX_BODY_BYTES
 
 logger = logging.getLogger("sesame_tts.request")
@@ -26,6 +26,7 @@ logger = logging.getLogger("sesame_tts.request")
 MAX_UPLOAD_BYTES = 11 << 20
 _UPLOAD_PATHS = ("/v1/audio/voices", "/audio/voices")
 
+_UNFORESEEN = "The server failed in an unforeseen way. Its log has the details, under this request's id."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
@@ -65,8 +66,22 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log_failure(request_id, error)
+            if status["status"] != "aborted":
+                raise  # the only way to break off a response that has begun; uvicorn then closes the connection
+            await error_response(InternalError(_UNFORESEEN))(scope, receive, send_with_id)
         finally:
             _log(scope, status["status"], time.monotonic() - started)
+
+
+def _log_failure(request_id: str, error: Exception) -> None:
+    """A failure that was foreseen is one line, any other a traceback; both under the request's id."""
+    foreseen = error if isinstance(error, TTSError) else error.__cause__  # Starlette wraps an error that came after the response's start
+    if isinstance(foreseen, TTSError):
+        logger.error("id=%s broken off: %s", request_id, foreseen.message)
+    else:
+        logger.error("id=%s failed in an unforeseen way", request_id, exc_info=error)
 
 
 def _request_id(headers: Headers) -> str:

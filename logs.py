@@ -43,8 +43,14 @@ def configure(level: str, folder: Path, *, to_stderr: bool = True) -> None:
     except OSError as error:
         _add(root, logging.StreamHandler(), formatter) if not to_stderr else None
         logging.getLogger(__name__).warning("no log file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
+    logging.getLogger("uvicorn.error").addFilter(_already_told)
     for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "asyncio", "multipart", "python_multipart", "filelock", "numba"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def _already_told(record: logging.LogRecord) -> bool:
+    """Leave out uvicorn's traceback of an application error: `RequestLog` has told it, with the request's id."""
+    return not str(record.msg).startswith("Exception in ASGI application")
 
 
 def _add(root: logging.Logger, handler: logging.Handler, formatter: logging.Formatter) -> None:

@@ -21,7 +21,7 @@ import captions
 import logs
 from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
-from errors import InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
+from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from http_middleware import Gate, RequestLog, error_response, is_owner, require_owner
 from metrics import Metrics
 from server_process import listen, serve
@@ -209,9 +209,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        clean_temporary_files()
-        server.store.clean()
-        await asyncio.to_thread(server.presets.refresh)
+        await asyncio.to_thread(_look_around, server)
         await server.engine.start()
         yield
         await server.engine.close()
@@ -239,6 +237,7 @@ def create_app(settings: Settings) -> FastAPI:
 def _look_around(server: Server) -> None:
     """What takes a moment the first time (a process, a few files), done before the first request."""
     clean_temporary_files()
+    server.store.clean()
     find_ffmpeg()
     ffmpeg_version()
     server.presets.refresh()
@@ -282,14 +281,9 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(_from_http(request, error))
 
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        logger.error("unexpected error", exc_info=error)
-        return error_response(InternalError("The server failed in an unforeseen way. Its log has the details, under this request's id."))
-
     app.add_exception_handler(TTSError, ours)  # type: ignore[arg-type]  # Starlette types its handlers for Exception only
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, unexpected)
 
 
 def _from_http(request: Request, error: HTTPException) -> TTSError:

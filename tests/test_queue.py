@@ -150,7 +150,7 @@ def post_and_leave(port: int, body: bytes, after: float) -> None:
 
 
 def test_clients_that_leave_at_random_moments_leave_nothing_behind(server: RunningServer) -> None:
-    process = psutil.Process(server.process.pid)
+    process, told_before = psutil.Process(server.process.pid), len(server.log_text())
     httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
     threads, generator = process.num_threads(), random.Random(3)
     variants = ['"stream": true', '"stream_format": "sse"', '"response_format": "pcm"', '"response_format": "flac"']
@@ -161,18 +161,18 @@ def test_clients_that_leave_at_random_moments_leave_nothing_behind(server: Runni
     server.wait_for(idle, 30)
     assert process.children(recursive=True) == []
     assert process.num_threads() <= threads + 8  # the default executor's threads, which are kept
-    assert "Traceback" not in server.log_text()
+    assert "Traceback" not in server.log_text()[told_before:]
     assert httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60).status_code == 200
 
 
 def test_a_client_that_leaves_the_queue_frees_its_place_at_once(server: RunningServer) -> None:
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
         body = f'{{"model": "m", "voice": "heart", "input": "{LONG}"}}'.encode()
-        leaver = threading.Thread(target=post_and_leave, args=(server.port, body, 0.3))
+        leaver = threading.Thread(target=post_and_leave, args=(server.port, body, 1.0))
         leaver.start()
-        server.wait_for(lambda health: health["queue"]["waiting"] == 1, 5)
+        server.wait_for(lambda health: health["queue"]["waiting"] == 1, 15)
         leaver.join()
-        server.wait_for(lambda health: health["queue"]["waiting"] == 0, 5)
+        server.wait_for(lambda health: health["queue"]["waiting"] == 0, 15)
     server.wait_for(idle, 30)
 
 
