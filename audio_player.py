@@ -35,10 +35,10 @@ def _ffplay(program: str) -> list[str]:
 
 def _pw_play(program: str) -> list[str]:
     # Older versions take "-" for raw samples anyway and refuse --raw; newer ones want it.
+    command = [program, "--help"]
     try:
-        described = subprocess.run(
-            [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_SECONDS, check=False
-        ).stdout  # noqa: S603 - found on PATH
+        asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_SECONDS, check=False)  # noqa: S603 - found on PATH
+        described = asked.stdout
     except (OSError, subprocess.TimeoutExpired):
         described = b""
     raw = ["--raw"] if b"--raw" in described else []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from captions import Caption
 
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} sentences{postfix}, {remaining} left"
 _REDRAW_SECONDS = 0.1
+_USUAL_WIDTH = 80
 
 
 class ProgressBar:
@@ -43,8 +45,7 @@ class ProgressBar:
         if not self._shown or line == self._told or self._bar:
             return
         self._told = line
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\033[K{line[:width]}")
+        sys.stderr.write(f"\r\033[K{line[: _width()]}")
         sys.stderr.flush()
 
     def warn(self, line: str) -> None:
@@ -87,9 +88,16 @@ class ProgressBar:
         if bar is None or time.monotonic() - self._drawn < _REDRAW_SECONDS:
             return
         self._drawn = time.monotonic()
-        bar.n = done
+        bar.n, bar.ncols = done, _width()
         bar.set_postfix_str(f"{seconds:.0f} s of sound", refresh=False)
         bar.refresh()
+
+
+def _width() -> int:
+    """Of the terminal that the bar is on, less the last column, where some would break the line. Some say 0 for a width unknown."""
+    with suppress(OSError):
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_WIDTH) - 1
+    return _USUAL_WIDTH - 1
 
 
 def _size(text: str) -> int:
@@ -100,4 +108,5 @@ def _new_bar(total: int) -> tqdm[None]:
     # By default tqdm takes a lock that works between processes (some systems run a helper process for it) and a thread that watches.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
-    return tqdm(total=total, bar_format=_BAR, file=sys.stderr, dynamic_ncols=True, disable=False)
+    # It measures the terminal as well, and shows nothing on one of a height unknown: the one line that is needed is always there.
+    return tqdm(total=total, bar_format=_BAR, file=sys.stderr, ncols=_width(), nrows=2, disable=False)

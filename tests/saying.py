@@ -1,0 +1,151 @@
+"""Runs say.py as a person's shell does: the real program, with an environment of its own, in a pipe or at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from conftest import PROJECT, clean_environment, free_port
+
+SECONDS = 240
+
+
+def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
+    """No server on the settings' port, no server's files, no loudspeaker, no key."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    own = clean_environment(tmp_path / "say-cache", **({"PORT": free_port()} | settings))
+    return own | {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(PROJECT / "say.py"), *map(str, arguments)]
+
+
+def say(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> subprocess.CompletedProcess[bytes]:
+    """Run it to its end; whatever happens, nobody is shown a traceback."""
+    ended = subprocess.run(
+        command(*arguments),
+        cwd=tmp_path,
+        env=environment(tmp_path, **settings),
+        input=stdin,
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert b"Traceback" not in ended.stderr, ended.stderr.decode()
+    return ended
+
+
+def said(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> bytes:
+    """Its standard output; it must end well and quietly."""
+    ended = say(tmp_path, *arguments, stdin=stdin, **settings)
+    assert (ended.returncode, ended.stderr.decode()) == (0, "")
+    return ended.stdout
+
+
+def refused(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> tuple[int, str]:
+    """Its exit status and its one line of complaint."""
+    ended = say(tmp_path, *arguments, stdin=stdin, **settings)
+    assert ended.stdout == b""
+    message = ended.stderr.decode()
+    assert message.startswith("say.py: ")
+    assert message.count("\n") == 1
+    return ended.returncode, message
+
+
+@contextmanager
+def started(tmp_path: Path, *arguments: object, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+    """Start it; it, and what it leaves behind, is killed at the end."""
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=tmp_path,
+        env=environment(tmp_path, **settings),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        for each in (*family(process), process):
+            if each.is_running() if isinstance(each, psutil.Process) else each.poll() is None:
+                each.kill()
+        process.communicate(timeout=30)
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """All that a process has started, directly or not."""
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+def at_terminal(tmp_path: Path, *arguments: object, **settings: object) -> tuple[int, str]:
+    """Run it with a terminal of 100 columns for input and errors; its exit status and all that it showed there."""
+    control, terminal = pty.openpty()
+    own = environment(tmp_path, **settings) | {"COLUMNS": "100", "TERM": "xterm"}
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, env=own, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    try:
+        while True:
+            try:
+                data = os.read(control, 4096)
+            except OSError:  # Linux says EIO once nobody has the terminal open any more
+                break
+            if not data:
+                break
+            shown += data
+    finally:
+        os.close(control)
+        process.wait(SECONDS)
+    return process.returncode, shown.decode()
+
+
+def add_player(tmp_path: Path, name: str, script: str) -> Path:
+    """A stand-in for a player of the system, found under its name; returns the file that `$PLAYED` stands for in `script`."""
+    played = tmp_path / f"{name}.played"
+    program = tmp_path / "bin" / name
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nPLAYED={played}\necho "$@" >> $PLAYED.arguments\n{script}\n')
+    program.chmod(0o755)
+    return played
+
+
+def sentences_of(text: str) -> str:
+    """A text without its line breaks."""
+    return " ".join(text.split())
+
+
+def captions_in(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_text())["captions"])
+
+
+def cues(text: str, separator: str) -> list[tuple[float, float, str]]:
+    """The cues of a WebVTT ('.') or SubRip (',') file: start and end in seconds, and the text."""
+    clock = rf"(\d+):(\d\d):(\d\d){re.escape(separator)}(\d\d\d)"
+    found = re.findall(rf"^{clock} --> {clock}\n(.+(?:\n.+)*)$", text, re.MULTILINE)
+    return [(_seconds(cue[:4]), _seconds(cue[4:8]), cue[8]) for cue in found]
+
+
+def _seconds(clock: tuple[str, ...]) -> float:
+    hours, minutes, seconds, thousandths = map(int, clock)
+    return hours * 3600 + minutes * 60 + seconds + thousandths / 1000
