@@ -30,6 +30,8 @@ _UNFORESEEN = "The server failed in an unforeseen way. Its log has the details, 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
+DOCS_FILES = "/docs-files"
+_OPEN_PREFIXES = ("/playground/", f"{DOCS_FILES}/")
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
 
 
@@ -145,7 +147,7 @@ class Gate:
         path = scope["path"]
         if not self._keys or scope["state"]["authorized"] or scope["method"] == "OPTIONS":
             return
-        if path in _OPEN_PATHS or path.startswith("/playground/"):
+        if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES):
             return
         raise AuthenticationError("The API key is missing or wrong: send 'Authorization: Bearer <key>' with a key from this server's API_KEY.", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
 

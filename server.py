@@ -14,6 +14,8 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -22,7 +24,7 @@ import logs
 from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
-from http_middleware import Gate, RequestLog, error_response, is_owner, require_owner
+from http_middleware import DOCS_FILES, Gate, RequestLog, error_response, is_owner, require_owner
 from metrics import Metrics
 from server_process import listen, serve
 from speech_endpoint import SpeechEndpoint
@@ -214,8 +216,14 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await server.engine.close()
 
-    app = FastAPI(
-        title="Sesame TTS", version=VERSION, lifespan=lifespan, redoc_url=None, description=__doc__, dependencies=[Depends(fresh_voices)]
+    app = FastAPIOffline(
+        title="Sesame TTS",
+        version=VERSION,
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url=DOCS_FILES,
+        description="OpenAI's speech API on your own machine.",
+        dependencies=[Depends(fresh_voices), Depends(HTTPBearer(auto_error=False, description="One of API_KEY, where it is set."))],
     )
     app.state.server = server
     for routes in (speech_routes, voice_routes):
