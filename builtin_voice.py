@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class BuiltinVoice:
             ModelLoadError: The package is damaged or missing.
         """
         report(LoadProgress("reading the built-in voice"))
+        # onnxruntime 1.32 begins a telemetry session in every process unless told not to.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             from hibari import Hibari
 

@@ -248,7 +248,8 @@ class TTSEngine:
             raise InvalidInputError(f"Voice '{voice.preset.name}' cannot say this text: no sound came of it.", param="input")
 
     def _warm_up(self, model: SpeechModel) -> None:
-        model.warm_up([voice for voice in self._presets.voices() if voice.preset.model == model.id])
+        # The owner's voices only: people may have added a hundred, and one that is deleted at this moment must not fail the load.
+        model.warm_up([voice for voice in self._presets.voices() if voice.preset.model == model.id and not voice.uploaded])
 
     async def _start_csm(self) -> None:
         await self._hosts["hibari"].settled()
