@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,16 +19,23 @@ from csm_prompts import PromptStore
 from voice_presets import Voice, VoicePreset
 
 
-def load(cache: Path, repo: str = tiny_csm.SESAME) -> Model:
-    """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it; the hub's client was imported before, so it is told where to look."""
-    snapshot = tiny_csm.snapshot_of(cache, repo)
-    tokenizer = str(tiny_csm.snapshot_of(cache, tiny_csm.TOKENIZER))
+@contextmanager
+def hub_at(cache: Path) -> Iterator[None]:
+    """The hub's client reads `cache` and nothing else; it was imported before, so the environment would come too late."""
     hub = huggingface_hub.constants
+    tokenizer = str(tiny_csm.snapshot_of(cache, tiny_csm.TOKENIZER))
     with (
         patch.object(hub, "HF_HUB_CACHE", str(cache)),
         patch.object(hub, "HF_HUB_OFFLINE", True),
         patch.object(sesame, "TOKENIZER_REPO", tokenizer),
     ):
+        yield
+
+
+def load(cache: Path, repo: str = tiny_csm.SESAME) -> Model:
+    """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it."""
+    snapshot = tiny_csm.snapshot_of(cache, repo)
+    with hub_at(cache):
         model = Model(json.loads((snapshot / "config.json").read_text()))
     weights = model.sanitize(mx.load(str(snapshot / "model.safetensors")))
     model.load_weights(list(weights.items()))

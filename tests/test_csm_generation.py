@@ -1,0 +1,390 @@
+"""CSM's generation loop on tiny checkpoints: the same as stock mlx-audio alone, the same side by side, judged, streamed and stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import csm_loading
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_csm
+from mlx_audio.lm.sample_utils import make_sampler
+from mlx_audio.tts.models.sesame import Model
+from numpy.typing import NDArray
+from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
+
+from csm_batch import CONTEXT, FrameBatch, memory_errors
+from csm_codec import CodecDecoder, block_length
+from csm_generation import CsmSpeaker
+from csm_prompts import PromptStore
+from csm_sampler import RowSampler, attempt_seed
+from errors import InputTooLongError, InsufficientMemoryError, InternalError
+from speech_check import SpeechCheck
+from speech_model import GroupChunk, ModelLoadError, SpeechOptions
+
+TEXTS = ["Hello there.", "A rather different and longer text, you see.", "Third.", "And a fourth one, of middling length."]
+# By the first capital of the text: how a group goes. The prompt's own words contain none of these letters.
+SCRIPT = {
+    "": [ends_after(1)],
+    "L": [ends_after(3)],
+    "A": [AT_ONCE],
+    "N": [NEVER],
+    "S": [SILENCE],
+    "X": ["n~"],
+    "Y": [NOT_A_NUMBER],
+    "B": [AT_ONCE, ends_after(1)],
+    "P": ["s______s."],
+}
+FRAME = 1920
+
+Frame = NDArray[np.int32]
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    return tiny_csm.build()
+
+
+@pytest.fixture(scope="module")
+def model(cache: Path) -> Model:
+    """Random weights: never ends, and says something else at each draw."""
+    return csm_loading.load(cache)
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Model:
+    """Ends, or fails to, as the text's capital says."""
+    return csm_loading.load(tiny_csm.build(script=SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for all, so that the prompt is encoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def frames_computed(model: Model) -> Iterator[list[int]]:
+    """The batch size of each frame that the library was asked for."""
+    original, sizes = model.model.generate_frame, []
+
+    def generate_frame(tokens: mx.array, *rest: object) -> mx.array:
+        sizes.append(len(tokens))
+        frame: mx.array = original(tokens, *rest)
+        return frame
+
+    model.model.generate_frame = generate_frame
+    yield sizes
+    model.model.generate_frame = original
+
+
+def say(
+    model: Model, cache: Path, folder: Path, groups: Sequence[str], ms: int = 160, streamed: bool = False, seed: int = 3, **values: object
+) -> list[GroupChunk]:
+    speaker = csm_loading.speaker(model, cache, folder, **values)
+    options = SpeechOptions(seed, streamed=streamed)
+    return list(speaker.speak(groups, csm_loading.voice(max_audio_length_ms=ms), options, lambda: False))
+
+
+def frames_of(
+    model: Model, prompts: PromptStore, texts: Sequence[str], seeds: Sequence[int], temperature: float, count: int
+) -> list[Frame]:
+    """`count` frames of each text, side by side: shape (frames, codebooks) each."""
+    rows = [prompts.tokens(csm_loading.voice(), text) for text in texts]
+    batch = FrameBatch(model.model, rows, RowSampler(seeds, temperature, 50))
+    return list(np.stack([batch.step(more=left > 0) for left in reversed(range(count))], axis=1))
+
+
+def stock(model: Model, cache: Path, prompts: PromptStore, text: str, temperature: float, seed: int, ms: int) -> NDArray[np.float32]:
+    """The samples that mlx-audio's own `generate` gives on a fresh codec."""
+    path = csm_loading.prompt_folder(cache) / "conversational_a.wav"
+    segment = model.prepare_prompt(prompts._words_of("conversational_a"), 0, str(path), 24_000)
+    model._streaming_decoder.reset()
+    mx.random.seed(seed)
+    sampler = make_sampler(temp=temperature, top_k=50)
+    (result,) = model.generate(text, context=[segment], sampler=sampler, max_audio_length_ms=ms)
+    return np.array(result.audio)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_one_group_is_what_stock_generate_says_with_the_same_seed(cache: Path, model: Model, folder: Path, temperature: float) -> None:
+    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    voice = csm_loading.voice(max_audio_length_ms=160, temperature=temperature)
+    (chunk,) = speaker.speak([TEXTS[0]], voice, SpeechOptions(11), lambda: False)
+    theirs = stock(model, cache, speaker._prompts, TEXTS[0], temperature, 11, 160)
+    assert chunk.samples.shape == theirs.shape == (2 * FRAME,)
+    np.testing.assert_allclose(chunk.samples, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_each_row_of_a_batch_is_what_that_text_gives_alone(cache: Path, model: Model, folder: Path, temperature: float) -> None:
+    prompts = csm_loading.speaker(model, cache, folder)._prompts
+    seeds = [attempt_seed(11, group, 0) for group in range(len(TEXTS))]
+    together = frames_of(model, prompts, TEXTS, seeds, temperature, 8)
+    for text, seed, row in zip(TEXTS, seeds, together, strict=True):
+        np.testing.assert_array_equal(row, frames_of(model, prompts, [text], [seed], temperature, 8)[0])
+
+
+def test_rows_that_leave_a_batch_change_nothing_for_the_others(cache: Path, model: Model, folder: Path) -> None:
+    prompts = csm_loading.speaker(model, cache, folder)._prompts
+    rows = [prompts.tokens(csm_loading.voice(), text) for text in TEXTS]
+    batch = FrameBatch(model.model, rows, RowSampler([1, 2, 3, 4], 0.9, 50))
+    frames = [batch.step(more=True) for _ in range(3)]
+    batch.keep([1, 3])
+    later = [batch.step(more=left > 0) for left in reversed(range(4))]
+    for place, row in enumerate((1, 3)):
+        alone = frames_of(model, prompts, [TEXTS[row]], [row + 1], 0.9, 7)[0]
+        np.testing.assert_array_equal([frame[row] for frame in frames] + [frame[place] for frame in later], alone)
+
+
+def test_a_long_prompt_read_in_pieces_gives_the_same_frames(cache: Path, model: Model, folder: Path) -> None:
+    prompts = csm_loading.speaker(model, cache, folder)._prompts
+    texts = [TEXTS[1] * 3, TEXTS[0]]  # two rows of over 512 positions: more than one piece
+    assert len(prompts.tokens(csm_loading.voice(), texts[0])[0]) > 512
+    together = frames_of(model, prompts, texts, [1, 2], 0.0, 4)
+    np.testing.assert_array_equal(together[0], frames_of(model, prompts, texts[:1], [1], 0.0, 4)[0])
+
+
+def test_the_sampler_draws_with_each_rows_own_stream() -> None:
+    logits = mx.random.normal((40, 3, 2051), key=mx.random.key(1)) * 3
+    rows, alone = RowSampler([5, 6, 7], 0.8, 50), make_sampler(temp=0.8, top_k=50)
+    drawn = np.array([rows(step).tolist() for step in logits])
+    for row, seed in enumerate((5, 6, 7)):
+        mx.random.seed(seed)
+        assert drawn[:, row].tolist() == [alone(step[row : row + 1]).item() for step in logits]
+
+
+def test_the_seed_is_the_utterances_own_for_the_first_attempt_only() -> None:
+    assert attempt_seed(5, 0, 0) == 5
+    assert len({attempt_seed(5, group, attempt) for group in range(9) for attempt in range(3)}) == 27
+    assert attempt_seed(-1, 0, 0) == 2**64 - 1
+    RowSampler([attempt_seed(-1, 0, 0), attempt_seed(2**70, 3, 2)], 0.9, 50)
+
+
+def test_the_same_seed_gives_the_same_samples_at_every_request_and_leaves_the_codec_clean(cache: Path, model: Model, folder: Path) -> None:
+    said = []
+    for _ in range(3):
+        said.append(say(model, cache, folder, TEXTS[:1], ms=80, guard="off")[0].samples)
+        assert {layer.offset for layer in model._audio_tokenizer.decoder_cache} == {0}
+        mx.eval(mx.random.uniform())  # somebody else draws meanwhile
+    np.testing.assert_array_equal(said[0], said[1])
+    np.testing.assert_array_equal(said[0], said[2])
+    assert not np.array_equal(said[0], say(model, cache, folder, TEXTS[:1], ms=80, guard="off", seed=4)[0].samples)
+
+
+def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, cache: Path, folder: Path) -> None:
+    chunks = say(scripted, cache, folder, ["L.", "one.", "  ", "two."], ms=800)
+    assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last, chunk.retries) for chunk in chunks] == [
+        (0, 3, True, 0),
+        (1, 1, True, 0),
+        (2, 0, True, 0),
+        (3, 1, True, 0),
+    ]
+    assert {chunk.samples.dtype for chunk in chunks} == {np.dtype(np.float32)}
+
+
+def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted: Model, cache: Path, folder: Path) -> None:
+    complete = say(scripted, cache, folder, ["L.", "one."], ms=800)
+    streamed = say(scripted, cache, folder, ["L.", "one."], ms=800, streamed=True)
+    assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last) for chunk in streamed] == [
+        (0, 2, False),
+        (0, 1, False),
+        (0, 0, True),
+        (1, 1, True),
+    ]
+    np.testing.assert_array_equal(np.concatenate([chunk.samples for chunk in streamed[:3]]), complete[0].samples)
+    np.testing.assert_array_equal(streamed[3].samples, complete[1].samples)
+
+
+def test_blocks_grow_slowly_enough_for_a_model_at_three_quarters_of_real_time() -> None:
+    blocks = [block_length(0)]
+    while sum(blocks) < 400:
+        blocks.append(block_length(sum(blocks)))
+        assert 0.75 * (sum(blocks) - blocks[0]) <= sum(blocks[:-1])
+    assert blocks[0] == 2
+    assert max(blocks) == 32
+
+
+def test_blocks_give_the_samples_that_single_frames_give(model: Model) -> None:
+    tokens = np.random.default_rng(0).integers(1, 500, (3, 32), np.int32)
+    decoder = CodecDecoder(model)
+    decoder.begin()
+    blocks = np.concatenate([*(decoder.push(frame) for frame in tokens), decoder.finish()])
+    model._streaming_decoder.reset()
+    single = np.array(model._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)
+    model._streaming_decoder.reset()
+    np.testing.assert_allclose(blocks, single, atol=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_cancellation_takes_effect_within_one_frame(
+    cache: Path, model: Model, folder: Path, frames_computed: list[int], streamed: bool
+) -> None:
+    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 4
+
+    voice = csm_loading.voice(max_audio_length_ms=2000)
+    chunks = list(speaker.speak(TEXTS[:2], voice, SpeechOptions(1, streamed=streamed), cancelled))
+    assert not any(chunk.last for chunk in chunks)
+    assert len(frames_computed) <= 5
+    assert model.model.backbone_cache[0].keys is None
+
+
+def test_closing_the_iterator_ends_it(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    stream = speaker.speak(TEXTS[:1], csm_loading.voice(max_audio_length_ms=4000), SpeechOptions(1, streamed=True), lambda: False)
+    assert len(next(stream).samples) == 2 * FRAME
+    stream.close()  # type: ignore[attr-defined]  # it is a generator
+    assert len(frames_computed) == 3
+    assert model.model.backbone_cache[0].keys is None
+
+
+def test_an_empty_text_is_no_work(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    chunks = say(model, cache, folder, ["", " \n"], streamed=True)
+    assert [(chunk.group, len(chunk.samples), chunk.last) for chunk in chunks] == [(0, 0, True), (1, 0, True)]
+    assert not frames_computed
+
+
+def test_a_batch_holds_no_more_than_it_may(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    say(model, cache, folder, ["a", "b", "c"], ms=80, guard="off", max_batch=2)
+    assert frames_computed == [2, 1]
+
+
+def test_batches_stay_within_the_context(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    voice = csm_loading.voice(max_audio_length_ms=90_000)
+    group = speaker._group(0, "Hi.", voice)
+    many = [group] * 20
+    assert len(speaker._next_batch(many)) <= 8  # of some 1600 positions each: 16384 in all
+    long = "word " * 280
+    assert not speaker.fits(long, voice)
+    assert speaker.fits("Hi.", voice)
+    with pytest.raises(InputTooLongError):
+        list(speaker.speak(["word " * 500], voice, SpeechOptions(1), lambda: False))
+    tight = speaker._group(0, long, voice)
+    assert len(tight.prompt[0]) + tight.budget == CONTEXT
+
+
+def test_a_group_that_never_ends_is_said_again_and_then_used_as_it_is(
+    scripted: Model, cache: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        (chunk,) = say(scripted, cache, folder, ["Never."], ms=80, max_retries=1)
+    assert chunk.retries == 1
+    assert len(chunk.samples) == FRAME
+    assert caplog.text.count("unended") == 2
+    assert "Never" not in caplog.text
+    (chunk,) = say(scripted, cache, folder, ["Never."], ms=80, guard="off")
+    assert chunk.retries == 0
+
+
+def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, cache: Path, folder: Path) -> None:
+    for seed in range(20):
+        chunks = say(scripted, cache, folder, ["one.", "B."], seed=seed, max_retries=10)
+        assert [(chunk.group, len(chunk.samples) // FRAME) for chunk in chunks] == [(0, 1), (1, 1)]
+        if chunks[1].retries:
+            break
+    assert chunks[1].retries > 0
+    assert chunks[0].retries == 0
+
+
+@pytest.mark.parametrize(("text", "streamed"), [("A.", False), ("A.", True), ("S.", False), ("S.", True), ("X.", False), ("X.", True)])
+def test_nothing_silence_and_not_a_number_are_never_played(scripted: Model, cache: Path, folder: Path, text: str, streamed: bool) -> None:
+    with pytest.raises(InternalError, match=r"sentence group 1 .* 2 attempt"):
+        say(scripted, cache, folder, [text], ms=80, streamed=streamed, max_retries=1)
+
+
+def test_not_a_number_is_not_played_without_the_guard_either(scripted: Model, cache: Path, folder: Path) -> None:
+    with pytest.raises(InternalError):
+        say(scripted, cache, folder, ["X."], ms=80, guard="off")
+
+
+def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(scripted: Model, cache: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(scripted, cache, folder)
+    stream = speaker.speak(["Y."], csm_loading.voice(max_audio_length_ms=240), SpeechOptions(1, streamed=True), lambda: False)
+    assert np.isfinite(next(stream).samples).all()
+    with pytest.raises(InternalError):
+        list(stream)
+
+
+def test_a_dead_stretch_is_shortened_to_the_setting(scripted: Model, cache: Path, folder: Path) -> None:
+    (chunk,) = say(scripted, cache, folder, ["P."], ms=800, max_pause_ms=100)
+    assert chunk.retries == 0
+    assert 2 * FRAME < len(chunk.samples) < 7 * FRAME
+
+
+def test_a_quantized_checkpoint_speaks(cache: Path, folder: Path) -> None:
+    from mlx_audio.tts import load
+
+    quantized = tiny_csm.build(quantized=True)
+    with csm_loading.hub_at(quantized):
+        model = load(str(tiny_csm.snapshot_of(quantized, tiny_csm.SESAME)))
+    (chunk,) = say(model, cache, folder, ["Hello."], ms=80, guard="off")
+    assert len(chunk.samples) == FRAME
+    assert np.abs(chunk.samples).max() > 0.01
+
+
+def test_the_warm_up_has_every_voices_prompt_ready(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, cache, folder)
+    speaker.warm_up([csm_loading.voice(), csm_loading.voice(voice_match=False)])
+    assert frames_computed == [2, 2, 1, 1]
+    assert {layer.offset for layer in model._audio_tokenizer.decoder_cache} == {0}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[metal::malloc] Attempting to allocate 99999 bytes which is greater than the maximum allowed buffer size of 9 bytes.",
+        "[malloc] Unable to allocate 99999 bytes.",
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+    ],
+)
+def test_what_mlx_says_when_memory_runs_out_is_told_as_such(told: str) -> None:
+    with pytest.raises(InsufficientMemoryError), memory_errors():
+        raise RuntimeError(told)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="There is no Stream"), memory_errors():
+        raise RuntimeError("There is no Stream(gpu, 2) in current thread.")
+
+
+def test_a_recogniser_finds_wrong_words_and_has_the_group_said_again(cache: Path, scripted: Model, folder: Path) -> None:
+    (chunk,) = say(scripted, cache, folder, ["one."], verify="whisper", max_retries=1)
+    assert chunk.retries == 1
+    assert chunk.word_error_rate is not None
+    assert chunk.word_error_rate > 0.4
+
+
+def test_the_word_error_rate_of_real_speech() -> None:
+    from hibari import Hibari
+
+    text = "In 1984, seventy-seven thousand people came; the harbour wasn't ready."
+    samples = np.asarray(Hibari()(text, seed=1), np.float32).reshape(-1)
+    check = SpeechCheck()
+    right, wrong = check.word_error_rate(text, samples), check.word_error_rate("Something that nobody has said at all today.", samples)
+    assert right is not None
+    assert right <= 0.2
+    assert wrong is not None
+    assert wrong > 0.8
+    assert check.word_error_rate("我们今天早上去了港口。", samples) is None
+    assert check.word_error_rate("…", samples) is None
+
+
+def test_verification_without_a_recogniser_says_how_to_get_one(
+    cache: Path, model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(ModelLoadError, match="--extra verify"):
+        CsmSpeaker(model, PromptStore(model, csm_loading.settings(folder), folder), csm_loading.settings(folder, verify="whisper"))
