@@ -260,4 +260,4 @@ def last_pause(samples: bytes | bytearray) -> int:
     if not len(gaps):
         return 0
     before = int(gaps[-1])
-    return 2 * ((int(loud[before]) + int(loud[before + 1])) // 2)
+    return 2 * ((int(loud[before]) + 1 + int(loud[before + 1])) // 2)
