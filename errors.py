@@ -11,6 +11,7 @@
     │   ├── ForbiddenError             403  forbidden
     │   ├── NotFoundError              404  not_found
     │   ├── MethodNotAllowedError      405  method_not_allowed
+    │   ├── RequestTimeoutError        408  request_timeout: the request did not arrive in time
     │   ├── ConflictError              409  already_exists
     │   ├── BodyTooLargeError          413  body_too_large
     │   └── HostNotAllowedError        421  host_not_allowed
@@ -23,6 +24,7 @@
         ├── QueueTimeoutError          503  queue_timeout
         ├── GenerationTimeoutError     503  generation_timeout
         ├── InsufficientMemoryError    503  insufficient_memory
+        ├── ConnectionsExhaustedError  503  too_many_connections
         └── ShuttingDownError          503  shutting_down
 
 The statuses and codes of the user's table come from section 3.6 of the TRD; the others follow its style. The envelope is OpenAI's,
@@ -138,6 +140,13 @@ class MethodNotAllowedError(InvalidRequestError):
     code = "method_not_allowed"
 
 
+class RequestTimeoutError(InvalidRequestError):
+    """The request did not arrive in the time that one may take."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class ConflictError(InvalidRequestError):
     """The name is taken."""
 
@@ -213,6 +222,13 @@ class InsufficientMemoryError(ServerError):
 
     status = 503
     code = "insufficient_memory"
+
+
+class ConnectionsExhaustedError(ServerError):
+    """There are as many connections as the machine's limits allow, and all are in use."""
+
+    status = 503
+    code = "too_many_connections"
 
 
 class ShuttingDownError(ServerError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -17,7 +18,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config import Settings
-from errors import AuthenticationError, BodyTooLargeError, ForbiddenError, HostNotAllowedError, InternalError, TTSError, shorten
+from errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    ForbiddenError,
+    HostNotAllowedError,
+    InternalError,
+    InvalidRequestError,
+    ShuttingDownError,
+    TTSError,
+    shorten,
+)
 from speech_request import MAX_BODY_BYTES
 
 logger = logging.getLogger("sesame_tts.request")
@@ -28,6 +39,7 @@ _UPLOAD_PATHS = ("/v1/audio/voices", "/audio/voices")
 
 _UNFORESEEN = "The server failed in an unforeseen way. Its log has the details, under this request's id."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LONGEST_METHOD = 16  # of those there are; a made-up one may have 64 KiB
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
 DOCS_FILES = "/docs-files"
@@ -68,6 +80,10 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # SHUTDOWN_TIMEOUT has passed
+            if status["status"] == "aborted":
+                await error_response(ShuttingDownError("The server went down before this was done. Try again in a moment.", headers={"Retry-After": "10"}))(scope, receive, send_with_id)  # fmt: skip
+            raise
         except Exception as error:
             _log_failure(request_id, error)
             if status["status"] != "aborted":
@@ -93,7 +109,7 @@ def _request_id(headers: Headers) -> str:
 
 def _log(scope: Scope, status: object, seconds: float) -> None:
     state = scope["state"]
-    facts = {"id": state["request_id"], "method": scope["method"], "path": shorten(scope["path"]), "status": status}
+    facts = {"id": state["request_id"], "method": scope["method"][:_LONGEST_METHOD], "path": shorten(scope["path"]), "status": status}
     facts |= state["facts"] | {"seconds": f"{seconds:.3f}"}
     level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
     logger.log(level, " ".join(f"{name}={value}" for name, value in facts.items()))
@@ -115,6 +131,7 @@ class Gate:
         headers = Headers(scope=scope)
         limit = MAX_UPLOAD_BYTES if scope["path"] in _UPLOAD_PATHS else MAX_BODY_BYTES
         try:
+            _check_framing(headers)
             self._check_host(headers.get("host", ""))
             scope["state"]["authorized"] = self._has_key(headers)
             self._check_key(scope)
@@ -173,6 +190,17 @@ def is_owner(request: Request) -> bool:
         return bool(request.state.authorized) or (request.client is not None and ipaddress.ip_address(request.client.host).is_loopback)
     except ValueError:
         return False
+
+
+def _check_framing(headers: Headers) -> None:
+    """Refuse a request that tells its length in two ways: a proxy in front may believe the other one (RFC 9112, section 6.3).
+
+    Raises:
+        InvalidRequestError: The connection is closed after it.
+    """
+    if "transfer-encoding" in headers and "content-length" in headers:
+        message = "Content-Length and Transfer-Encoding cannot both be there."
+        raise InvalidRequestError(message, code="invalid_http", headers={"Connection": "close"})
 
 
 def _check_length(headers: Headers, limit: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -17,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from config import Settings, SettingsError
+from http_connections import guarded_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +120,13 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins an orderly end, a second Ctrl-C cuts it short."""
         if not self.should_exit:
-            logger.info("stopping: no new work, what is being spoken is finished first")
-            self._on_stop()
+            # Not here: a signal comes between any two instructions, of the logging or of the queue too.
+            asyncio.get_running_loop().call_soon_threadsafe(self._begin_end)
         super().handle_exit(sig, frame)
+
+    def _begin_end(self) -> None:
+        logger.info("stopping: no new work, what is being spoken is finished first")
+        self._on_stop()
 
 
 def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Callable[[], None]) -> None:
@@ -132,6 +138,7 @@ def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Calla
         bound: From `listen`.
         on_stop: Called in a signal handler when the end begins.
     """
+    protocol, backlog = guarded_protocol()
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -141,7 +148,8 @@ def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Calla
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_timeout),
         h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
-        http="h11",
+        http=protocol,
+        backlog=backlog,
         ws="none",
     )
     with pid_file(settings.cache_dir, bound.getsockname()[1]):
