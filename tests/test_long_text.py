@@ -1,0 +1,120 @@
+"""A text as long as a request may be: said whole, once, in order, whatever the format and however it is sent."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RunningServer
+from listening import Samples, decode, transcribe, word_error_rate, words
+
+_OPENINGS = (
+    "On Monday",
+    "Near the old mill",
+    "After a while",
+    "In the old library",
+    "Without a sound",
+    "Early in spring",
+    "Across the valley",
+)
+_PEOPLE = ("the captain", "my cousin", "a young teacher", "the gardener", "her brother", "an engineer")
+_DEEDS = ("repaired the wooden bridge", "found a silver coin", "closed the heavy window", "wrote a long letter", "counted every boat", "sang an old song", "watched the evening train", "planted three small trees")  # fmt: skip
+_ENDINGS = (
+    "and nobody was surprised.",
+    "while the children slept.",
+    "before the rain began.",
+    "because it had to be done.",
+    "which took until evening.",
+)
+
+
+def sentences() -> list[str]:
+    """Different sentences that together are almost 4,000 characters."""
+    made: list[str] = []
+    while sum(map(len, made)) + len(made) < 3900:
+        n = len(made)
+        made.append(f"{_OPENINGS[n % 7]}, {_PEOPLE[n % 6]} {_DEEDS[(n + n // 8) % 8]} {_ENDINGS[n % 5]}")
+    return made
+
+
+SENTENCES = sentences()
+TEXT = " ".join(SENTENCES)
+BODY: dict[str, Any] = {"model": "m", "input": TEXT, "voice": "heart", "seed": 1}
+
+
+@cache
+def spoken(server_url: str, name: str, streamed: bool) -> Samples:
+    import httpx
+
+    response = httpx.post(f"{server_url}/v1/audio/speech", json=BODY | {"response_format": name, "stream": streamed}, timeout=300)
+    assert response.status_code == 200
+    samples, rate = decode(response.content, name)
+    return samples[:: rate // 24_000]
+
+
+@cache
+def sentence_by_sentence(server_url: str) -> float:
+    """The word error rate of the sentences when each is a request of its own: what the voice and the recogniser make of them."""
+    import httpx
+
+    heard = []
+    for sentence in SENTENCES:
+        response = httpx.post(f"{server_url}/v1/audio/speech", json=BODY | {"input": sentence, "response_format": "pcm"}, timeout=60)
+        heard.append(transcribe(*decode(response.content, "pcm"), beam=1))
+    return word_error_rate(TEXT, " ".join(heard))
+
+
+def test_the_text_is_as_long_as_a_request_may_be() -> None:
+    assert 3900 <= len(TEXT) <= 4096
+    assert len(set(SENTENCES)) == len(SENTENCES)
+
+
+@pytest.mark.parametrize(("name", "streamed"), [("wav", False), ("mp3", True), ("opus", True), ("aac", True)])
+def test_the_whole_is_heard_as_well_as_its_sentences(server: RunningServer, name: str, streamed: bool) -> None:
+    heard = transcribe(spoken(server.url, name, streamed), 24_000, beam=1)
+    assert word_error_rate(TEXT, heard) <= sentence_by_sentence(server.url) + 0.02
+    assert abs(len(words(heard)) - len(words(TEXT))) <= 0.02 * len(words(TEXT))  # no sentence is missing, none is there twice
+
+
+@pytest.mark.parametrize(("name", "streamed"), [("wav", True), ("flac", False), ("flac", True), ("pcm", True)])
+def test_lossless_formats_hold_the_very_same_samples(server: RunningServer, name: str, streamed: bool) -> None:
+    assert np.array_equal(spoken(server.url, name, streamed), spoken(server.url, "wav", False))
+
+
+@pytest.mark.parametrize("name", ["mp3", "opus", "aac"])
+def test_lossy_formats_sound_alike_complete_and_streamed(server: RunningServer, name: str) -> None:
+    """Their loudness over time, in steps of 50 ms, is that of the lossless file: nothing is missing, doubled or moved."""
+    reference = _loudness(spoken(server.url, "wav", False))
+    for streamed in (False, True):
+        loudness = _loudness(spoken(server.url, name, streamed))
+        assert abs(len(loudness) - len(reference)) <= 3
+        length = min(len(loudness), len(reference)) - 2
+        best = max(float(np.corrcoef(loudness[shift : shift + length], reference[:length])[0, 1]) for shift in range(3))
+        assert best > 0.97
+
+
+def test_no_gap_is_longer_than_the_set_pause(server: RunningServer) -> None:
+    samples = spoken(server.url, "wav", False)
+    sounding = np.flatnonzero(np.abs(samples) > 10 ** (-60 / 20))
+    gaps = np.diff(sounding) / 24_000
+    assert gaps.max() <= 0.31  # the pause, to the joiner's hop of 5 ms on either side
+    assert np.count_nonzero(gaps > 0.29) == len(SENTENCES) - 1
+
+
+def test_joints_are_continuous(server: RunningServer) -> None:
+    """Where digital silence meets sound, the step is no larger than those within speech are all the time."""
+    samples = spoken(server.url, "wav", False)
+    edges = np.flatnonzero(np.diff((samples != 0).astype(np.int8)))
+    long_silences = [(a, b) for a, b in pairwise(edges) if b - a > 2400 and not samples[a + 1]]
+    assert len(long_silences) >= len(SENTENCES) - 1
+    for start, end in long_silences:
+        assert abs(float(samples[start] - samples[start + 1])) < 0.002
+        assert abs(float(samples[end + 1] - samples[end])) < 0.002
+
+
+def _loudness(samples: Samples) -> Samples:
+    frames = samples[: len(samples) // 1200 * 1200].reshape(-1, 1200)
+    return np.asarray(np.sqrt(np.mean(frames**2, axis=1)), np.float32)
