@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from reading import Speaker
     from recital import Output
     from speech_server import SpeechServer
+
+logger = logging.getLogger(__name__)
 
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -47,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain("the memory is too small for this", FAILED)
     except BrokenPipeError:
         return BROKEN_PIPE
+    except OSError as error:
+        return _complain(f"something cannot be read or written: {error.strerror or type(error).__name__}", FAILED)
+    except Exception as error:
+        logger.exception("unforeseen")
+        return _complain(f"it failed in an unforeseen way ({type(error).__name__}); --verbose shows the details", FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -125,8 +133,6 @@ def _take_standard_output() -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    import logging
-
     from config import SettingsError, load_settings
 
     if args.verbose:
@@ -188,13 +194,17 @@ def _reserve_standard_descriptors() -> None:
 def _flushed(status: int) -> int:
     """The exit status once all that was printed has left."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        for stream in (sys.stderr, sys.stdout):
+            if stream is not None:
+                stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
         return BROKEN_PIPE
+    except OSError as error:
+        return _complain(f"standard output cannot be written: {error.strerror}", FAILED)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(_flushed(main()))
+    # Not sys.exit: a model that is being loaded cannot be stopped, and the interpreter's end would abort its thread in the middle of
+    # native code (measured: "terminate called without an active exception", status 134). Everything is cleaned up by now.
+    os._exit(_flushed(main()))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_csm
 from conftest import RunningServer
 from listening import decode, duration, listen, word_error_rate
-from saying import at_terminal, captions_in, command, cues, environment, said, say
+from saying import at_terminal, captions_in, command, cues, environment, said, say, started, wait_until
 
 TEXT = "The kettle is on, and the tea will be ready soon. Please bring the good cups from the kitchen."
 MakeServer = Callable[..., RunningServer]
@@ -186,6 +188,18 @@ def test_csm_is_loaded_here_with_its_progress_shown(tmp_path: Path, tiny: dict[s
     assert "loading csm-1b: " in shown
     assert sum(len(caption["text"].split()) for caption in captions_in(tmp_path / "speech.json")) == len(TEXT.split())
     assert duration(tmp_path / "speech.wav", "wav") >= 0.1
+
+
+def test_ctrl_c_while_a_model_loads_is_no_crash(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    with started(tmp_path, TEXT, "-o", "speech.wav", "--local", "--verbose", **tiny) as process:
+        assert process.stderr is not None
+        while b"model csm-1b: loading" not in (line := process.stderr.readline()):
+            assert line
+        wait_until(lambda: any("libmlx" in item.path for item in psutil.Process(process.pid).memory_maps()), "native code runs")
+        process.send_signal(signal.SIGINT)
+        assert b"terminate" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert not (tmp_path / "speech.wav").exists()
 
 
 def test_the_built_in_voice_needs_no_csm(tmp_path: Path, tiny: dict[str, Any]) -> None:

@@ -178,6 +178,11 @@ def test_a_disk_that_takes_no_more(server: RunningServer, tmp_path: Path) -> Non
     assert files(tmp_path) == set()
     status, message = refused(tmp_path, "Hello.", "-o", "/dev/full", "--format", "pcm", "--server", server.url)
     assert (status, "No space left" in message) == (1, True)
+    with Path("/dev/full").open("wb") as full:
+        listing = subprocess.run(
+            command("--list-voices", "--local"), env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (listing.returncode, listing.stderr.count(b"\n"), b"No space left" in listing.stderr) == (1, 1, True)
 
 
 def test_the_log_is_shown_when_asked_for_and_holds_no_text(tmp_path: Path) -> None:
