@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -21,7 +22,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 import captions
 import logs
-from audio_converter import FORMATS, clean_temporary_files, ffmpeg_version, find_ffmpeg
+from api_document import complete_document
+from audio_converter import clean_temporary_files, ffmpeg_version, find_ffmpeg
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from http_middleware import DOCS_FILES, Gate, RequestLog, error_response, is_owner, require_owner
@@ -47,24 +49,6 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    for status, text in {
-        400: "The request is at fault",
-        401: "The API key is missing or wrong",
-        413: "The body is too large",
-        421: "The Host header names a host this server does not answer for",
-        429: "The queue is full",
-        500: "The server is at fault",
-        503: "The voice's model is not ready, the wait was too long, or the memory too small",
-    }.items()
-}
-_AUDIO: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The speech", "content": {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}}}
-}
 
 
 class Server:
@@ -135,13 +119,13 @@ speech_routes = APIRouter()
 service_routes = APIRouter()
 
 
-@speech_routes.post("/audio/speech", responses=_ERRORS | _AUDIO, response_class=Response, summary="Speak a text")
+@speech_routes.post("/audio/speech", response_class=Response, summary="Speak a text")
 async def create_speech(body: SpeechRequest, request: Request) -> Response:
     """OpenAI's speech endpoint: a complete file, or a stream of bytes or events when asked for."""
     return await _server(request).speech.answer(body, request)
 
 
-@speech_routes.get("/audio/speech/{answer}/timestamps", responses=_ERRORS, summary="When each sentence of an answer is heard")
+@speech_routes.get("/audio/speech/{answer}/timestamps", summary="When each sentence of an answer is heard")
 async def get_timestamps(answer: str, request: Request, format: Literal["json", "vtt", "srt"] = "json") -> Response:
     """The captions of a complete answer that was asked for with `timestamps: true`; its `X-Timestamps` header names this path."""
     found = _server(request).speech.captions.get(answer)
@@ -154,19 +138,19 @@ async def get_timestamps(answer: str, request: Request, format: Literal["json", 
     return JSONResponse(captions.to_json(found))
 
 
-@speech_routes.get("/audio/models", responses=_ERRORS, summary="The models, as Open WebUI asks for them")
+@speech_routes.get("/audio/models", summary="The models, as Open WebUI asks for them")
 async def list_audio_models() -> dict[str, Any]:
     """`{"models": [{"id"}]}`."""
     return {"models": [{"id": name} for name in _MODELS]}
 
 
-@speech_routes.get("/models", responses=_ERRORS, summary="The models")
+@speech_routes.get("/models", summary="The models")
 async def list_models() -> dict[str, Any]:
     """OpenAI's list of models."""
     return {"object": "list", "data": list(_MODELS.values())}
 
 
-@speech_routes.get("/models/{model}", responses=_ERRORS, summary="One model")
+@speech_routes.get("/models/{model}", summary="One model")
 async def get_model(model: str) -> dict[str, Any]:
     """One of the models."""
     if model not in _MODELS:
@@ -196,7 +180,7 @@ async def get_metrics(request: Request) -> Response:
     return Response(_server(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@service_routes.post("/admin/reload", responses=_ERRORS, summary="Load models that failed again, now")
+@service_routes.post("/admin/reload", summary="Load models that failed again, now")
 async def reload(request: Request) -> dict[str, Any]:
     """From this machine, or with the key."""
     server = _server(request)
@@ -226,8 +210,9 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(fresh_voices), Depends(HTTPBearer(auto_error=False, description="One of API_KEY, where it is set."))],
     )
     app.state.server = server
+    complete_document(app, keyed=bool(settings.api_key))
     for routes in (speech_routes, voice_routes):
-        app.include_router(routes, prefix="/v1", responses=_ERRORS)
+        app.include_router(routes, prefix="/v1")
         app.include_router(routes, include_in_schema=False)
     app.include_router(service_routes)
     if settings.playground:
@@ -301,9 +286,15 @@ def _from_http(request: Request, error: HTTPException) -> TTSError:
     if error.status_code == 404:
         return NotFoundError(f"There is nothing at {shorten(request.url.path)}. /docs lists what there is.")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return MethodNotAllowedError(f"{request.method} is not possible here; allowed: {allowed}.", headers=dict(error.headers or {}))
+        allowed = ", ".join(_methods_at(request.url.path)) or (error.headers or {}).get("Allow", "")
+        return MethodNotAllowedError(f"{shorten(request.method)} is not possible here; allowed: {allowed}.", headers={"Allow": allowed})
     return InvalidRequestError("The body could not be read: it must be a JSON object in UTF-8.", code="invalid_json")
+
+
+def _methods_at(path: str) -> list[str]:
+    """The methods of all routes at a path; FastAPI's own refusal names those of the first one only."""
+    routes = [route for router in (speech_routes, voice_routes, service_routes) for route in router.routes if isinstance(route, APIRoute)]
+    return sorted({method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()})
 
 
 def main() -> int:

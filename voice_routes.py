@@ -25,12 +25,6 @@ logger = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log sees it
 
 
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    reasons = {403: "Only for the owner", 404: "There is no such voice", 409: "The name is taken", 413: "The recording is too large"}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {status: {"description": reasons[status], "content": content} for status in statuses}
-
-
 voice_routes = APIRouter()
 
 
@@ -154,9 +148,7 @@ async def list_voices(request: Request) -> dict[str, Any]:
     return _endpoint(request).list()
 
 
-@voice_routes.post(
-    "/audio/voices", responses=_refusals(403, 409, 413), summary="Add a voice from a recording", openapi_extra=VoiceForm.OPENAPI
-)
+@voice_routes.post("/audio/voices", summary="Add a voice from a recording", openapi_extra=VoiceForm.OPENAPI)
 async def create_voice(request: Request) -> Response:
     """As OpenAI's custom voices, with the words of the recording; from this machine, or with the key."""
     try:
@@ -165,13 +157,13 @@ async def create_voice(request: Request) -> Response:
         return Response(status_code=_CLIENT_CLOSED)
 
 
-@voice_routes.get("/audio/voices/{voice_id}", responses=_refusals(404), summary="One voice")
+@voice_routes.get("/audio/voices/{voice_id}", summary="One voice")
 async def get_voice(voice_id: str, request: Request) -> dict[str, Any]:
     """A voice by its id."""
     return _endpoint(request).get(voice_id)
 
 
-@voice_routes.delete("/audio/voices/{voice_id}", responses=_refusals(403, 404), summary="Delete a voice that was added")
+@voice_routes.delete("/audio/voices/{voice_id}", summary="Delete a voice that was added")
 async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
     """The recording and all that was made from it go with it; from this machine, or with the key."""
     return await _endpoint(request).delete(voice_id, request)
