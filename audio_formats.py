@@ -37,7 +37,7 @@ class AudioFormat:
         return bool(data) and (not self.signatures or data.startswith(self.signatures))
 
 
-# Bit rates and content types: the tables in sections 3.1 and 3.3 of docs/TRD.md; aac and pcm as OpenAI's API has them.
+# Bit rates and content types: the first draft's tables; aac and pcm as OpenAI's API has them.
 _TABLE = (
     AudioFormat(
         name="mp3",

@@ -27,7 +27,7 @@
         ├── ConnectionsExhaustedError  503  too_many_connections
         └── ShuttingDownError          503  shutting_down
 
-The statuses and codes of the user's table come from section 3.6 of the TRD; the others follow its style. The envelope is OpenAI's,
+The eight rows of the first draft's error table keep their status and code; the others follow its style. The envelope is OpenAI's,
 `{"error": {"message", "type", "param", "code"}}`, because its clients read those four fields and no others.
 """
 
