@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, hide_input_in_errors=True)
 
     # Server
-    host: str = "0.0.0.0"  # noqa: S104 - the user's table; the start warns when that is open without a key
+    host: str = "0.0.0.0"  # noqa: S104 - the first draft's choice; the start warns when that is open without a key
     port: int = Field(8880, ge=0, le=65535)
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = "info"
     log_stderr: bool = True

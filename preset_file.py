@@ -22,7 +22,7 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 class VoicePreset(BaseModel):
-    """One voice: the user's fields (TRD 3.4), and optional ones with mlx-audio's names.
+    """One voice: the fields of the first draft, and optional ones with mlx-audio's names.
 
     Attributes:
         name: What a request calls it.
@@ -33,7 +33,7 @@ class VoicePreset(BaseModel):
         top_k: Of the sampler.
         max_audio_length_ms: No sentence group becomes longer than this.
         description: For people.
-        speaker_embedding_path: Reserved by the user's document; must stay empty.
+        speaker_embedding_path: Reserved by the first draft; must stay empty.
         ref_audio: A recording to clone, relative to the preset's folder.
         ref_text: What is said in it, word for word.
         voice_match: CSM's way to prompt: the recording's text and the new text as one segment.
