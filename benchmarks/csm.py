@@ -1,0 +1,272 @@
+"""CSM here beside stock mlx-audio: one process, one checkpoint (tiny network, full-size Mimi), a voice prompt of 1 s.
+
+    make bench-csm                                     all of it, some minutes on two cores
+    python benchmarks/csm.py --requests 3 --frames 4   quicker
+
+Stock gets its prompt as `context=[Segment(...)]`, which spares it the two look-ups on the hub that its `voice=` costs each time.
+Absolute times say as much about the machine as about the code; the ratios, taken side by side, are what to compare. On a CPU Mimi takes
+nearly all the time, on a GPU the network does, so both are also shown by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import csm_loading  # noqa: E402 - the project's folders come first
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import tiny_csm  # noqa: E402
+from mlx_audio.lm.sample_utils import make_sampler  # noqa: E402
+from mlx_audio.tts.models.sesame import Model  # noqa: E402
+from mlx_audio.tts.models.sesame.sesame import Segment  # noqa: E402
+
+from csm_batch import FrameBatch  # noqa: E402
+from csm_codec import CodecDecoder  # noqa: E402
+from csm_generation import CsmSpeaker  # noqa: E402
+from csm_prompts import PromptStore  # noqa: E402
+from csm_sampler import RowSampler  # noqa: E402
+from speech_model import SpeechOptions  # noqa: E402
+
+FRAME_MS = 80
+SENTENCE = "The harbour was quiet that morning, and nobody on the long stone pier spoke a word. "
+GROUPS = [(SENTENCE * 4)[:300].strip() for _ in range(5)]  # 1500 characters
+
+
+@dataclass
+class Marks:
+    """When things happened within one request, in seconds after its start."""
+
+    start: float = field(default_factory=time.perf_counter)
+    first_frame: float = 0.0
+    first_sound: float = 0.0
+    total: float = 0.0
+
+    def now(self) -> float:
+        return time.perf_counter() - self.start
+
+
+@contextmanager
+def marked(model: Model) -> Iterator[Marks]:
+    """Note when the network is first called: it is the library's, in both engines."""
+    marks = Marks()
+    network = model.model.generate_frame
+
+    def generate_frame(tokens: mx.array, *others: object) -> mx.array:
+        if not marks.first_frame:
+            mx.eval(tokens)  # stock's prompt is encoded only when somebody looks at it
+            marks.first_frame = marks.now()
+        frame: mx.array = network(tokens, *others)
+        return frame
+
+    model.model.generate_frame = generate_frame
+    try:
+        yield marks
+        marks.total = marks.now()
+    finally:
+        del model.model.generate_frame
+
+
+class Engines:
+    """Stock mlx-audio and ours, on one model."""
+
+    def __init__(self, folder: Path) -> None:
+        cache = tiny_csm.build(script={"": [tiny_csm.NEVER]})
+        self.model = csm_loading.load(cache)
+        self.recording = folder / "conversational_a.wav"
+        time_axis = np.arange(24_000) / 24_000
+        soundfile.write(self.recording, 0.2 * np.sin(2 * np.pi * 150 * time_axis) * (1 + 0.5 * np.sin(2 * np.pi * 5 * time_axis)), 24_000)
+        settings = csm_loading.settings(folder, guard="off")
+        self.prompts = PromptStore(self.model, settings, folder)
+        self.speaker = CsmSpeaker(self.model, self.prompts, settings)
+        self.words = self.prompts._words_of("conversational_a")
+
+    def stock(self, groups: list[str], frames: int, *, stream: bool = False) -> Marks:
+        with marked(self.model) as marks:
+            prompt: Segment = self.model.prepare_prompt(self.words, 0, str(self.recording), 24_000)
+            sampler = make_sampler(temp=0.9, top_k=50)
+            for result in self.model.generate(
+                groups, context=[prompt], sampler=sampler, max_audio_length_ms=frames * FRAME_MS, stream=stream
+            ):
+                np.array(result.audio)
+                marks.first_sound = marks.first_sound or marks.now()
+        return marks
+
+    def ours(self, groups: list[str], frames: int, *, stream: bool = False) -> Marks:
+        voice = csm_loading.voice(max_audio_length_ms=frames * FRAME_MS)
+        with marked(self.model) as marks:
+            for _ in self.speaker.speak(groups, voice, SpeechOptions(1, streamed=stream), lambda: False):
+                marks.first_sound = marks.first_sound or marks.now()
+        return marks
+
+    def codec_cache_length(self) -> int:
+        return int(self.model._audio_tokenizer.decoder_cache[0].offset)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20, help="how often each engine is asked for the same short line")
+    parser.add_argument("--frames", type=int, default=8, help="frames that each group of the long text gets")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-csm-") as folder:
+        engines = Engines(Path(folder))
+        print("| what | stock mlx-audio | here | stock / here |\n|---|---:|---:|---:|")
+        short_requests(engines, options.requests)
+        first_chunk(engines)
+        network_alone(engines)
+        codec_alone(engines)
+        long_text(engines, options.frames)
+        cancellation(engines)
+
+
+def row(what: str, stock: float, ours: float, unit: str = "s") -> None:
+    digits = 3 if unit == "s" else 1
+    print(f"| {what} | {stock:.{digits}f} {unit} | {ours:.{digits}f} {unit} | {stock / max(ours, 1e-9):.1f} |", flush=True)
+
+
+def short_requests(engines: Engines, count: int) -> None:
+    """The same short line again and again, one frame each."""
+    said: dict[str, list[Marks]] = {}
+    cache: dict[str, int] = {}
+    for name, speak in (("stock", engines.stock), ("ours", engines.ours)):
+        engines.model._streaming_decoder.reset()
+        said[name] = [speak(["Good morning."], 1) for _ in range(count)]
+        cache[name] = engines.codec_cache_length()
+    tenth = min(10, count) - 1
+    stock, ours = said["stock"], said["ours"]
+    row("first request, total", stock[0].total, ours[0].total)
+    row(f"request {tenth + 1}, total", stock[tenth].total, ours[tenth].total)
+    row("preparation before the first frame, first request", stock[0].first_frame, ours[0].first_frame)
+    row(f"preparation before the first frame, request {tenth + 1}", stock[tenth].first_frame, ours[tenth].first_frame)
+    print(f"| codec cache length after {count} requests of one frame | {cache['stock']} | {cache['ours']} | |", flush=True)
+
+
+def first_chunk(engines: Engines) -> None:
+    """Streamed: until the first samples are there."""
+    row(
+        "first chunk, streamed", engines.stock(GROUPS[:1], 7, stream=True).first_sound, engines.ours(GROUPS[:1], 7, stream=True).first_sound
+    )
+
+
+def network_alone(engines: Engines, frames: int = 30) -> None:
+    """Frames a second of the network, without the codec: the stock loop's pattern, ours alone, ours side by side."""
+    voice = csm_loading.voice()
+    prompts = [engines.prompts.tokens(voice, text) for text in GROUPS]
+    stock = timed(lambda: stock_frames(engines.model, prompts[0], frames))
+    for rows in (1, len(prompts)):
+        ours = timed(lambda rows=rows: our_frames(engines.model, prompts[:rows], frames))  # type: ignore[misc]
+        row(f"network, {rows} group(s) side by side, per frame", stock / frames * 1000, ours / frames / rows * 1000, "ms")
+
+
+def stock_frames(model: Model, prompt: tuple[mx.array, mx.array], frames: int) -> None:
+    """The loop inside stock `generate`: one row, each frame waited for before the next one is begun."""
+    sampler = make_sampler(temp=0.9, top_k=50)
+    model.model.reset_caches()
+    tokens, mask = prompt[0][None], prompt[1][None]
+    for _ in range(frames):
+        frame = model.model.generate_frame(tokens, mask, mx.zeros((1, 1), mx.int32), sampler)
+        mx.all(frame == 0).item()
+        tokens = mx.concat([frame, mx.zeros((1, 1), mx.int32)], axis=1)[:, None]
+        mask = mx.concat([mx.ones(frame.shape, mx.bool_), mx.zeros((1, 1), mx.bool_)], axis=1)[:, None]
+
+
+def our_frames(model: Model, prompts: list[tuple[mx.array, mx.array]], frames: int) -> None:
+    batch = FrameBatch(model.model, prompts, RowSampler(range(len(prompts)), 0.9, 50))
+    for left in reversed(range(frames)):
+        batch.step(more=left > 0)
+
+
+def codec_alone(engines: Engines, frames: int = 16) -> None:
+    """Decoding what is there already: frame by frame as stock does, and in our blocks."""
+    tokens = np.random.default_rng(0).integers(1, 500, (frames, 32), np.int32)
+    decoder = CodecDecoder(engines.model)
+
+    def in_blocks() -> None:
+        decoder.begin()
+        for frame in tokens:
+            decoder.push(frame)
+        decoder.finish()
+
+    def one_by_one() -> None:
+        engines.model._streaming_decoder.reset()
+        mx.eval(engines.model._streaming_decoder.decode_frames(mx.array(tokens.T)[None]))
+
+    row(f"codec, per frame of {frames}", timed(one_by_one) / frames * 1000, timed(in_blocks) / frames * 1000, "ms")
+    decoder.begin()
+
+
+def long_text(engines: Engines, frames: int) -> None:
+    """1500 characters in five groups from end to end, and the memory that it took."""
+    marks: dict[str, Marks] = {}
+    memory: dict[str, float] = {}
+    for name, speak in (("stock", engines.stock), ("ours", engines.ours)):
+        engines.model._streaming_decoder.reset()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        marks[name] = speak(GROUPS, frames)
+        memory[name] = mx.get_peak_memory() / 1e6
+    row(f"1500 characters, 5 groups of {frames} frames, total", marks["stock"].total, marks["ours"].total)
+    row("the same text, with a codec that decodes in no time, total", *without_decoding(engines, frames))
+    row("its peak memory, weights included", memory["stock"], memory["ours"], "MB")
+
+
+def without_decoding(engines: Engines, frames: int) -> tuple[float, float]:
+    """The same text with a decoder that gives silence at once: what is left is prompts and network, where a GPU spends its time."""
+    silent = mx.zeros((1, 1, 1920))
+    decode = engines.model._audio_tokenizer.decode_step
+    engines.model._audio_tokenizer.decode_step = lambda tokens: mx.broadcast_to(silent, (1, 1, 1920 * tokens.shape[-1]))
+    try:
+        return timed(lambda: stock_without_marks(engines, frames)), timed(lambda: ours_without_marks(engines, frames))
+    finally:
+        engines.model._audio_tokenizer.decode_step = decode
+
+
+def stock_without_marks(engines: Engines, frames: int) -> None:
+    prompt = engines.model.prepare_prompt(engines.words, 0, str(engines.recording), 24_000)
+    for result in engines.model.generate(
+        GROUPS, context=[prompt], sampler=make_sampler(temp=0.9, top_k=50), max_audio_length_ms=frames * FRAME_MS
+    ):
+        np.array(result.audio)
+
+
+def ours_without_marks(engines: Engines, frames: int) -> None:
+    voice = csm_loading.voice(max_audio_length_ms=frames * FRAME_MS)
+    list(engines.speaker.speak(GROUPS, voice, SpeechOptions(1), lambda: False))
+
+
+def cancellation(engines: Engines) -> None:
+    """How long it takes until the iterator has ended after nobody wants the rest."""
+    stopped = 0.0
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal stopped, asked
+        asked += 1
+        stopped = time.perf_counter() if asked == 5 else stopped
+        return asked >= 5
+
+    voice = csm_loading.voice(max_audio_length_ms=8000)
+    list(engines.speaker.speak(GROUPS, voice, SpeechOptions(1), cancelled))
+    print(f"| from a cancellation to the end, 5 groups | not possible | {(time.perf_counter() - stopped) * 1000:.1f} ms | |", flush=True)
+
+
+def timed(work: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()
