@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from functools import cache
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +47,15 @@ def csm_can_run() -> bool:
     """
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
-    return any((dist.metadata["Name"] or "").startswith("mlx-cuda") for dist in distributions())
+    return any(_installed(backend) for backend in ("mlx-cuda-13", "mlx-cuda-12"))
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 _List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]

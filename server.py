@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -317,4 +318,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # Not sys.exit: a model's thread may be inside MLX (a load cannot be interrupted), and tearing the interpreter down around it ends in
+    # "terminate called without an active exception", status 134, which a supervisor takes for a crash.
+    os._exit(status)
