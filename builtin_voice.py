@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +13,9 @@ import numpy as np
 
 from speech_model import GroupChunk, Grouping, LoadProgress, ModelLoadError, SpeechOptions
 from voice_presets import Voice
+
+_NUMBER = re.compile(r"\d[\d,]*")
+_LONGEST_NUMBER = 36  # digits: hibari counts to decillions
 
 
 class BuiltinVoice:
@@ -55,7 +60,7 @@ class BuiltinVoice:
     def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
         """Say each group; the noise in the voice is seeded by the utterance's seed and the group's index."""
         for index, group in enumerate(groups):
-            for samples in self._voice.stream(group, seed=[options.seed, index]):
+            for samples in self._voice.stream(_sayable(group), seed=[options.seed, index]):
                 if cancelled():
                     return
                 yield GroupChunk(index, samples, last=False)
@@ -69,3 +74,14 @@ class BuiltinVoice:
     def close(self) -> None:
         """Let the model go."""
         self._voice = None
+
+
+def _sayable(text: str) -> str:
+    """`text` without the two things at which hibari 0.2.1 raises: a number it has no word for, and digits in circles, raised or lowered."""
+    plain = "".join(str(unicodedata.digit(sign)) if sign.isdigit() and not sign.isdecimal() else sign for sign in text)
+    return _NUMBER.sub(lambda number: _spelt(number[0]), plain)
+
+
+def _spelt(number: str) -> str:
+    digits = number.replace(",", "")
+    return number if len(digits) <= _LONGEST_NUMBER else " ".join(digits)
