@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 from speech_model import GroupChunk, Grouping, LoadProgress, ModelLoadError, SpeechOptions
 from voice_presets import Voice
 
+# Measured: of Latin, Greek and Cyrillic letters hibari makes some sound, of all others none.
+_SOUNDLESS = regex.compile(r"[\p{L}--[\p{Latin}\p{Greek}\p{Cyrillic}\p{Common}]]", regex.V1)
 _NUMBER = re.compile(r"\d[\d,]*")
 _LONGEST_NUMBER = 36  # digits: hibari counts to decillions
 
@@ -52,6 +55,14 @@ class BuiltinVoice:
     def warm_up(self, voices: Sequence[Voice]) -> None:
         """Say a word: the lexicons and the tagger are read at the first one."""
         self._voice("Hello.")
+
+    def refusal(self, text: str) -> str | None:
+        """hibari leaves out, without a word, letters of which it knows no sound: such a text is refused, not spoken in part."""
+        letter = _SOUNDLESS.search(text)
+        if letter is None:
+            return None
+        script = unicodedata.name(letter[0], "unknown").split()[0].capitalize()
+        return f"this voice speaks English and has no sound for {script} letters. Leave them out, write them in Latin letters, or use another model's voice."
 
     def fits(self, text: str, voice: Voice) -> bool:
         """Always: this voice has no context to overflow."""

@@ -79,6 +79,10 @@ class CsmModel:
         """Encode the voices' prompts and say a few frames, so that no caller waits for that."""
         self._loaded().warm_up(voices)
 
+    def refusal(self, text: str) -> str | None:
+        """Nothing: its tokenizer takes any text, and what becomes of it is for the guard to judge."""
+        return None
+
     def fits(self, text: str, voice: Voice) -> bool:
         """Whether `text`, behind this voice's prompt, fits into the model's context."""
         return self._loaded().fits(text, voice)

@@ -86,7 +86,7 @@ class LoadProgress:
 
 
 class SpeechModel(Protocol):
-    """A model that speaks. All its methods but `info` run on the model's own one thread, from `load` to `close`."""
+    """A model that speaks. All its methods but `info` and `refusal` run on the model's own one thread, from `load` to `close`."""
 
     id: str
     sample_rate: int
@@ -101,6 +101,9 @@ class SpeechModel(Protocol):
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
         """Do once, after the load, what the first caller would else pay for. `voices` are those that this model speaks."""
+
+    def refusal(self, text: str) -> str | None:
+        """Why this model cannot say `text`, if that can be seen without trying. Safe to call from any thread, loaded or not."""
 
     def fits(self, text: str, voice: Voice) -> bool:
         """Whether `text`, behind this voice's prompt, fits into the model's context."""

@@ -188,9 +188,14 @@ class TTSEngine:
     def speak(self, text: str, voice: Voice, options: SpeechOptions) -> Utterance:
         """Begin to say `text` (from `prepare_text`), as soon as the model's turn comes.
 
-        Every failure, a full queue's too, is raised where the utterance is read. Close it when it is no longer wanted.
+        Every later failure, a full queue's too, is raised where the utterance is read. Close it when it is no longer wanted.
+
+        Raises:
+            InvalidInputError: The voice's model is known not to be able to say this text.
         """
         host = self.host(voice)
+        if (reason := host.model.refusal(text)) is not None:
+            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot say all of 'input': {reason}", param="input")
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
         utterance._task = task = asyncio.create_task(self._run(text, utterance, host, options))
         self._running.add(task)

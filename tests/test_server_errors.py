@@ -111,8 +111,14 @@ def test_a_model_that_is_not_ready_names_a_voice_that_is(server: RunningServer) 
     assert int(response.headers["retry-after"]) > 0
 
 
-def test_a_text_that_the_voice_cannot_say_is_refused(server: RunningServer) -> None:
-    refused(post(server, input="東京へ行きます。"), 400, "invalid_input", "input")
+@pytest.mark.parametrize(("text", "script"), [("東京へ行きます。", "Cjk"), ("The word 東京 means Tokyo.", "Cjk"), ("مرحبا", "Arabic")])
+def test_a_text_that_the_voice_can_say_only_in_part_is_refused(server: RunningServer, text: str, script: str) -> None:
+    assert f"no sound for {script} letters" in refused(post(server, input=text), 400, "invalid_input", "input")
+
+
+@pytest.mark.parametrize("text", ["Naïve cafés in Zürich cost 5 € and ½.", "The α particle.", "Use x → y, © 2026 ™."])
+def test_signs_that_the_voice_has_sounds_for_are_not(server: RunningServer, text: str) -> None:
+    assert post(server, input=text).status_code == 200
 
 
 @pytest.mark.parametrize(
