@@ -52,7 +52,13 @@ class VoiceForm:
                         "type": "object",
                         "required": ["name", "audio_sample", "consent"],
                         "properties": {
-                            "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME, "description": "What the voice is called."},
+                            "name": {
+                                "type": "string",
+                                "minLength": 1,
+                                "maxLength": MAX_NAME,
+                                "example": "Grandmother",
+                                "description": "What the voice is called.",
+                            },
                             "audio_sample": {
                                 "type": "string",
                                 "format": "binary",
@@ -62,11 +68,13 @@ class VoiceForm:
                                 "type": "string",
                                 "minLength": 1,
                                 "maxLength": _MAX_CONSENT,
+                                "example": "true",
                                 "description": "`true`, or the id of a consent: the speaker agrees. Kept with the date.",
                             },
                             "ref_text": {
                                 "type": "string",
                                 "maxLength": MAX_WORDS,
+                                "example": "These are the words that I say in the recording.",
                                 "description": "The words of the recording, exactly as spoken. Where a recogniser is installed, they may be left out.",
                             },
                         },
