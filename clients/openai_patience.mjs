@@ -1,9 +1,16 @@
-// One request with OpenAI's library for Node and its own retries, against the server named by OPENAI_BASE_URL.
-// Usage: node openai_patience.mjs TEXT FILE
+// Two requests at once with OpenAI's library for Node and its own retries, against the server named by OPENAI_BASE_URL.
+// Usage: node openai_patience.mjs TEXT FOLDER; writes 0.mp3 and 1.mp3.
 
 import { writeFile } from "node:fs/promises";
+import path from "node:path";
 import OpenAI from "openai";
 
-const [text, file] = process.argv.slice(2);
-const speech = await new OpenAI().audio.speech.create({ model: "csm-1b", voice: "coral", input: text });
-await writeFile(file, Buffer.from(await speech.arrayBuffer()));
+const [text, folder] = process.argv.slice(2);
+const client = new OpenAI();
+
+async function speak(name) {
+  const speech = await client.audio.speech.create({ model: "csm-1b", voice: "coral", input: text });
+  await writeFile(path.join(folder, name), Buffer.from(await speech.arrayBuffer()));
+}
+
+await Promise.all([speak("0.mp3"), speak("1.mp3")]);

@@ -1,0 +1,131 @@
+"""OpenClaw itself, headless, against a running server: what it asks for, what it makes of the answer, what it shows, when it gives up."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from client_programs import CLIENTS, LONG, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
+from conftest import RunningServer
+
+SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
+OPENCLAW = CLIENTS / "node_modules" / "openclaw" / "openclaw.mjs"
+
+
+def openclaw(folder: Path, *arguments: str, ok: bool = True, **variables: str) -> CompletedProcess[str]:
+    """Run OpenClaw with everything it keeps in `folder`, and with no other network than the one the test names."""
+    kept = {
+        "OPENCLAW_STATE_DIR": str(folder / "state"),
+        "OPENCLAW_CONFIG_PATH": str(folder / "openclaw.json"),
+        "OPENCLAW_NO_AUTO_UPDATE": "1",
+    }
+    return run_program([client_node(), OPENCLAW, *arguments], folder, ok=ok, **(kept | variables))
+
+
+def convert(folder: Path, text: str, *, ok: bool = True, **variables: str) -> CompletedProcess[str]:
+    return openclaw(folder, "infer", "tts", "convert", "--text", text, "--output", "speech", "--json", ok=ok, **variables)
+
+
+def written(ended: CompletedProcess[str]) -> tuple[bytes, str]:
+    """The file that OpenClaw wrote, and the format it believes it has."""
+    (output,) = json.loads(ended.stdout)["outputs"]
+    return Path(output["path"]).read_bytes(), output["format"]
+
+
+def configure(folder: Path, provider: dict[str, Any], **tts: Any) -> None:
+    config = {"tts": {"provider": "openai", "providers": {"openai": provider}} | tts}
+    (folder / "openclaw.json").write_text(json.dumps(config))
+
+
+def test_it_speaks_as_documented(substituting_server: RunningServer, tmp_path: Path) -> None:
+    config = documented("OpenClaw", substituting_server)
+    (readme,) = (block for block in document_blocks("README.md")["Point your programs at it"] if "timeoutMs" in block)
+    assert json.loads(readme) == json.loads(documented("OpenClaw"))
+    (tmp_path / "openclaw.json").write_text(config)
+    data, fmt = written(convert(tmp_path, SENTENCE))
+    assert fmt == "mp3"
+    assert_says(data, "mp3", SENTENCE)
+
+
+def test_it_speaks_by_environment_variables_alone(substituting_server: RunningServer, tmp_path: Path) -> None:
+    lines = documented("OpenClaw, by environment variables alone", substituting_server).splitlines()
+    variables: Any = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+    data, _ = written(convert(tmp_path, SENTENCE, **variables))
+    assert_says(data, "mp3", SENTENCE)
+
+
+def test_it_speaks_with_base_url_and_key_only_and_without_v1(server: RunningServer, tmp_path: Path) -> None:
+    """It then asks for OpenAI's model and voice; `opus` as a user can force it."""
+    configure(tmp_path, {"apiKey": "local", "baseUrl": server.url, "responseFormat": "opus"})
+    data, fmt = written(convert(tmp_path, SENTENCE))
+    assert fmt == "opus"
+    assert data.startswith(b"OggS")
+    assert_says(data, "opus", SENTENCE)
+
+
+def test_it_speaks_on_the_telephone_in_voice_notes_and_in_talk(substituting_server: RunningServer, tmp_path: Path) -> None:
+    config = json.loads(documented("OpenClaw", substituting_server)) | json.loads(documented("OpenClaw Talk", substituting_server))
+    file = tmp_path / "openclaw.json"
+    file.write_text(json.dumps(config))
+    assert "Config valid" in openclaw(tmp_path, "config", "validate").stdout
+    variables: Any = {"OPENCLAW_STATE_DIR": str(tmp_path / "state"), "OPENCLAW_CONFIG_PATH": str(file)}
+    told = last_json(
+        run_program([client_node(), CLIENTS / "openclaw_channels.mjs", file, SENTENCE, tmp_path], tmp_path, **variables).stdout
+    )
+    assert (told["telephony.pcm"]["outputFormat"], told["telephony.pcm"]["sampleRate"]) == ("pcm", 24_000)
+    assert (told["voice-note.opus"]["outputFormat"], told["voice-note.opus"]["voiceCompatible"]) == ("opus", True)
+    assert told["talk.mp3"]["outputFormat"] == "mp3"
+    for name in told:
+        assert_says((tmp_path / name).read_bytes(), name.rsplit(".", 1)[1], SENTENCE)
+
+
+def test_it_shows_its_user_what_is_wrong(server: RunningServer, tmp_path: Path) -> None:
+    configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1", "speakerVoice": "nobody"})
+    ended = convert(tmp_path, SENTENCE, ok=False)
+    assert ended.returncode != 0
+    shown = ended.stdout + ended.stderr
+    assert "invalid_voice" in shown
+    assert "heart" in shown  # the voices there are
+    logged = [line for line in log_lines(server) if "status=400" in line][-1]
+    assert re.findall(r" id=(\w{32}) ", logged)[0] in shown
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_what_it_gives_up_is_given_up_here_too(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
+    """Whether its request is being spoken, or still waits behind others."""
+    server = make_server()
+    configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1"}, timeoutMs=1000)
+    text = LONG[:3990]
+    with busy(server, ahead):
+        ended = convert(tmp_path, text, ok=False)
+        assert ended.returncode != 0
+        server.wait_for(lambda _: any("cancelled" in line and f"characters={len(text.strip())}" in line for line in log_lines(server)))
+    server.wait_for(lambda health: health["queue"]["active"] == health["queue"]["waiting"] == 0)
+    with server.client() as client:
+        assert client.post("/v1/audio/speech", json={"model": "m", "input": "Hi.", "voice": "heart"}).status_code == 200
+
+
+def log_lines(server: RunningServer) -> list[str]:
+    return server.log_text().splitlines()
+
+
+def test_its_doctor_turns_older_configurations_into_the_documented_one(tmp_path: Path) -> None:
+    client_node()
+    headings = ("OpenClaw 2026.3.28 to 2026.7", "OpenClaw 2026.3.7 to 2026.3.22")
+
+    def migrated(heading: str) -> Any:
+        folder = tmp_path / heading.replace(" ", "-")
+        folder.mkdir()
+        (folder / "openclaw.json").write_text(documented(heading))
+        openclaw(folder, "doctor", "--fix", "--non-interactive", "--no-workspace-suggestions")
+        return json.loads((folder / "openclaw.json").read_text())["tts"]
+
+    with ThreadPoolExecutor(len(headings)) as pool:
+        results = list(pool.map(migrated, headings))
+    assert results == [json.loads(documented("OpenClaw"))["tts"]] * 2

@@ -1,0 +1,74 @@
+"""Home Assistant's bridge, LiveKit Agents and Pipecat, themselves, speaking streamed samples from a running server."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from client_programs import CLIENTS, assert_says, client_python, documented, last_json, run_program
+from conftest import RunningServer, free_port
+
+SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
+
+
+def speak(server: RunningServer, program: str, heading: str, folder: Path) -> dict[str, Any]:
+    """Run one of our programs with the `tts` that the document sets up; it writes speech.pcm."""
+    (folder / "users.py").write_text(documented(heading, server))
+    ended = run_program([client_python(".venv"), CLIENTS / program, "users.py", SENTENCE, "speech.pcm"], folder)
+    assert_says((folder / "speech.pcm").read_bytes(), "pcm", SENTENCE)
+    return last_json(ended.stdout)
+
+
+def test_livekit_agents_speaks(substituting_server: RunningServer, tmp_path: Path) -> None:
+    told = speak(substituting_server, "livekit_speech.py", "LiveKit Agents", tmp_path)
+    assert (told["rate"], told["channels"]) == (24_000, 1)
+    assert told["frames"] > 1
+
+
+def test_pipecat_speaks(substituting_server: RunningServer, tmp_path: Path) -> None:
+    told = speak(substituting_server, "pipecat_speech.py", "Pipecat", tmp_path)
+    assert (told["rates"], told["channels"], told["errors"]) == ([24_000], [1], [])
+    assert told["frames"] > 1
+
+
+@contextmanager
+def bridge(server: RunningServer, folder: Path) -> Iterator[str]:
+    """The bridge as Home Assistant's user starts it, on another port and on loopback only; its URI."""
+    port = free_port()
+    block = documented("Home Assistant", server).replace("0.0.0.0:10300", f"127.0.0.1:{port}")
+    _, *arguments = shlex.split(block.replace("\\\n", " "))
+    with (folder / "bridge.log").open("wb") as log:
+        running = subprocess.Popen(
+            [client_python(".venv-wyoming"), *arguments], cwd=folder, env={"HOME": str(folder)}, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert running.poll() is None, (folder / "bridge.log").read_text()
+            assert time.monotonic() < deadline, (folder / "bridge.log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+def test_home_assistants_bridge_speaks(substituting_server: RunningServer, tmp_path: Path) -> None:
+    with bridge(substituting_server, tmp_path) as uri:
+        command: list[str | Path] = [client_python(".venv-wyoming"), CLIENTS / "wyoming_speech.py", uri, SENTENCE, "conversational"]
+        told = last_json(run_program([*command, "speech.pcm"], tmp_path).stdout)
+    assert told["voices"] == ["conversational"]
+    assert (told["rate"], told["width"], told["channels"]) == (24_000, 2, 1)
+    assert told["chunks"] > 1
+    assert_says((tmp_path / "speech.pcm").read_bytes(), "pcm", SENTENCE)
+    assert "format=pcm speed=1 streamed=yes" in substituting_server.log_text().splitlines()[-1]
