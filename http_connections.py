@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import resource
+import uuid
 from collections import OrderedDict
 from http import HTTPStatus
 from typing import ClassVar
@@ -13,6 +15,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from errors import ConnectionsExhaustedError, InvalidRequestError, RequestTimeoutError, ShuttingDownError, TTSError
+
+logger = logging.getLogger(__name__)
 
 _WANTED_DESCRIPTORS = 10_240  # the most that macOS gives a process; launchd starts one with 256
 _NOT_HTTP = "This is not a valid HTTP request."
@@ -120,7 +124,10 @@ class GuardedProtocol(H11Protocol):
         self._disarm()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.envelope()).encode()
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **error.headers}
+            request_id = uuid.uuid4().hex
+            logger.info("id=%s status=%d code=%s before any request was understood", request_id, error.status, error.code)
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+            headers |= {"X-Request-Id": request_id} | error.headers
             response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=HTTPStatus(error.status).phrase)
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

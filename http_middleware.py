@@ -210,7 +210,7 @@ def _check_length(headers: Headers, limit: int) -> None:
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is larger than {limit} bytes, the most that is read here.", headers={"Connection": "close"})
+    return BodyTooLargeError(f"The body is larger than {limit >> 20} MiB, the most that is read here.", headers={"Connection": "close"})
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

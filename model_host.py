@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 _FIRST_RETRY_SECONDS = 30.0
 _LONGEST_RETRY_SECONDS = 1800.0
+_LOADING_RETRY_SECONDS = 10.0
+_HOPELESS_RETRY_SECONDS = 3600.0  # what Retry-After says where only the owner can mend it
+_LONGEST_CLIENT_WAIT = 60.0  # OpenAI's clients honour a Retry-After up to this
 _PROGRESS_LOG_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 10.0  # that a model gets to notice it was cancelled before its thread is given up
 
@@ -77,6 +81,7 @@ class ModelHost:
         self.state: State = "disabled" if disabled else "loading"
         self.error: str | None = disabled
         self.progress: LoadProgress | None = None
+        self._next_try: float | None = None
         self._create = create
         self._after_load = after_load
         self._stall_seconds = stall_seconds
@@ -124,11 +129,20 @@ class ModelHost:
             return
         if self.state == "loading":
             stage = f" ({self.progress.stage}{self._percent()})" if self.progress else ""
-            raise ModelNotReadyError(
-                f"Model '{self.model.id}' is still loading{stage}. {advice}", param="voice", headers={"Retry-After": "10"}
-            )
+            raise self._not_ready(f"is still loading{stage}. {advice}", _LOADING_RETRY_SECONDS)
         what = "is switched off" if self.state == "disabled" else "could not be loaded"
-        raise ModelNotReadyError(f"Model '{self.model.id}' {what}: {self.error} {advice}", param="voice", headers={"Retry-After": "30"})
+        raise self._not_ready(f"{what}: {self.error} {advice}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
+
+    def next_try_seconds(self) -> float | None:
+        """In how many seconds a failed load is tried again; None where it is not."""
+        return None if self._next_try is None else max(0.0, self._next_try - time.monotonic())
+
+    def _not_ready(self, what: str, retry_seconds: float) -> ModelNotReadyError:
+        headers = {"Retry-After": str(math.ceil(retry_seconds))}
+        if retry_seconds > _LONGEST_CLIENT_WAIT:
+            # OpenAI's clients would otherwise try twice more, at their own pace, for what no such wait can mend. They read this header.
+            headers["X-Should-Retry"] = "false"
+        return ModelNotReadyError(f"Model '{self.model.id}' {what}", param="voice", headers=headers)
 
     async def run(self, job: Callable[[SpeechModel], T], heartbeat: Heartbeat) -> T:
         """Do `job` on the model's thread and wait until it is over, also when the caller is cancelled. Call it within a turn.
@@ -160,6 +174,8 @@ class ModelHost:
     def info(self) -> dict[str, Any]:
         """The model's part of `/health`."""
         facts: dict[str, Any] = {"id": self.model.id, "state": self.state, "loaded": self.state == "ready", "error": self.error}
+        if self.state == "failed":
+            facts["next_try_seconds"] = self.next_try_seconds()
         if self.state == "loading" and self.progress:
             progress = self.progress
             fraction = progress.done / progress.total if progress.done is not None and progress.total else None
@@ -187,7 +203,7 @@ class ModelHost:
 
     async def _load(self) -> None:
         self._settled.clear()
-        self.state, self.error, self.progress = "loading", None, None
+        self.state, self.error, self.progress, self._next_try = "loading", None, None, None
         started = time.monotonic()
         logger.info("model %s: loading", self.model.id)
         model, worker = self.model, self._worker
@@ -215,6 +231,7 @@ class ModelHost:
 
     def _fail(self, message: str, wait: float | None) -> None:
         self.state, self.error, self.progress = "failed", message, None
+        self._next_try = None if wait is None else time.monotonic() + wait
         self._settled.set()
         again = f"next try in {wait:.0f} s" if wait is not None else "it is not tried again before a restart or a reload"
         logger.error("model %s: %s (%s)", self.model.id, message, again)
@@ -236,8 +253,7 @@ class ModelHost:
         self.reload()
         await self.settled()
         if self.state != "ready":
-            message = f"Model '{self.model.id}' could not be loaded: {self.error}"
-            raise ModelNotReadyError(message, param="voice", headers={"Retry-After": "30"})
+            raise self._not_ready(f"could not be loaded: {self.error}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
 
     def _abandon(self) -> None:
         """Leave a hung thread behind, with the model on it, and load another model on another thread."""

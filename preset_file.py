@@ -63,7 +63,7 @@ class VoicePreset(BaseModel):
             _require_key(self.voice_key, HIBARI_VOICE_KEYS)
         elif self.ref_audio is None:
             _require(self.ref_text is None, "ref_text", "is given without ref_audio")
-            _require_key(self.voice_key, CSM_VOICE_KEYS)
+            _require_key(self.voice_key, CSM_VOICE_KEYS, " (or give ref_audio and ref_text in its place)")
         else:
             _require(self.voice_key is None, "voice_key", "and ref_audio exclude one another: keep one")
             _require(bool(self.ref_text and self.ref_text.strip()), "ref_text", "must hold the words of ref_audio, exactly as spoken")
@@ -75,8 +75,8 @@ def _require(condition: bool, key: str, fault: str) -> None:
         raise ValueError(f"{key} {fault}")
 
 
-def _require_key(value: str | None, choices: tuple[str, ...]) -> None:
-    _require(value in choices, "voice_key", f"is {shorten(value)}; known voices: {', '.join(choices)} (or give ref_audio and ref_text)")
+def _require_key(value: str | None, choices: tuple[str, ...], otherwise: str = "") -> None:
+    _require(value in choices, "voice_key", f"is {shorten(value)}; known voices: {', '.join(choices)}{otherwise}")
 
 
 def read_preset(path: Path) -> VoicePreset:
@@ -88,7 +88,7 @@ def read_preset(path: Path) -> VoicePreset:
     try:
         if path.stat().st_size > _MAX_PRESET_BYTES:
             raise ValueError(f"the file is larger than {_MAX_PRESET_BYTES // 1024} KiB")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
     except UnicodeDecodeError:
@@ -110,6 +110,8 @@ def _first_fault(error: ValidationError) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{key}: unknown key; known keys: {', '.join(VoicePreset.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{key} is missing"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     choices = f"; known models: {', '.join(get_args(ModelId))}" if key == "model" else ""

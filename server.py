@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -82,10 +83,19 @@ class Server:
         except TTSError:
             return False
 
+    def setting_faults(self) -> list[str]:
+        """Settings that name a voice there is not. Not an end to the start: presets come and go while the server runs."""
+        named = {"DEFAULT_VOICE": self.settings.default_voice, "FALLBACK_VOICE": self.settings.fallback_voice}
+        return [
+            f"{setting}={shorten(voice)} is no voice. Available voices: {', '.join(self.presets.names())}."
+            for setting, voice in named.items()
+            if voice and not self.presets.knows(voice)
+        ]
+
     def status(self) -> Literal["ok", "loading", "degraded"]:
         """`degraded` when something wanted has failed, `loading` while something is still coming, else `ok`."""
         states = {host.state for host in self.engine.hosts.values()}
-        if "failed" in states or find_ffmpeg() is None:
+        if "failed" in states or find_ffmpeg() is None or self.setting_faults():
             return "degraded"
         if "loading" in states:
             return "loading"
@@ -111,6 +121,8 @@ class Server:
                 "waiting": sum(host.turns.waiting for host in self.engine.hosts.values()),
                 "limit": self.settings.max_queue,
             },
+            "setting_faults": self.setting_faults(),
+            "peak_resident_gb": _peak_resident_gb(),
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "version": VERSION,
         }
@@ -219,11 +231,11 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.playground:
         _add_page(app)
     _add_error_handlers(app, server)
+    app.add_middleware(Gate, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
         )
-    app.add_middleware(Gate, settings=settings)
     app.add_middleware(RequestLog)
     return app
 
@@ -235,6 +247,14 @@ def _look_around(server: Server) -> None:
     find_ffmpeg()
     ffmpeg_version()
     server.presets.refresh()
+    for fault in server.setting_faults():
+        logger.warning("%s", fault)
+
+
+def _peak_resident_gb() -> float:
+    """The most memory this process has had resident, in GB (1e9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)  # macOS counts bytes, Linux KiB
 
 
 def _server(request: Request) -> Server:

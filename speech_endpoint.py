@@ -64,7 +64,11 @@ class SpeechEndpoint:
         Raises:
             TTSError: Whatever can be refused, and every failure before the first byte.
         """
-        plan = self._plan(body, request)
+        try:
+            plan = self._plan(body, request)
+        except TTSError as error:
+            self._metrics.observe(model="-", format_name="-", outcome=str(error.status))
+            raise
         utterance = self._engine.speak(plan.text, plan.voice, plan.options)
         try:
             if plan.streamed:
@@ -100,13 +104,21 @@ class SpeechEndpoint:
         try:
             self._engine.check_ready(voice)
         except ModelNotReadyError:
-            if not self._settings.fallback_voice:
+            fallback = self._fallback()
+            if fallback is None:
                 raise
-            fallback = self._presets.resolve(self._settings.fallback_voice)
-            self._engine.check_ready(fallback)
             logger.warning("voice %s is not ready; FALLBACK_VOICE %s speaks instead", voice.preset.name, fallback.preset.name)
             return fallback
         return voice
+
+    def _fallback(self) -> Voice | None:
+        """FALLBACK_VOICE, where it is set, known and ready; a fault of this setting is not the caller's, who gets the first refusal."""
+        try:
+            fallback = self._presets.resolve(self._settings.fallback_voice)
+            self._engine.check_ready(fallback)
+        except TTSError:
+            return None
+        return fallback
 
     async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
         async def work() -> tuple[bytes, float]:

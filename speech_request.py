@@ -84,8 +84,9 @@ def explain(fault: dict[str, Any], voices: list[str]) -> InvalidRequestError:
         voices: The voices there are, for a fault of `voice`.
     """
     if fault["type"] == "json_invalid":
-        return InvalidRequestError(f"The body is not valid JSON: {fault['ctx']['error']}.", code="invalid_json")
-    location = [part for part in fault["loc"] if part != "body"]
+        place = f" at character {fault['loc'][-1]}" if isinstance(fault["loc"][-1], int) else ""
+        return InvalidRequestError(f"The body is not valid JSON{place}: {fault['ctx']['error']}.", code="invalid_json")
+    location = [part for part in fault["loc"] if part not in ("body", "query", "path")]
     if not location:
         return InvalidRequestError("The body must be a JSON object, sent with 'Content-Type: application/json'.", code="invalid_json")
     name = str(location[0])
@@ -99,7 +100,8 @@ def _what(name: str, fault: dict[str, Any]) -> str:
         return f"'{name}' is missing."
     if name == "input" and fault["type"] == "string_too_short":
         return "'input' is empty."
-    value = "" if name == "input" else f"={shorten(fault['input'])}"  # the text is never repeated: messages reach logs
+    given = "null" if fault["input"] is None else shorten(fault["input"])
+    value = "" if name == "input" else f"={given}"  # the text is never repeated: messages reach logs
     return f"'{name}'{value} is not valid: {fault['msg'][0].lower()}{fault['msg'][1:]}."
 
 
@@ -108,6 +110,10 @@ def _right(name: str, voices: list[str]) -> str:
         return f" Available voices: {', '.join(voices) or 'none'}."
     if name == "response_format":
         return " Available formats: mp3, opus, aac, flac, wav, pcm."
+    if name == "model":
+        return " Any text will do: the voice decides which model speaks."
+    if name == "speed":
+        return " Allowed: 0.25 to 4.0."
     if name == "input":
         return " It must be a text of at least one character."
     return ""

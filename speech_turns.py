@@ -57,8 +57,8 @@ class Turns:
         self._closed.set()
 
     def retry_after(self) -> int:
-        """In how many seconds, about, a place in the queue will be free."""
-        return max(1, math.ceil(self._mean_seconds))
+        """In how many seconds, about, those who wait now will have been served, going by how long turns have taken."""
+        return max(1, math.ceil(self._mean_seconds * max(1, self.waiting)))
 
     async def _take(self) -> None:
         if self._closed.is_set():
@@ -68,7 +68,7 @@ class Turns:
             return
         if self.waiting >= self._limit:
             raise RateLimitError(
-                f"The queue is full: {self.waiting} requests are waiting for this model. Try again in {self.retry_after()} s.",
+                f"The queue is full: as many requests as may wait for this model do ({self.waiting}). Try again in {self.retry_after()} s.",
                 headers={"Retry-After": str(self.retry_after())},
             )
         self.waiting += 1

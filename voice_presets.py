@@ -114,6 +114,14 @@ class VoicePresetManager:
             )
         return voice
 
+    def knows(self, name: str) -> bool:
+        """Whether `resolve` finds a voice."""
+        try:
+            self.resolve(name)
+        except InvalidVoiceError:
+            return False
+        return True
+
     def names(self) -> list[str]:
         """The voices' names, in the order of `voices`."""
         return [voice.name for voice in self.voices()]
@@ -231,7 +239,11 @@ def _add(catalogue: _Catalogue, voice: Voice) -> None:
     preset = voice.preset
     if preset.name in catalogue.voices:
         raise ValueError(f"name: {shorten(preset.name)} is already the name of another preset")
+    if preset.name in catalogue.aliases:
+        raise ValueError(f"name: {shorten(preset.name)} is already an alias of {shorten(catalogue.aliases[preset.name])}")
     for alias in preset.aliases:
+        if alias in catalogue.voices:
+            raise ValueError(f"aliases: {shorten(alias)} is already the name of another preset")
         if alias in catalogue.aliases:
             raise ValueError(f"aliases: {shorten(alias)} already belongs to {shorten(catalogue.aliases[alias])}")
     catalogue.voices[preset.name] = voice

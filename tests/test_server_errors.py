@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from conftest import PROJECT, RunningServer, start_server
 
@@ -169,6 +170,45 @@ def test_the_fallback_voice_speaks_only_where_the_owner_says_so(make_server: Cal
     assert response.status_code == 200
     assert response.headers["x-voice"] == "heart"
     assert "FALLBACK_VOICE heart speaks instead" in server.log_text()
+
+
+def test_settings_that_name_no_voice_are_told_and_are_not_the_callers_fault(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(FALLBACK_VOICE="nobody", DEFAULT_VOICE="noone")
+    health = server.health()
+    assert health["status"] == "degraded"
+    assert [fault.split("=")[0] for fault in health["setting_faults"]] == ["DEFAULT_VOICE", "FALLBACK_VOICE"]
+    assert "FALLBACK_VOICE='nobody' is no voice" in server.log_text()
+    refused(post(server, voice="conversational"), 503, "model_not_ready", "voice")
+
+
+def test_the_official_client_does_not_wait_for_what_cannot_come(server: RunningServer) -> None:
+    response = post(server, voice="conversational")
+    assert int(response.headers["retry-after"]) > 60
+    assert response.headers["x-should-retry"] == "false"
+    before = server.log_text().count("path='/v1/audio/speech' status=503")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client, pytest.raises(openai.InternalServerError):
+        client.audio.speech.create(model="m", voice="conversational", input="Hello.")
+    assert server.log_text().count("path='/v1/audio/speech' status=503") == before + 1
+
+
+def test_refusals_can_be_read_by_an_allowed_page(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(CORS_ORIGINS="https://chat.example.com", API_KEY="k")
+    response = httpx.post(f"{server.url}/v1/audio/speech", json=GOOD, headers={"Origin": "https://chat.example.com"})
+    refused(response, 401, "invalid_api_key")
+    assert response.headers["access-control-allow-origin"] == "https://chat.example.com"
+
+
+def test_a_query_parameter_is_named(server: RunningServer) -> None:
+    refused(httpx.get(f"{server.url}/v1/audio/speech/x/timestamps?format=pdf"), 400, "invalid_format", "format")
+
+
+def test_bytes_that_are_no_request_are_told_with_an_id(server: RunningServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GARBAGE\r\n\r\n")
+        answer = connection.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 400 ")
+    assert "invalid_http" in answer
+    assert "X-Request-Id: " in answer
 
 
 def test_a_bad_setting_ends_the_start_with_one_line(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
     ("[" * 100_000, "larger than"),
     ("[" * 50_000, "nested"),
     (GOOD | {"name": "mine"}, "already the name"),
-    ({"voice_key": "conversational_a"}, "name: "),
+    ({"voice_key": "conversational_a"}, "name is missing"),
     (GOOD | {"name": "../etc"}, "name: '../etc'"),
     (GOOD | {"name": "x", "tempreature": 1}, "tempreature: unknown key; known keys: name, model"),
     (GOOD | {"name": "x", "temperature": "warm"}, "temperature: 'warm'"),
     (GOOD | {"name": "x", "top_k": 0}, "top_k: 0"),
     (GOOD | {"name": "x", "model": "gpt"}, "known models: csm-1b, hibari"),
+    (GOOD | {"name": "x", "aliases": ["mine"]}, "aliases: 'mine' is already the name of another preset"),
     ({"name": "x", "voice_key": "conversational_z"}, "known voices: conversational_a, conversational_b"),
     (GOOD | {"name": "x", "voice_key": "emma"}, "known voices: heart"),
     ({"name": "x", "ref_audio": "a.wav"}, "ref_text must hold the words"),
@@ -73,6 +74,18 @@ def test_a_bad_file_is_skipped_with_its_reason_and_the_others_load(tmp_path: Pat
     assert skipped.file == "zz-bad.json"
     assert reason in skipped.reason
     assert str(tmp_path) not in skipped.reason
+
+
+def test_a_name_may_not_be_anothers_alias_whichever_file_comes_first(tmp_path: Path) -> None:
+    presets = manager(tmp_path)
+    write(tmp_path, "aa-first.json", GOOD | {"name": "first", "aliases": ["mine"]})
+    assert presets.names() == ["first"]
+    assert "already an alias of 'first'" in presets.skipped()[0].reason
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD | {"name": "marked"}).encode())
+    assert manager(tmp_path).names() == ["marked", "mine"]
 
 
 def test_files_that_cannot_be_read_as_text_are_skipped(tmp_path: Path) -> None:
