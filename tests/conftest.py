@@ -119,17 +119,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         running.stop()
 
 
-@pytest.fixture(scope="session")
-def substituting_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server whose built-in voice speaks in place of CSM's, so that what the documents tell a Mac's user to write can be run anywhere."""
-    running = start_server(tmp_path_factory.mktemp("substituting"), FALLBACK_VOICE="heart")
-    try:
-        running.wait_for(lambda health: health["status"] != "loading")
-        yield running
-    finally:
-        running.stop()
-
-
 @pytest.fixture
 def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Servers of a test's own: `make_server(API_KEY="k", wait=False)`; ended with the test."""

@@ -43,8 +43,8 @@ def configure(folder: Path, provider: dict[str, Any], **tts: Any) -> None:
     (folder / "openclaw.json").write_text(json.dumps(config))
 
 
-def test_it_speaks_as_documented(substituting_server: RunningServer, tmp_path: Path) -> None:
-    config = documented("OpenClaw", substituting_server)
+def test_it_speaks_as_documented(server: RunningServer, tmp_path: Path) -> None:
+    config = documented("OpenClaw", server)
     (readme,) = (block for block in document_blocks("README.md")["Point your programs at it"] if "timeoutMs" in block)
     assert json.loads(readme) == json.loads(documented("OpenClaw"))
     (tmp_path / "openclaw.json").write_text(config)
@@ -53,8 +53,8 @@ def test_it_speaks_as_documented(substituting_server: RunningServer, tmp_path: P
     assert_says(data, "mp3", SENTENCE)
 
 
-def test_it_speaks_by_environment_variables_alone(substituting_server: RunningServer, tmp_path: Path) -> None:
-    lines = documented("OpenClaw, by environment variables alone", substituting_server).splitlines()
+def test_it_speaks_by_environment_variables_alone(server: RunningServer, tmp_path: Path) -> None:
+    lines = documented("OpenClaw, by environment variables alone", server).splitlines()
     variables: Any = dict(line.removeprefix("export ").split("=", 1) for line in lines)
     data, _ = written(convert(tmp_path, SENTENCE, **variables))
     assert_says(data, "mp3", SENTENCE)
@@ -69,8 +69,8 @@ def test_it_speaks_with_base_url_and_key_only_and_without_v1(server: RunningServ
     assert_says(data, "opus", SENTENCE)
 
 
-def test_it_speaks_on_the_telephone_in_voice_notes_and_in_talk(substituting_server: RunningServer, tmp_path: Path) -> None:
-    config = json.loads(documented("OpenClaw", substituting_server)) | json.loads(documented("OpenClaw Talk", substituting_server))
+def test_it_speaks_on_the_telephone_in_voice_notes_and_in_talk(server: RunningServer, tmp_path: Path) -> None:
+    config = json.loads(documented("OpenClaw", server)) | json.loads(documented("OpenClaw Talk", server))
     file = tmp_path / "openclaw.json"
     file.write_text(json.dumps(config))
     assert "Config valid" in openclaw(tmp_path, "config", "validate").stdout
