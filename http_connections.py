@@ -153,4 +153,4 @@ def guarded_protocol() -> tuple[type[GuardedProtocol], int]:
         limit = descriptors // 2
         idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
 
-    return Protocol, max(1, min(2048, descriptors // 8))
+    return Protocol, max(1, min(512, descriptors // 8))

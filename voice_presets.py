@@ -13,7 +13,7 @@ from pathlib import Path
 from errors import InvalidVoiceError, shorten
 from preset_file import CSM_VOICE_KEYS, VoicePreset, read_preset
 from recording_verdicts import RecordingVerdicts
-from voice_store import RECORDING, StoredVoice, VoiceStore, name_key, name_taken
+from voice_store import RECORDING, StoredVoice, VoiceStore, is_shortage, name_key, name_taken
 
 __all__ = ["CSM_VOICE_KEYS", "OPENAI_VOICES", "SkippedPreset", "Voice", "VoicePreset", "VoicePresetManager"]
 
@@ -91,7 +91,10 @@ class VoicePresetManager:
 
     def changed(self) -> bool:
         """Whether a file was added, changed or removed since the voices were read. Takes well under a millisecond."""
-        return self._signature != (*self._files(), self._verdicts.signature_now())
+        try:
+            return self._signature != (*self._files(), self._verdicts.signature_now())
+        except OSError:  # nobody can look now: the voices that are known stay
+            return False
 
     def refresh(self) -> None:
         """Read again what has changed. Blocks while a new recording is decoded: for worker threads."""
@@ -225,7 +228,9 @@ def _signature(folder: Path) -> object:
     try:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
-    except OSError:  # the folder, or a file in it, was removed while it was read
+    except OSError as error:  # the folder, or a file in it, was removed while it was read
+        if is_shortage(error):
+            raise
         return None
     return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
 

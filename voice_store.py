@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import logging
@@ -192,7 +193,9 @@ class VoiceStore:
         try:
             with os.scandir(self._folder) as entries:
                 return [Path(entry.path) for entry in entries if _ID.fullmatch(entry.name)]
-        except OSError:  # not there yet, or not any more
+        except OSError as error:  # not there yet, or not any more
+            if is_shortage(error):
+                raise
             return []
 
     @contextmanager
@@ -224,6 +227,11 @@ class VoiceStore:
             raise ConflictError(f"There are {MAX_VOICES} voices already, the most that are kept: delete one first.", code="too_many_voices")
         if any(name_key(voice.description.name) == name_key(name) for voice in voices):
             raise name_taken(name)
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether it says nothing of the file: there are too many open ones, or too little memory, at this moment."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def name_taken(name: str) -> ConflictError:

@@ -1,0 +1,299 @@
+"""What can go wrong around a running server, caused for real: the request it spoils is told, the next one is served, nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import listening
+import psutil
+import pytest
+import uvicorn
+from conftest import PROJECT, RunningServer, clean_environment, free_port
+
+from config import Settings
+from http_connections import GuardedProtocol
+from server import create_app
+
+BODY: dict[str, Any] = {"model": "m", "voice": "heart", "input": "This is said in spite of it all."}
+STREAMED = BODY | {"stream": True}
+
+
+def speak(server: RunningServer, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/audio/speech", json=BODY | fields, timeout=60)
+
+
+def failed(response: httpx.Response, code: str) -> str:
+    error = response.json()["error"]
+    assert error["code"] == code, error
+    assert str(PROJECT) not in response.text
+    assert "/tmp" not in response.text  # noqa: S108 - looked for, not used
+    return str(error["message"])
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with presets and an ffmpeg of its own, which tests break and mend; ffmpeg does what the file `fault` beside it says."""
+    from conftest import start_server
+
+    folder = tmp_path_factory.mktemp("faults")
+    tools = folder / "tools"
+    tools.mkdir()
+    script = f'#!/bin/sh\ncase "$*" in *-version*) ;; *) eval "$(cat {tools}/fault)" ;; esac\nexec {listening.ffmpeg()} "$@"\n'
+    (tools / "ffmpeg").write_text(script)
+    (tools / "ffmpeg").chmod(0o755)
+    (tools / "fault").write_text("")
+    shutil.copytree(PROJECT / "presets", folder / "presets")
+    path = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    running = start_server(folder, PATH=path, PRESETS_DIR=folder / "presets", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
+    try:
+        running.wait_for(lambda health: health["status"] == "ok")
+        yield running
+        assert psutil.Process(running.process.pid).children(recursive=True) == []
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("fault", ["exit 1", "exit 0", "echo this is no sound; exit 0", "kill -9 $$", "head -c 3000000 /dev/zero; exit 3"])
+def test_an_ffmpeg_that_fails_is_told_and_the_next_request_served(own: RunningServer, fault: str) -> None:
+    (own.log.parent / "tools" / "fault").write_text(fault)
+    try:
+        failed(speak(own), "conversion_failed")
+        with contextlib.suppress(httpx.RemoteProtocolError):  # a stream that had begun is broken off instead
+            failed(speak(own, stream=True), "conversion_failed")
+        assert speak(own, response_format="pcm").status_code == 200
+    finally:
+        (own.log.parent / "tools" / "fault").write_text("")
+    assert speak(own).status_code == 200
+
+
+def test_an_ffmpeg_that_hangs_is_given_up(own: RunningServer) -> None:
+    (own.log.parent / "tools" / "fault").write_text("sleep 100; exit 0")
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda streamed: speak(own, stream=streamed), (False, True)))
+    finally:
+        (own.log.parent / "tools" / "fault").write_text("")
+    for answer in answers:
+        assert "20 s" in failed(answer, "conversion_failed")
+    assert speak(own).status_code == 200
+
+
+def test_an_ffmpeg_that_vanishes_is_told_until_it_is_back(own: RunningServer) -> None:
+    program = own.log.parent / "tools" / "ffmpeg"
+    program.rename(program.with_name("gone"))
+    try:
+        for streamed in (False, True):
+            assert "ffmpeg is missing" in failed(speak(own, stream=streamed), "conversion_failed")
+        assert own.health()["status"] == "degraded"
+        assert speak(own, response_format="pcm").status_code == 200
+    finally:
+        program.with_name("gone").rename(program)
+    assert speak(own).status_code == 200
+    assert own.health()["status"] == "ok"
+
+
+def test_presets_that_are_removed_and_come_back(own: RunningServer) -> None:
+    folder = own.log.parent / "presets"
+    folder.rename(folder.with_name("away"))
+    try:
+        failed(speak(own), "invalid_voice")
+        failed(speak(own, voice="alloy"), "invalid_voice")
+        assert own.health()["status"] == "degraded"
+        assert httpx.get(f"{own.url}/v1/audio/voices").json() == {"voices": []}
+    finally:
+        folder.with_name("away").rename(folder)
+    assert speak(own).status_code == 200
+    assert own.health()["status"] == "ok"
+
+
+def test_a_full_disk_costs_files_and_log_lines_and_nothing_else(own: RunningServer) -> None:
+    log = own.cache_dir / "server.log"
+    pid, limit = own.process.pid, resource.RLIMIT_FSIZE
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, (log.stat().st_size + 100, before[1]))
+    try:
+        for _ in range(5):
+            failed(speak(own, response_format="wav", input=BODY["input"] * 20), "conversion_failed")
+            assert speak(own, stream=True).status_code == 200
+    finally:
+        resource.prlimit(pid, limit, before)
+    answer = speak(own)
+    assert answer.status_code == 200
+    assert answer.headers["x-request-id"] in log.read_text()
+
+
+def test_no_file_descriptors_spoil_what_needs_one_and_nothing_after(own: RunningServer) -> None:
+    pid, limit = own.process.pid, resource.RLIMIT_NOFILE
+    with own.client() as client:
+        assert client.get("/health").status_code == 200
+        before = resource.prlimit(pid, limit)
+        resource.prlimit(pid, limit, (min(set(range(1000)) - {int(file.name) for file in Path(f"/proc/{pid}/fd").iterdir()}), before[1]))
+        try:
+            failed(client.post("/v1/audio/speech", json=BODY), "conversion_failed")
+            assert client.post("/v1/audio/speech", json=BODY | {"response_format": "pcm"}).status_code == 200
+            assert {"heart"} <= {voice["id"] for voice in client.get("/v1/audio/voices").json()["voices"]}
+        finally:
+            resource.prlimit(pid, limit, before)
+        assert client.post("/v1/audio/speech", json=BODY).status_code == 200
+    assert speak(own).status_code == 200
+
+
+def test_a_cache_that_cannot_be_written_costs_what_is_kept_there_and_not_the_start(
+    make_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    server = make_server(CACHE_DIR=tmp_path / "file" / "cache")
+    assert speak(server).status_code == 200
+    form = {"name": "Somebody", "consent": "true", "ref_text": "A sound."}
+    files = {"audio_sample": ("a.wav", speak(server, response_format="wav").content)}
+    failed(httpx.post(f"{server.url}/v1/audio/voices", data=form, files=files, timeout=60), "storage_failed")
+    assert server.stop() == 0
+    assert "no log file: CACHE_DIR cannot be written" in server.log_text()
+    assert "no PID file: CACHE_DIR cannot be written" in server.log_text()
+    assert "Traceback" not in server.log_text()
+
+
+# Connections
+
+
+class Impatient(GuardedProtocol):
+    """The real protocol, with less patience than any client of the tests."""
+
+    head_seconds = 0.3
+    body_seconds = 0.6
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a server that waits for no slow request."""
+    chosen: dict[str, Any] = {"csm": "off", "default_voice": "heart", "cache_dir": tmp_path_factory.mktemp("impatient")}
+    app = create_app(Settings(**chosen))
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, http=Impatient, ws="none", log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        end = time.monotonic() + 60
+        while not server.started:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+HEAD = b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def until_closed(opened: socket.socket) -> bytes:
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := opened.recv(65536):
+            received += data
+    return received
+
+
+def drip(port: int, first: bytes, slow: bytes) -> bytes:
+    """Send `first` at once and `slow` byte by byte; what comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as opened:
+        opened.sendall(first)
+        with contextlib.suppress(OSError):
+            for byte in slow:
+                opened.sendall(bytes([byte]))
+                time.sleep(0.1)
+        return until_closed(opened)
+
+
+@pytest.mark.parametrize(
+    ("first", "slow"),
+    [
+        (b"", HEAD),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", HEAD),
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b"{" * 60),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n" * 10),
+        (HEAD + b"Content-Length: 1000\r\n\r\n{", b""),
+    ],
+    ids=["head", "second-head", "body", "chunked-body", "half-a-body"],
+)
+def test_a_request_that_does_not_arrive_is_given_up(impatient: int, first: bytes, slow: bytes) -> None:
+    answer = drip(impatient, first, slow)
+    assert b"HTTP/1.1 408 Request Timeout" in answer
+    assert json.loads(answer[answer.index(b'{"error"') :])["error"]["code"] == "request_timeout"
+
+
+def test_a_connection_without_a_byte_is_closed_without_a_word(impatient: int) -> None:
+    assert drip(impatient, b"", b"") == b""
+
+
+def test_a_refused_request_whose_body_never_ends_is_given_up(impatient: int) -> None:
+    answer = drip(impatient, b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 10)
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_patient_server_is_not_hurried_by_pauses_between_requests(impatient: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{impatient}", timeout=30) as client:
+        for _ in range(3):
+            assert client.get("/health").status_code == 200
+            time.sleep(0.5)
+        assert client.post("/v1/audio/speech", json=BODY | {"input": BODY["input"] * 60}).status_code == 200
+
+
+def limited_server(folder: Path, descriptors: int) -> RunningServer:
+    """A server that may have so many open files, and no more."""
+    port, log = free_port(), folder / "stderr.log"
+    command = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", sys.executable, "server.py"]
+    with log.open("ab") as stderr:
+        environment = clean_environment(folder / "cache", PORT=port)
+        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+    return RunningServer(process, port, folder / "cache", log)
+
+
+def test_more_idle_connections_than_there_is_room_for_keep_nobody_out(tmp_path: Path) -> None:
+    server = limited_server(tmp_path, 256)
+    idle: list[socket.socket] = []
+    try:
+        server.wait_for(lambda health: health["status"] == "ok")
+        for _ in range(5):
+            idle += [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(100)]
+            for opened in idle[-50:]:
+                opened.sendall(b"GET /health HTTP/1.1\r\nHost: ")
+            assert speak(server).status_code == 200
+            assert speak(server, stream=True, response_format="opus").status_code == 200
+        assert len(psutil.Process(server.process.pid).net_connections()) <= 256 // 2 + 2
+        assert "Traceback" not in server.log_text()
+    finally:
+        for opened in idle:
+            opened.close()
+        assert server.stop() == 0
+
+
+def test_a_thousand_idle_connections_cost_little(server: RunningServer) -> None:
+    process = psutil.Process(server.process.pid)
+    before, descriptors = process.memory_info().rss, process.num_fds()
+    idle = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(1000)]
+    try:
+        assert speak(server).status_code == 200
+        assert process.memory_info().rss - before < 60e6
+    finally:
+        for opened in idle:
+            opened.close()
+    end = time.monotonic() + 30
+    while process.num_fds() > descriptors + 5:
+        assert time.monotonic() < end
+        time.sleep(0.1)
