@@ -13,7 +13,7 @@ import pytest
 from conftest import RunningServer
 from listening import decode, duration, transcribe, word_error_rate
 
-SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody minds."
+SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 FORMATS = {"mp3": "audio/mpeg", "opus": "audio/opus", "aac": "audio/aac", "flac": "audio/flac", "wav": "audio/wav", "pcm": "audio/pcm"}
 
 
