@@ -10,13 +10,19 @@ from unittest.mock import patch
 
 import huggingface_hub.constants
 import mlx.core as mx
+import numpy as np
 import tiny_csm
+from mlx.utils import tree_flatten
+from mlx_audio.codec.models.mimi.mimi import Mimi, MimiStreamingDecoder, mimi_202407
 from mlx_audio.tts.models.sesame import Model, sesame
 
 from config import Settings
 from csm_generation import CsmSpeaker
 from csm_prompts import PromptStore
 from voice_presets import Voice, VoicePreset
+
+# So that random layers neither weaken nor blow up what goes through them, and the noise at the end is as loud as speech.
+CONV_GAIN, CONVTR_GAIN, LOUDNESS = 1.4, 3.0, 0.0025
 
 
 @contextmanager
@@ -32,16 +38,47 @@ def hub_at(cache: Path) -> Iterator[None]:
         yield
 
 
-def load(cache: Path, repo: str = tiny_csm.SESAME) -> Model:
-    """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it."""
+def load(cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False) -> Model:
+    """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it.
+
+    With `small_codec` Mimi is replaced by one of a fortieth of its size: full-size, it takes a CPU about a second for each frame.
+    """
     snapshot = tiny_csm.snapshot_of(cache, repo)
     with hub_at(cache):
         model = Model(json.loads((snapshot / "config.json").read_text()))
     weights = model.sanitize(mx.load(str(snapshot / "model.safetensors")))
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
+    if small_codec:
+        model._audio_tokenizer = small_mimi()
+        model._streaming_decoder = MimiStreamingDecoder(model._audio_tokenizer)
     model.eval()
     return model
+
+
+def small_mimi() -> Mimi:
+    """mlx-audio's Mimi with narrow layers and random weights; its noise is as loud as speech."""
+    config = mimi_202407(32)
+    config.seanet.nfilters = 4
+    config.seanet.dimension = config.transformer.d_model = 64
+    config.transformer.num_layers = 1
+    config.transformer.dim_feedforward = 64
+    config.quantizer_dim = 16
+    mimi = Mimi(config)
+    random = np.random.default_rng(0)
+    parameters: dict[str, mx.array] = dict(tree_flatten(mimi.parameters()))
+    for name, value in parameters.items():
+        gain = CONVTR_GAIN if "convtr" in name else CONV_GAIN
+        scale = 0.0 if name.endswith("bias") else gain * np.prod(value.shape[1:]) ** -0.5
+        ones = name.endswith(("cluster_usage", "initialized", "scale", "norm1.weight", "norm2.weight"))
+        weights = np.ones(value.shape) if ones else random.standard_normal(value.shape) * scale
+        mimi.load_weights([(name, mx.array(weights, mx.float32))], strict=False)
+    for module in mimi.modules():
+        if hasattr(module, "update_in_place"):  # tables and kernels that are derived from weights
+            module.update_in_place()
+    mimi.decoder.final_conv1d.conv.conv.weight *= LOUDNESS
+    mx.eval(mimi.parameters())
+    return mimi
 
 
 def prompt_folder(cache: Path) -> Path:

@@ -29,7 +29,7 @@ def cache() -> Path:
 
 @pytest.fixture(scope="module")
 def model(cache: Path) -> Model:
-    return csm_loading.load(cache)
+    return csm_loading.load(cache, small_codec=True)
 
 
 @pytest.fixture(scope="module")
