@@ -12,8 +12,8 @@ import regex
 
 from speech_model import ModelLoadError, Samples
 
-# Above this share of wrong words a group is said again. Whisper's small models mishear up to a quarter of the words of clear read speech
-# with names and numbers in it; groups that CSM garbled had more than half wrong on average.
+# Above this share of wrong words a group is said again. Reported for 1088 clips of CSM: 2.5 % wrong in those that ended by themselves, 56 %
+# in those that did not; a recogniser as small as tiny.en adds errors of its own to both.
 MOST_WORD_ERRORS = 0.4
 
 _SAMPLE_RATE, _WHISPER_RATE = 24_000, 16_000
