@@ -9,7 +9,7 @@ PY := .venv/bin/python
 # With it set, every start would compile every module again: seconds, each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clean bench bench-csm clients
+.PHONY: run setup test check clean bench bench-csm soak audit clients
 
 run: .venv/.run-stamp
 	@exec $(PY) server.py
@@ -46,6 +46,14 @@ bench: .venv/.dev-stamp
 
 bench-csm: .venv/.dev-stamp
 	$(PY) benchmarks/csm.py
+
+# Mixed requests for as long as ARGS say, and what they leave behind: test-results/soak.png and a verdict.
+soak: .venv/.dev-stamp
+	$(PY) benchmarks/soak.py $(ARGS)
+
+# Asks an advisory database on the network, so it is no part of `check`.
+audit: .venv/.dev-stamp
+	.venv/bin/pip-audit --local
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results \
