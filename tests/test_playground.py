@@ -268,7 +268,7 @@ def test_a_take_can_be_heard_again_and_searched(guest: Guest) -> None:
         box = seen.page.locator("#wave").bounding_box()
         assert box is not None
         seen.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
-        assert seen.page.evaluate("sesame.player.position / sesame.take.duration") == pytest.approx(0.5, abs=0.02)
+        assert seen.page.evaluate("sesame.player.position / sesame.take.duration") == pytest.approx(0.5, abs=0.1)
         seen.page.locator("#results").get_by_role("button", name="Play: ").click()
         assert seen.loudest_heard() > 0.02
         seen.page.locator("#results").get_by_role("button", name="Pause: ").click()

@@ -76,7 +76,7 @@ def test_requests_are_shared_out_one_a_machine_and_the_rest_waits_in_front(pool:
     before = {name: int(pool.statistics(name)["stot"]) for name in NAMES}
     with ThreadPoolExecutor(8) as executor:
         futures = [executor.submit(speak, pool, 4) for _ in range(8)]
-        until(lambda: int(pool.statistics("BACKEND")["qcur"]) > 0)
+        until(lambda: int(pool.statistics("BACKEND")["qmax"]) > 0)
         while not all(future.done() for future in futures):
             assert all(int(pool.statistics(name)["scur"]) <= 1 for name in NAMES)
             for server in pool.servers.values():
