@@ -186,10 +186,13 @@ def require_owner(request: Request, settings: Settings) -> None:
 
 def is_owner(request: Request) -> bool:
     """Whether the request has the key, or comes from this machine."""
+    if request.state.authorized or request.client is None:
+        return bool(request.state.authorized)
     try:
-        return bool(request.state.authorized) or (request.client is not None and ipaddress.ip_address(request.client.host).is_loopback)
+        address = ipaddress.ip_address(request.client.host)
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # with HOST=:: an IPv4 client is ::ffff:127.0.0.1
 
 
 def _check_framing(headers: Headers) -> None:

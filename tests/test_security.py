@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,14 @@ def test_a_forwarded_address_counts_as_the_clients(server: RunningServer) -> Non
     for address in ("203.0.113.9", "127.0.0.1, 203.0.113.9", "nonsense", "::ffff:203.0.113.9"):
         assert httpx.post(f"{server.url}/admin/reload", headers={"X-Forwarded-For": address}).status_code == 403, address
     assert "ffmpeg_path" not in httpx.get(f"{server.url}/health", headers={"X-Forwarded-For": "203.0.113.9"}).json()
+
+
+def test_this_machine_counts_as_this_machine_by_every_address(make_server: Callable[..., RunningServer]) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = make_server(HOST="::")
+    for host in ("127.0.0.1", "[::1]"):
+        assert httpx.post(f"http://{host}:{server.port}/admin/reload").status_code == 200, host
 
 
 def test_neither_text_nor_key_is_in_any_log_and_no_text_in_any_error(watched: RunningServer, owner: httpx.Client) -> None:
