@@ -137,7 +137,7 @@ def load_settings(env_file: Path = ENV_FILE) -> Settings:
     """
     _check_env_file(env_file)
     try:
-        settings = Settings(_env_file=env_file)  # type: ignore[call-arg]  # pydantic-settings takes it, its signature is built from the fields
+        settings = Settings(_env_file=env_file)
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     except (UnicodeDecodeError, OSError) as error:

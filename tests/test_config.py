@@ -109,7 +109,7 @@ def test_any_value_gives_settings_or_one_clear_line(name: str, value: str) -> No
 
 
 def test_a_key_is_never_shown() -> None:
-    settings = Settings(api_key="topsecret")  # type: ignore[arg-type]
+    settings = Settings(api_key="topsecret")
     assert "topsecret" not in repr(settings)
 
 
