@@ -18,13 +18,15 @@ from errors import InternalError, ModelNotReadyError, TTSError
 from metrics import Metrics
 from speech_model import SpeechOptions
 from speech_request import SpeechRequest
-from speech_response import SpeechStream, audio_event, event, run_for
+from speech_response import SpeechStream, audio_event, event, run_until_gone
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
 
 _CODEC_FRAMES_A_SECOND = 12.5  # Mimi's; what `usage` counts as output tokens
+# Between the event of a failure and the end of its connection: a fetch() whose connection breaks drops what it has not handed over yet.
+_TIME_TO_READ = 0.2
 _CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log and metrics see it
 
 
@@ -126,7 +128,7 @@ class SpeechEndpoint:
             converted = await convert(samples, utterance.sample_rate, plan.format, speed=plan.request.speed, mark=plan.mark)
             return converted.data, converted.duration
 
-        data, duration = await run_for(request, work())
+        data, duration = await run_until_gone(work(), request.receive)
         headers = _headers(plan, utterance) | {
             "X-Generation-Time": f"{utterance.generation_time:.3f}",
             "X-Audio-Duration": f"{duration:.3f}",
@@ -147,7 +149,7 @@ class SpeechEndpoint:
         spoken = _Spoken(plan, utterance)
         try:
             pieces = spoken.pieces()
-            first = await run_for(request, _next(pieces))
+            first = await run_until_gone(_next(pieces), request.receive)
         except BaseException:
             await spoken.close()
             raise
@@ -247,7 +249,11 @@ def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
 
 
 async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces as OpenAI's events; a failure midway is an event too, the stream's last."""
+    """The pieces as OpenAI's events.
+
+    A failure midway is an event too, the last one; then the connection is broken off, because a client that ignores events that it does
+    not know (LiveKit's) would take a proper end for a whole answer.
+    """
     told = 0
     try:
         async for piece in pieces:
@@ -257,13 +263,11 @@ async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes
                 for caption in captions[told:]:
                     yield event("speech.audio.timestamps", **vars(caption))
                 told = len(captions)
-    except TTSError as error:
-        yield event("speech.audio.error", **error.envelope())
-        return
-    except Exception:
-        logger.exception("the stream failed")
-        yield event("speech.audio.error", **InternalError("The stream failed. The server's log has the details.").envelope())
-        return
+    except Exception as error:
+        told_as = error if isinstance(error, TTSError) else InternalError("The stream failed. The server's log has the details.")
+        yield event("speech.audio.error", **told_as.envelope())
+        await asyncio.sleep(_TIME_TO_READ)
+        raise
     spoken = round(utterance.audio_seconds * _CODEC_FRAMES_A_SECOND)
     characters = len(plan.request.input)
     yield event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": spoken, "total_tokens": characters + spoken})

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -93,11 +93,6 @@ async def run_until_gone(work: Awaitable[T], receive: Receive) -> T:
         for task in (working, leaving):
             if not task.cancelled():
                 task.exception()  # seen, or asyncio would report it as lost
-
-
-async def run_for(request: Request, work: Awaitable[T]) -> T:
-    """`run_until_gone` for a request whose body has been read."""
-    return await run_until_gone(work, request.receive)
 
 
 async def _disconnected(receive: Receive) -> None:

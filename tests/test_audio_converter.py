@@ -89,9 +89,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "scratch"
     folder.mkdir()
     before = {child.pid for child in children()}
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(folder))
-        yield folder
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
     assert not list(folder.glob("sesame-tts-*"))
     assert not [child for child in children() if child.pid not in before]
 

@@ -12,11 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_csm
+from mlx_audio.codec.models.mimi.modules.conv import Conv1d, ConvTranspose1d
 from mlx_audio.lm.sample_utils import make_sampler
 from mlx_audio.tts.models.sesame import Model
 from numpy.typing import NDArray
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
+from cpu_convolution import speed_up
 from csm_batch import CONTEXT, FrameBatch, memory_errors
 from csm_codec import CodecDecoder, block_length
 from csm_generation import CsmSpeaker
@@ -52,6 +54,12 @@ def cache() -> Path:
 @pytest.fixture(scope="module")
 def model(cache: Path) -> Model:
     """Random weights: never ends, and says something else at each draw."""
+    return csm_loading.load(cache, small_codec=True)
+
+
+@pytest.fixture(scope="module")
+def untouched(cache: Path) -> Model:
+    """The same weights in a model that no code of ours has changed."""
     return csm_loading.load(cache, small_codec=True)
 
 
@@ -117,11 +125,13 @@ def stock(model: Model, cache: Path, prompts: PromptStore, text: str, temperatur
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_one_group_is_what_stock_generate_says_with_the_same_seed(cache: Path, model: Model, folder: Path, temperature: float) -> None:
+def test_one_group_is_what_stock_generate_says_with_the_same_seed(
+    cache: Path, model: Model, untouched: Model, folder: Path, temperature: float
+) -> None:
     speaker = csm_loading.speaker(model, cache, folder, guard="off")
     voice = csm_loading.voice(max_audio_length_ms=160, temperature=temperature)
     (chunk,) = speaker.speak([TEXTS[0]], voice, SpeechOptions(11), lambda: False)
-    theirs = stock(model, cache, speaker._prompts, TEXTS[0], temperature, 11, 160)
+    theirs = stock(untouched, cache, speaker._prompts, TEXTS[0], temperature, 11, 160)
     assert chunk.samples.shape == theirs.shape == (2 * FRAME,)
     np.testing.assert_allclose(chunk.samples, theirs, atol=1e-5)
 
@@ -215,15 +225,29 @@ def test_blocks_grow_slowly_enough_for_a_model_at_three_quarters_of_real_time() 
     assert max(blocks) == 32
 
 
-def test_blocks_give_the_samples_that_single_frames_give(model: Model) -> None:
+def test_full_size_blocks_give_the_samples_that_stock_gives_frame_by_frame(true_codec: Model) -> None:
     tokens = np.random.default_rng(0).integers(1, 500, (3, 32), np.int32)
-    decoder = CodecDecoder(model)
+    decoder = CodecDecoder(true_codec)
     decoder.begin()
     blocks = np.concatenate([*(decoder.push(frame) for frame in tokens), decoder.finish()])
-    model._streaming_decoder.reset()
-    single = np.array(model._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)
-    model._streaming_decoder.reset()
+    stock = csm_loading.load(tiny_csm.build())  # the same codec, and no code of ours has changed how it computes
+    single = np.array(stock._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)
+    assert np.abs(single).max() > 0.05
     np.testing.assert_allclose(blocks, single, atol=1e-5)
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="MLX computes on a GPU here")
+def test_on_a_cpu_the_decoders_convolutions_are_numpys(model: Model, untouched: Model) -> None:
+    speed_up(model._audio_tokenizer)
+    random = np.random.default_rng(1)
+    pairs = zip(model._audio_tokenizer.decoder.modules(), untouched._audio_tokenizer.decoder.modules(), strict=True)
+    convolutions = [(ours, theirs) for ours, theirs in pairs if isinstance(theirs, Conv1d | ConvTranspose1d)]
+    assert len(convolutions) == 2 + 4 * 3  # the first and the last, and four layers of one that widens and two that do not
+    for ours, theirs in convolutions:
+        assert type(ours) is not type(theirs)
+        channels = theirs.weight.shape[2]
+        sound = mx.array(random.standard_normal((2, channels, 9)), mx.float32)  # two rows, as in a batch
+        np.testing.assert_allclose(np.array(ours(sound)), np.array(theirs(sound)), atol=1e-5)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

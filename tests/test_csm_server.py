@@ -15,8 +15,8 @@ from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
 CAP_FRAMES = 4
 FRAME = 1920  # samples
-# By capital letter in the text: N never ends, E ends at once, S is silent, X is no number.
-SCRIPT = {"": [ends_after(3)], "N": [NEVER], "E": [AT_ONCE], "S": [SILENCE], "X": [NOT_A_NUMBER]}
+# By capital letter in the text: N never ends, E ends at once, S is silent, X is no number, R ends at once or after three frames.
+SCRIPT = {"": [ends_after(3)], "N": [NEVER], "E": [AT_ONCE], "S": [SILENCE], "X": [NOT_A_NUMBER], "R": [AT_ONCE, ends_after(3)]}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,17 @@ def test_a_group_that_never_ends_is_said_again_then_cut_at_its_budget(guarded: R
     assert 0 < decode(response.content, "wav")[0].size <= CAP_FRAMES * FRAME
     assert guarded.log_text().count("unended") >= 3
     assert "retries=2" in guarded.log_text()
+
+
+def test_a_group_that_comes_out_right_at_a_later_attempt_is_played_whole(guarded: RunningServer) -> None:
+    for seed in range(40):
+        response = speak(guarded, "R hello.", seed=seed)
+        assert response.status_code == 200 or "3 attempt(s)" in response.json()["error"]["message"]
+        if response.headers.get("x-retries", "0") != "0":
+            break
+    assert response.headers["x-retries"] in {"1", "2"}
+    assert 0 < decode(response.content, "wav")[0].size <= 3 * FRAME
+    assert "too short" in guarded.log_text() or "empty" in guarded.log_text()
 
 
 @pytest.mark.parametrize("letter", ["E", "S", "X"])
