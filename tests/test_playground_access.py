@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_csm
 from browsing import Visit, running_chromium, visit
 from conftest import PROJECT, RunningServer
 from playwright.sync_api import Browser, expect
@@ -187,12 +188,12 @@ def test_reduced_motion_is_respected(guest: Guest) -> None:
 
 
 def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
-    own = make_server()
+    own = make_server(CSM="on", MODEL_DTYPE="float32", **tiny_csm.environment(tiny_csm.build(script={"": [tiny_csm.ends_after(3)]})))
     with guest(f"{own.url}/", permissions=["microphone"]) as seen:
         seen.open()
         page = seen.page
         page.click("#add-voice")
-        expect(page.locator("#voice-note")).to_contain_text("CSM-1B, which is switched off")
+        expect(page.locator("#voice-note")).to_be_hidden()
         page.click("#voice-save")
         expect(page.locator("#voice-error")).to_contain_text("Record something")
         page.click("#record")
@@ -209,6 +210,10 @@ def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: C
         expect(page.locator("#voice-dialog")).to_be_hidden()
         card = page.locator(".voice", has_text="My own voice")
         expect(card.locator("input")).to_be_checked()
+        seen.speak("Hello.")
+        assert seen.loudest_heard() > 0.02
+        seen.wait_complete()
+        expect(page.locator("#results li")).to_contain_text("My own voice")
         page.reload()
         expect(card).to_have_count(1)
         card.get_by_role("button", name="Delete the voice My own voice").click()
@@ -225,6 +230,7 @@ def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server:
         seen.open()
         page = seen.page
         page.click("#add-voice")
+        expect(page.locator("#voice-note")).to_contain_text("CSM-1B, which is switched off")
         page.set_input_files("#voice-file", broken)
         assert page.input_value("#voice-words") == ""
         page.fill("#voice-name", "Broken")
