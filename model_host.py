@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from errors import GenerationTimeoutError, ModelNotReadyError
-from model_worker import ModelWorker
+from model_worker import ModelWorker, WorkerLostError
 from speech_model import LoadProgress, ModelLoadError, SpeechModel
 from speech_turns import Turns
 
@@ -148,7 +148,7 @@ class ModelHost:
         """Do `job` on the model's thread and wait until it is over, also when the caller is cancelled. Call it within a turn.
 
         Raises:
-            GenerationTimeoutError: The model hung. Its thread is left behind and the model is loaded anew on another.
+            GenerationTimeoutError: The model hung, or its thread ended: it is left behind and the model is loaded anew on another.
             ModelNotReadyError: The model had been unloaded and cannot be loaded again.
         """
         if self.state == "unloaded":
@@ -159,9 +159,8 @@ class ModelHost:
             while not future.done():
                 await _wait_uncancelled(future, min(1.0, self._stall_seconds), heartbeat)
                 silent = time.monotonic() - heartbeat.last
-                if not future.done() and silent > (
-                    min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
-                ):
+                patience = min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
+                if not future.done() and (silent > patience or not self._worker.alive):
                     self._abandon()
                     raise GenerationTimeoutError(
                         f"Model '{self.model.id}' gave no sign of life for {silent:.0f} s and is loaded anew. Try again in a moment.",
@@ -215,9 +214,12 @@ class ModelHost:
             self._after_load(model)
 
         try:
-            await asyncio.wrap_future(worker.submit(load))
+            await worker.do(load)
         except (ModelLoadError, asyncio.CancelledError):
             raise
+        except WorkerLostError as error:
+            self._replace_worker()
+            raise ModelLoadError("The model's thread ended while it was loading.") from error
         except MemoryError as error:
             raise ModelLoadError(
                 "There is not enough memory to load the model: close other programs or choose a smaller one (MODEL_ID)."
@@ -244,10 +246,17 @@ class ModelHost:
                 return
             idle = time.monotonic() - self._last_work
             if self.state == "ready" and idle >= self._idle_seconds and not self.turns.active:
-                async with self.turns.turn():
-                    await asyncio.wrap_future(self._worker.submit(self.model.close))
-                    self.state = "unloaded"
+                await self._unload()
                 logger.info("model %s: unloaded after %.0f s without work", self.model.id, idle)
+
+    async def _unload(self) -> None:
+        async with self.turns.turn():
+            try:
+                await self._worker.do(self.model.close)
+            except Exception:
+                logger.exception("model %s: could not be closed in order; it is given up", self.model.id)
+                self._replace_worker()
+            self.state = "unloaded"
 
     async def _load_on_demand(self) -> None:
         self.reload()
@@ -256,13 +265,17 @@ class ModelHost:
             raise self._not_ready(f"could not be loaded: {self.error}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
 
     def _abandon(self) -> None:
-        """Leave a hung thread behind, with the model on it, and load another model on another thread."""
-        logger.error("model %s: hung; its thread is left behind and the model loaded anew", self.model.id)
+        """Leave a thread that hangs or has ended behind, with the model on it, and load another model on another thread."""
+        what = "hung" if self._worker.alive else "lost its thread"
+        logger.error("model %s: %s; the model is loaded anew on another thread", self.model.id, what)
+        self._replace_worker()
+        self.state = "loading"
+        self.reload()
+
+    def _replace_worker(self) -> None:
         self._worker.close()
         self.model = self._create()
         self._worker = ModelWorker(self.model.id)
-        self.state = "loading"
-        self.reload()
 
 
 class _ProgressReporter:

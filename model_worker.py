@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
@@ -9,6 +10,12 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 1.0
+
+
+class WorkerLostError(Exception):
+    """The thread has ended with jobs in line, which nobody will do now."""
 
 
 class ModelWorker:
@@ -21,13 +28,35 @@ class ModelWorker:
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=f"model-{name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"model-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are still done."""
+        return self._thread.is_alive()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Run `job` when those before it are done; the future holds what it returns or raises."""
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
+
+    async def do(self, job: Callable[[], T]) -> T:
+        """Run `job` and wait for what it returns or raises.
+
+        Raises:
+            WorkerLostError: The thread ended before the job did.
+        """
+        future = asyncio.wrap_future(self.submit(job))
+        try:
+            while not future.done() and self.alive:
+                await asyncio.wait({future}, timeout=_LOOK_SECONDS)
+            if not future.done():
+                raise WorkerLostError
+            return future.result()
+        finally:
+            future.cancel()
 
     def close(self) -> None:
         """End the thread after the jobs that are already in line."""

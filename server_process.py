@@ -78,12 +78,14 @@ def _running_server(cache_dir: Path) -> dict[str, int] | None:
 def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
     """`cache_dir`/server.pid while the server runs. A file left by a killed server is replaced; a folder that cannot be written is told."""
     path = cache_dir / "server.pid"
+    fresh = path.with_suffix(".pid.new")  # always the same: what a killed start leaves, the next one writes over
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".pid.{os.getpid()}")
         fresh.write_text(json.dumps({"pid": os.getpid(), "port": port}))
         fresh.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
         logger.warning("no PID file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
     try:
         yield

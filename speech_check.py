@@ -18,7 +18,9 @@ MOST_WORD_ERRORS = 0.4
 
 _SAMPLE_RATE, _WHISPER_RATE = 24_000, 16_000
 _FASTER_WHISPER_MODEL = "base.en"
-_MLX_WHISPER_MODEL = "mlx-community/whisper-tiny-asr-fp16"
+_MLX_WHISPER_MODEL = "mlx-community/whisper-tiny-asr-fp16"  # of the conversions on the hub, those with "asr" bring their tokenizer
+# By default both recognisers draw at random where they are unsure. With one seed, a text is to be judged in one way.
+_TEMPERATURE = 0.0
 
 _WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’][\p{L}]+)*")
 _COMPARABLE = regex.compile(r"[A-Za-z0-9]")
@@ -45,7 +47,7 @@ class SpeechCheck:
 
     def __init__(self) -> None:
         try:
-            self._recognise = _faster_whisper() if importlib.util.find_spec("faster_whisper") else _mlx_whisper()
+            self._recognise = _recogniser()
         except ModelLoadError:
             raise
         except Exception as error:
@@ -101,13 +103,21 @@ def _distance(wanted: Sequence[str], heard: Sequence[str]) -> int:
     return previous[-1]
 
 
+def _recogniser() -> _Recogniser:
+    if importlib.util.find_spec("faster_whisper"):
+        return _faster_whisper()
+    if sys.platform == "darwin":
+        return _mlx_whisper()
+    raise ModelLoadError("VERIFY=whisper needs a recogniser: install it with `uv sync --extra verify`, or set VERIFY=off.", retry=False)
+
+
 def _faster_whisper() -> _Recogniser:
     from faster_whisper import WhisperModel
 
     model = WhisperModel(_weights(), device="cpu", compute_type="int8")
 
     def recognise(samples: Samples) -> str:
-        segments, _ = model.transcribe(samples, language="en", beam_size=1, condition_on_previous_text=False)
+        segments, _ = model.transcribe(samples, language="en", beam_size=1, temperature=_TEMPERATURE, condition_on_previous_text=False)
         return " ".join(segment.text for segment in segments)
 
     return recognise
@@ -123,13 +133,13 @@ def _weights() -> str:
 
 
 def _mlx_whisper() -> _Recogniser:
-    if sys.platform != "darwin":
-        raise ModelLoadError("VERIFY=whisper needs a recogniser: install it with `uv sync --extra verify`, or set VERIFY=off.", retry=False)
     from mlx_audio.stt import load
 
     model: Any = load(_MLX_WHISPER_MODEL)
 
     def recognise(samples: Samples) -> str:
-        return str(model.generate(samples, language="en", condition_on_previous_text=False).text)
+        return str(model.generate(samples, language="en", temperature=_TEMPERATURE, condition_on_previous_text=False).text)
 
+    # mlx-audio 0.6.2 loads a checkpoint without a tokenizer with no more than a warning, and raises at the first use: so it is used here.
+    recognise(np.zeros(_WHISPER_RATE, np.float32))
     return recognise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,12 +20,10 @@ from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 from cpu_convolution import speed_up
 from csm_batch import CONTEXT, FrameBatch, memory_errors
 from csm_codec import CodecDecoder, block_length
-from csm_generation import CsmSpeaker
 from csm_prompts import PromptStore
 from csm_sampler import RowSampler, attempt_seed
 from errors import InputTooLongError, InsufficientMemoryError, InternalError
-from speech_check import SpeechCheck
-from speech_model import GroupChunk, ModelLoadError, SpeechOptions
+from speech_model import GroupChunk, SpeechOptions
 
 TEXTS = ["Hello there.", "A rather different and longer text, you see.", "Third.", "And a fourth one, of middling length."]
 # By the first capital of the text: how a group goes. The prompt's own words contain none of these letters.
@@ -396,27 +393,3 @@ def test_a_recogniser_finds_wrong_words_and_has_the_group_said_again(cache: Path
     assert chunk.retries == 1
     assert chunk.word_error_rate is not None
     assert chunk.word_error_rate > 0.4
-
-
-def test_the_word_error_rate_of_real_speech() -> None:
-    from hibari import Hibari
-
-    text = "In 1984, seventy-seven thousand people came; the harbour wasn't ready."
-    samples = np.asarray(Hibari()(text, seed=1), np.float32).reshape(-1)
-    check = SpeechCheck()
-    right, wrong = check.word_error_rate(text, samples), check.word_error_rate("Something that nobody has said at all today.", samples)
-    assert right is not None
-    assert right <= 0.2
-    assert wrong is not None
-    assert wrong > 0.8
-    assert check.word_error_rate("我们今天早上去了港口。", samples) is None
-    assert check.word_error_rate("…", samples) is None
-
-
-def test_verification_without_a_recogniser_says_how_to_get_one(
-    cache: Path, model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr("sys.platform", "linux")
-    with pytest.raises(ModelLoadError, match="--extra verify"):
-        CsmSpeaker(model, PromptStore(model, csm_loading.settings(folder), folder), csm_loading.settings(folder, verify="whisper"))
