@@ -1,0 +1,87 @@
+"""A model's thread that dies: with a job, between two, while it loads, while it unloads. Who waits is told, and the next one is served."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import time
+from collections.abc import Callable, Coroutine
+
+import pytest
+
+from builtin_voice import BuiltinVoice
+from errors import GenerationTimeoutError
+from model_host import Heartbeat, ModelHost
+from speech_turns import Turns
+
+# The threads are to die, and Python says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def doom(host: ModelHost) -> None:
+    """Have the interpreter end the model's thread at its next step, wherever that is: not by the code that runs there."""
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(host._worker._thread.ident or 0), ctypes.py_object(SystemExit)) == 1
+
+
+async def rate(host: ModelHost) -> int:
+    async with host.turns.turn():
+        return await host.run(lambda model: model.sample_rate, Heartbeat())
+
+
+def with_host(work: Callable[[ModelHost], Coroutine[None, None, None]], idle_seconds: float = 0) -> None:
+    async def scenario() -> None:
+        host = ModelHost(BuiltinVoice, Turns(5, 30), stall_seconds=600, idle_seconds=idle_seconds)
+        host.start()
+        try:
+            await work(host)
+        finally:
+            await host.close()
+
+    asyncio.run(scenario())
+
+
+async def reached(host: ModelHost, state: str) -> None:
+    end = time.monotonic() + 60
+    while host.state != state:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+def test_a_thread_that_dies_takes_one_request_with_it_and_the_model_comes_back() -> None:
+    async def work(host: ModelHost) -> None:
+        await host.settled()
+        for _ in range(2):
+            doom(host)
+            with pytest.raises(GenerationTimeoutError):
+                await rate(host)
+            await host.settled()
+            assert host.state == "ready"
+            assert await rate(host) == 24_000
+
+    with_host(work)
+
+
+def test_a_thread_that_dies_between_load_and_unload_is_replaced() -> None:
+    async def work(host: ModelHost) -> None:
+        await host.settled()
+        doom(host)
+        await reached(host, "unloaded")
+        assert await rate(host) == 24_000
+
+    with_host(work, idle_seconds=0.3)
+
+
+def test_a_thread_that_dies_before_a_load_is_told_and_the_load_made_again_when_asked() -> None:
+    async def work(host: ModelHost) -> None:
+        await host.settled()
+        doom(host)
+        host.reload()
+        await host.settled()
+        assert host.state == "failed"
+        assert "thread ended" in (host.error or "")
+        assert host.next_try_seconds() is not None, "it is tried again without being asked, too"
+        host.reload()
+        await host.settled()
+        assert await rate(host) == 24_000
+
+    with_host(work)
