@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from small_hub import COMMIT, SmallHub
 
+import hub_download
 from config import Settings
 from csm_model import CsmModel
 from model_source import ModelFiles, find_model
@@ -184,6 +185,43 @@ def test_the_hubs_refusals_are_explained(hub: SmallHub, status: int, code: str, 
     assert words in error.message
     assert "somebody/csm" in error.message
     assert error.retry is retry
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "retry"),
+    [(401, "gated", False), (404, "(404)", False), (429, "too many requests", True), (500, "answered 500", True)],
+)
+def test_a_file_that_the_hub_refuses_is_explained(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch, status: int, words: str, retry: bool
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before each of its own retries
+    hub.file_errors[tiny_csm.MIMI] = (status, "")
+    error = failure()
+    assert words in error.message
+    assert tiny_csm.MIMI in error.message
+    assert error.retry is retry
+
+
+def test_a_hub_that_takes_connections_and_says_nothing_is_given_up(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_download, "_LIST_TIMEOUT_SECONDS", 0.5)
+    hub.silent_after = 0
+    error = failure()
+    assert "cannot be reached" in error.message
+    assert error.retry
+
+
+def test_a_hub_that_falls_silent_within_a_file_is_given_up_and_asked_again(
+    hub: SmallHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits a second before each of its own retries
+    hub.silent_after = 50_000
+    error = failure()
+    assert "What has been fetched is kept" in error.message
+    assert error.retry
+    hub.silent_after = None
+    assert find_model(tiny_csm.SESAME, ignore).source == tiny_csm.SESAME
+    assert not list(cache.rglob("*.incomplete"))
 
 
 def test_no_network_is_said_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
