@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_neither_text_nor_key_is_in_any_log_and_no_text_in_any_error(watched: Ru
     assert "DEBUG" in logs
     assert "ptarmigan" not in logs
     assert KEY not in logs
+    for path in (PROJECT, watched.cache_dir, watched.log.parent, Path.home(), Path(tempfile.gettempdir())):
+        assert str(path) not in logs
 
 
 def test_nothing_that_a_request_names_is_opened(watched: RunningServer, owner: httpx.Client, tmp_path: Path) -> None:
@@ -236,6 +239,7 @@ HIDDEN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;\nx\r\n" + HIDDEN,
         HEAD + b"X: a\0b\r\n\r\n" + HIDDEN,
         HEAD + b"X\r\n : y\r\n\r\n" + HIDDEN,
+        HEAD + b"Content-Length: 4\r\n\r\nabcdand more than was said\r\n\r\n" + HIDDEN,
         HEAD + b"Host: evil.example.com\r\n\r\n" + HIDDEN,
         b"POST /v1/nothing HTTP/1.1\r\n\r\n" + HIDDEN,
         b"GET /hea\0lth HTTP/1.1\r\nHost: localhost\r\n\r\n" + HIDDEN,
@@ -245,7 +249,7 @@ HIDDEN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + b"\0" * 100,
         bytes(range(256)),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_odd_http_is_refused_and_hides_no_second_request(server: RunningServer, data: bytes) -> None:
     answer = exchange(server, data)
@@ -253,6 +257,7 @@ def test_odd_http_is_refused_and_hides_no_second_request(server: RunningServer, 
     last = answer[answer.rindex(b"HTTP/1.1 ") :]
     assert last.startswith(b"HTTP/1.1 400 Bad Request\r\n") or b"HTTP/1.1" not in answer
     assert json.loads(last[last.index(b"{") :])["error"]["code"] == "invalid_http"
+    assert "Traceback" not in server.log_text(), "nobody can fill the log with what is no fault of ours"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +276,21 @@ def test_odd_http_that_has_one_meaning_is_answered(server: RunningServer, data: 
     answer = exchange(server, data + HIDDEN)
     assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 100 "))
     assert b'"uptime_seconds"' in answer
+
+
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 1000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n{"], ids=["length", "chunk"]
+)
+@pytest.mark.parametrize("path", [b"speech", b"voices"])
+def test_a_body_that_is_shorter_than_said_is_refused_and_costs_nothing(server: RunningServer, path: bytes, framing: bytes) -> None:
+    head = b"POST /v1/audio/" + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as opened:
+        opened.sendall(head + framing)
+        opened.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: opened.recv(65536), b""))
+    assert received == b"" or received.startswith(b"HTTP/1.1 400 ")
+    assert server.wait_for(lambda health: health["queue"]["active"] == 0)["status"] == "ok"
+    assert "Traceback" not in server.log_text()
 
 
 def test_nothing_a_client_sends_floods_a_log_or_an_answer(server: RunningServer) -> None:
