@@ -44,22 +44,31 @@ def failed(response: httpx.Response, code: str) -> str:
     return str(error["message"])
 
 
+def speaks_without_ffmpeg(started: RunningServer) -> None:
+    """A server that found none at its start says so, and speaks what needs none."""
+    health = started.wait_for(lambda health: health["models"]["hibari"]["state"] == "ready")
+    assert (health["status"], health["ffmpeg"], health["ffmpeg_version"]) == ("degraded", False, None)
+    assert "ffmpeg is missing" in failed(speak(started), "conversion_failed")
+    assert speak(started, response_format="pcm").status_code == 200
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server with presets and an ffmpeg of its own, which tests break and mend; ffmpeg does what the file `fault` beside it says."""
+    """A server with presets and an ffmpeg of its own, which comes late, and which tests break and mend: it does what the file `fault` says."""
     from conftest import start_server
 
     folder = tmp_path_factory.mktemp("faults")
     tools = folder / "tools"
     tools.mkdir()
     script = f'#!/bin/sh\ncase "$*" in *-version*) ;; *) eval "$(cat {tools}/fault)" ;; esac\nexec {listening.ffmpeg()} "$@"\n'
-    (tools / "ffmpeg").write_text(script)
-    (tools / "ffmpeg").chmod(0o755)
     (tools / "fault").write_text("")
     shutil.copytree(PROJECT / "presets", folder / "presets")
     path = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
     running = start_server(folder, PATH=path, PRESETS_DIR=folder / "presets", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
     try:
+        speaks_without_ffmpeg(running)
+        (tools / "ffmpeg").write_text(script)
+        (tools / "ffmpeg").chmod(0o755)
         running.wait_for(lambda health: health["status"] == "ok")
         yield running
         assert psutil.Process(running.process.pid).children(recursive=True) == []
@@ -67,7 +76,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         running.stop()
 
 
-@pytest.mark.parametrize("fault", ["exit 1", "exit 0", "echo this is no sound; exit 0", "kill -9 $$", "head -c 3000000 /dev/zero; exit 3"])
+@pytest.mark.parametrize("fault", ["exit 1", "exit 0", "echo this is no sound; exit 0", "cat >/dev/null; echo this is no sound; exit 0", "head -c 9000 >/dev/null; kill -9 $$", "head -c 3000000 /dev/zero; exit 3"])  # fmt: skip
 def test_an_ffmpeg_that_fails_is_told_and_the_next_request_served(own: RunningServer, fault: str) -> None:
     (own.log.parent / "tools" / "fault").write_text(fault)
     try:
