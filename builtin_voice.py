@@ -61,7 +61,7 @@ class BuiltinVoice:
         letter = _SOUNDLESS.search(text)
         if letter is None:
             return None
-        script = unicodedata.name(letter[0], "unknown").split()[0].capitalize()
+        script = unicodedata.name(letter[0], "unknown").split()[0].capitalize().replace("Cjk", "Chinese")
         return f"this voice speaks English and has no sound for {script} letters. Leave them out, write them in Latin letters, or use another model's voice."
 
     def fits(self, text: str, voice: Voice) -> bool:

@@ -47,22 +47,25 @@ def to_srt(captions: Sequence[Caption]) -> str:
 
 
 class CaptionStore:
-    """The captions of the last complete answers, in memory only: they hold the spoken text."""
+    """The captions of the last answers, in memory only: they hold the spoken text."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, list[Caption]] = OrderedDict()
 
-    def keep(self, captions: list[Caption]) -> str:
-        """Keep an answer's captions; the id they are found under cannot be guessed."""
-        key = uuid.uuid4().hex
+    def keep(self, key: str, captions: list[Caption]) -> None:
+        """Keep an answer's captions under a `new_key()`."""
         self._answers[key] = captions
         while len(self._answers) > _KEPT_ANSWERS:
             self._answers.popitem(last=False)
-        return key
 
     def get(self, key: str) -> list[Caption] | None:
         """The captions kept under `key`, unless newer answers have taken their place."""
         return self._answers.get(key)
+
+
+def new_key() -> str:
+    """An id for an answer's captions, which cannot be guessed."""
+    return uuid.uuid4().hex
 
 
 def _clock(seconds: float, separator: str) -> str:

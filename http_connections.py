@@ -129,8 +129,8 @@ class GuardedProtocol(H11Protocol):
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
             headers |= {"X-Request-Id": request_id} | error.headers
             response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=HTTPStatus(error.status).phrase)
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            events = (response, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # now: the application may answer before the transport says that it is closed
             self.cycle.message_event.set()

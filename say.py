@@ -66,11 +66,12 @@ def _main(args: argparse.Namespace) -> int:
 
         print(voice_table(_server(args, settings), settings))
         return OK
+    text = read_text(args)
     if args.output is None:
         from audio_player import require_player
 
         require_player()
-    return _say(read_text(args), args, settings)
+    return _say(text, args, settings)
 
 
 def _say(text: str, args: argparse.Namespace, settings: Settings) -> int:

@@ -128,8 +128,8 @@ class Server:
         }
 
 
-speech_routes = APIRouter()
-service_routes = APIRouter()
+speech_routes = APIRouter(tags=["speech"])
+service_routes = APIRouter(tags=["service"])
 
 
 @speech_routes.post("/audio/speech", response_class=Response, summary="Speak a text")
@@ -140,10 +140,15 @@ async def create_speech(body: SpeechRequest, request: Request) -> Response:
 
 @speech_routes.get("/audio/speech/{answer}/timestamps", summary="When each sentence of an answer is heard")
 async def get_timestamps(answer: str, request: Request, format: Literal["json", "vtt", "srt"] = "json") -> Response:
-    """The captions of a complete answer that was asked for with `timestamps: true`; its `X-Timestamps` header names this path."""
+    """The captions of an answer that was asked for with `timestamps: true`; its `X-Timestamps` header names this path.
+
+    Those of a streamed answer are there once it has ended.
+    """
     found = _server(request).speech.captions.get(answer)
     if found is None:
-        raise NotFoundError("There are no timestamps under this id: they are kept for the last 64 answers that asked for them.")
+        raise NotFoundError(
+            "There are no timestamps under this id: they are there once an answer has ended, and are kept for the last 64 that asked for them."
+        )
     if format == "vtt":
         return Response(captions.to_webvtt(found), media_type="text/vtt")
     if format == "srt":
@@ -329,7 +334,10 @@ def main() -> int:
     logs.configure(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
     app = create_app(settings)
     host, port = bound.getsockname()[:2]
-    logger.info("sesame-tts %s listens on http://%s:%d (default voice: %s)", VERSION, host, port, settings.default_voice)
+    here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - what to type into a browser, not what to bind to
+    logger.info(
+        "sesame-tts %s listens on %s, port %d: http://%s:%d/ (default voice: %s)", VERSION, host, port, here, port, settings.default_voice
+    )
     if settings.open_to_network:
         logger.warning("open to the network without a key: other machines can use it. Set HOST=127.0.0.1, or API_KEY.")
     serve(app, settings, bound, app.state.server.engine.drain)

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from audio_converter import FORMATS, AudioFormat, Mark, StreamEncoder, convert
-from captions import CaptionStore, captions_of
+from captions import CaptionStore, captions_of, new_key
 from config import Settings
 from errors import InternalError, ModelNotReadyError, TTSError
 from metrics import Metrics
@@ -139,8 +139,9 @@ class SpeechEndpoint:
         if plan.request.timestamps:
             # The speed as it came out: ffmpeg's atempo meets the asked one to a percent only.
             speed = utterance.audio_seconds / duration
-            key = self.captions.keep(captions_of(utterance.groups, utterance.marks, speed))
-            headers["X-Timestamps"] = f"/v1/audio/speech/{key}/timestamps"
+            key = new_key()
+            self.captions.keep(key, captions_of(utterance.groups, utterance.marks, speed))
+            headers["X-Timestamps"] = _timestamps_path(key)
         await self._end(plan, utterance, request, "200")
         return Response(data, headers=headers, media_type=plan.format.content_type)
 
@@ -153,7 +154,16 @@ class SpeechEndpoint:
         except BaseException:
             await spoken.close()
             raise
-        body = _events(plan, utterance, _chain(first, pieces)) if plan.sse else _chain(first, pieces)
+        headers = _headers(plan, utterance)
+        body = _chain(first, pieces)
+        if plan.sse:
+            body = _events(plan, utterance, body)
+            del headers["Content-Disposition"]
+            headers["Cache-Control"] = "no-cache"
+        elif plan.request.timestamps:
+            key = new_key()
+            body = self._then_captions(key, plan, utterance, body)
+            headers["X-Timestamps"] = _timestamps_path(key)
 
         async def close() -> None:
             await spoken.close()
@@ -161,11 +171,13 @@ class SpeechEndpoint:
             await self._end(plan, utterance, request, outcome)
 
         media_type = "text/event-stream" if plan.sse else plan.format.content_type
-        headers = _headers(plan, utterance)
-        if plan.sse:
-            del headers["Content-Disposition"]
-            headers["Cache-Control"] = "no-cache"
         return SpeechStream(body, close, headers=headers, media_type=media_type)
+
+    async def _then_captions(self, key: str, plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The pieces; their captions are kept before the client learns that it has them all."""
+        async for piece in pieces:
+            yield piece
+        self.captions.keep(key, captions_of(utterance.groups, utterance.marks, plan.request.speed))
 
     async def _end(self, plan: _Plan, utterance: Utterance, request: Request, outcome: str) -> None:
         """Free the turn, and tell the log and the metrics what came of it."""
@@ -246,6 +258,10 @@ def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
         "X-Model": plan.voice.preset.model,
         "X-Seed": str(utterance.seed),
     }
+
+
+def _timestamps_path(key: str) -> str:
+    return f"/v1/audio/speech/{key}/timestamps"
 
 
 async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

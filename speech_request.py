@@ -73,6 +73,8 @@ class SpeechRequest(BaseModel):
             )
 
 
+# pydantic's names of faults after which it is enough to say what is allowed.
+_OUT_OF_BOUNDS = {"greater_than_equal", "less_than_equal", "finite_number", "literal_error"}
 _KINDS = {"input": InvalidInputError, "voice": InvalidVoiceError, "response_format": InvalidFormatError}
 
 
@@ -102,7 +104,8 @@ def _what(name: str, fault: dict[str, Any]) -> str:
         return "'input' is empty."
     given = "null" if fault["input"] is None else shorten(fault["input"])
     value = "" if name == "input" else f"={given}"  # the text is never repeated: messages reach logs
-    return f"'{name}'{value} is not valid: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+    reason = "" if fault["type"] in _OUT_OF_BOUNDS and _right(name, []) else f": {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return f"'{name}'{value} is not valid{reason}."
 
 
 def _right(name: str, voices: list[str]) -> str:
@@ -112,8 +115,10 @@ def _right(name: str, voices: list[str]) -> str:
         return " Available formats: mp3, opus, aac, flac, wav, pcm."
     if name == "model":
         return " Any text will do: the voice decides which model speaks."
-    if name == "speed":
-        return " Allowed: 0.25 to 4.0."
     if name == "input":
         return " It must be a text of at least one character."
-    return ""
+    field = SpeechRequest.model_fields.get(name)
+    bounds = [
+        next((getattr(rule, side) for rule in (field.metadata if field else ()) if hasattr(rule, side)), None) for side in ("ge", "le")
+    ]
+    return f" Allowed: {bounds[0]} to {bounds[1]}." if None not in bounds else ""

@@ -151,6 +151,11 @@ class SpeechServer:
             refused = RefusedError(response.status, dict(envelope), float(retry_after) if retry_after.isdigit() else None)
         except (ValueError, KeyError, TypeError):
             return self._unknown()
+        if refused.code == "invalid_api_key":
+            return RefusedError(
+                refused.status,
+                {"message": f"The server at {self.url} wants its API key: --api-key KEY, or API_KEY in .env.", "code": refused.code},
+            )
         return InputTooLongError(refused.message) if refused.code == "input_too_long" else refused
 
     def _unknown(self) -> UnreachableError:

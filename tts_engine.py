@@ -167,8 +167,10 @@ class TTSEngine:
         Raises:
             ModelNotReadyError: The voice's model is loading, failed or switched off.
         """
-        ready = [other.preset.name for other in self._presets.voices() if self.host(other).ready]
-        advice = f"Voice '{ready[0]}' is ready." if ready else "No voice is ready yet."
+        voices = self._presets.voices()
+        ready = [other.preset.name for other in voices if self.host(other).ready]
+        loading = [other.preset.name for other in voices if self.host(other).state == "loading"]
+        advice = f"Voice '{ready[0]}' is ready." if ready else f"Voice '{loading[0]}' is being loaded." if loading else "No voice is ready."
         self.host(voice).check_ready(advice)
 
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
@@ -244,7 +246,8 @@ class TTSEngine:
             if chunk.last:
                 finished += 1
                 utterance.retries += chunk.retries
-                utterance.word_error_rate = max(utterance.word_error_rate or 0.0, chunk.word_error_rate or 0.0) or None
+                if chunk.word_error_rate is not None:
+                    utterance.word_error_rate = max(utterance.word_error_rate or 0.0, chunk.word_error_rate)
         if heartbeat.stopped:
             return
         if finished != len(groups):

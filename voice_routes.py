@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log sees it
 
 
-voice_routes = APIRouter()
+voice_routes = APIRouter(tags=["voices"])
 
 
 class VoiceEndpoint:

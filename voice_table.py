@@ -6,7 +6,7 @@ from typing import Any
 
 from config import Settings
 from speech_server import SpeechServer
-from voice_presets import VoicePresetManager
+from voice_presets import OPENAI_VOICES, VoicePresetManager
 from voice_store import VoiceStore
 
 
@@ -27,7 +27,10 @@ def voice_table(server: SpeechServer | None, settings: Settings) -> str:
 
 def _row(voice: dict[str, Any]) -> tuple[str, ...]:
     ready = "" if "ready" not in voice else "ready" if voice["ready"] else "not ready"
-    aliases = ", ".join(voice.get("aliases", ()))
+    names = voice.get("aliases", ())
+    if set(OPENAI_VOICES) <= set(names):
+        names = [*(name for name in names if name not in OPENAI_VOICES), "OpenAI's names"]
+    aliases = ", ".join(names)
     about = f"{voice.get('description') or ''}{f' (also {aliases})' if aliases else ''}".strip()
     name = voice["name"] if voice["name"] == voice["id"] else f"{voice['name']} ({voice['id']})"
     return name, voice.get("model", ""), ready, " ".join(about.split())

@@ -100,6 +100,8 @@ def test_timestamps_tell_when_each_sentence_is_heard(server: RunningServer) -> N
         path = complete.headers["x-timestamps"]
         captions = client.get(path).json()["captions"]
         vtt, srt = client.get(f"{path}?format=vtt"), client.get(f"{path}?format=srt")
+        streamed = client.post("/v1/audio/speech", json=BODY | {"response_format": "mp3", "stream": True, "timestamps": True})
+        assert client.get(streamed.headers["x-timestamps"]).json()["captions"] == captions
     marks = [{key: event[key] for key in ("group", "text", "start", "end")} for event in told if event["type"] == "speech.audio.timestamps"]
     assert marks == captions
     assert [caption["group"] for caption in captions] == list(range(5))
