@@ -161,6 +161,22 @@ def test_a_machine_killed_under_load_fails_only_what_it_was_speaking(pool: Pool)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "machine_lost")
 
 
+def test_a_stream_of_a_machine_that_dies_breaks_visibly_and_the_others_speak_on(pool: Pool) -> None:
+    fields = request(20, response_format="pcm", stream=True)
+    with pool.client(headers=KEY) as client, client.stream("POST", "/v1/audio/speech", json=fields) as answer:
+        chunks = answer.iter_raw()
+        next(chunks)
+        (speaking,) = [name for name in NAMES if pool.statistics(name)["scur"] == "1"]
+        victim = pool.servers[speaking].process
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait(10)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(chunks)
+    assert [speak(pool).status_code for _ in range(3)] == [200] * 3, "a refused connection goes to another machine"
+    pool.start_server(speaking)
+    pool.wait_until_up(speaking)
+
+
 def test_a_rolling_restart_fails_nobody(pool: Pool) -> None:
     load = Load(pool, clients=4, sentences=3)
     for name in NAMES:
