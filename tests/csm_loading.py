@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,8 @@ from unittest.mock import patch
 
 import huggingface_hub.constants
 import mlx.core as mx
-import numpy as np
 import tiny_csm
-from mlx.utils import tree_flatten
+import tiny_weights
 from mlx_audio.codec.models.mimi.mimi import Mimi, MimiStreamingDecoder, mimi_202407
 from mlx_audio.tts.models.sesame import Model, sesame
 
@@ -20,9 +20,6 @@ from config import Settings
 from csm_generation import CsmSpeaker
 from csm_prompts import PromptStore
 from voice_presets import Voice, VoicePreset
-
-# So that random layers neither weaken nor blow up what goes through them, and the noise at the end is as loud as speech.
-CONV_GAIN, CONVTR_GAIN, LOUDNESS = 1.4, 3.0, 0.0025
 
 
 @contextmanager
@@ -57,7 +54,7 @@ def load(cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False)
 
 
 def small_mimi() -> Mimi:
-    """mlx-audio's Mimi with narrow layers and random weights; its noise is as loud as speech."""
+    """mlx-audio's Mimi with narrow layers; the tokens of scripts sound as they do with the full-size one of `tiny_csm`."""
     config = mimi_202407(32)
     config.seanet.nfilters = 4
     config.seanet.dimension = config.transformer.d_model = 64
@@ -65,19 +62,12 @@ def small_mimi() -> Mimi:
     config.transformer.dim_feedforward = 64
     config.quantizer_dim = 16
     mimi = Mimi(config)
-    random = np.random.default_rng(0)
-    parameters: dict[str, mx.array] = dict(tree_flatten(mimi.parameters()))
-    for name, value in parameters.items():
-        gain = CONVTR_GAIN if "convtr" in name else CONV_GAIN
-        scale = 0.0 if name.endswith("bias") else gain * np.prod(value.shape[1:]) ** -0.5
-        ones = name.endswith(("cluster_usage", "initialized", "scale", "norm1.weight", "norm2.weight"))
-        weights = np.ones(value.shape) if ones else random.standard_normal(value.shape) * scale
-        mimi.load_weights([(name, mx.array(weights, mx.float32))], strict=False)
-    for module in mimi.modules():
-        if hasattr(module, "update_in_place"):  # tables and kernels that are derived from weights
-            module.update_in_place()
-    mimi.decoder.final_conv1d.conv.conv.weight *= LOUDNESS
-    mx.eval(mimi.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/mimi.safetensors"
+        mx.save_safetensors(file, {name: mx.array(value) for name, value in tiny_weights.mimi_weights(config).items()})
+        mimi.load_pytorch_weights(file)
+        mx.eval(mimi.parameters())
+    mimi.eval()
     return mimi
 
 

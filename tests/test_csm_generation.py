@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import csm_loading
 import mlx.core as mx
@@ -26,6 +27,7 @@ from errors import InputTooLongError, InsufficientMemoryError, InternalError
 from speech_model import GroupChunk, SpeechOptions
 
 TEXTS = ["Hello there.", "A rather different and longer text, you see.", "Third.", "And a fourth one, of middling length."]
+EIGHT = [*TEXTS, "Five", "Six, at last.", "The seventh is the longest of them all, by far, by far.", "8"]
 # By the first capital of the text: how a group goes. The prompt's own words contain none of these letters.
 SCRIPT = {
     "": [ends_after(1)],
@@ -37,6 +39,14 @@ SCRIPT = {
     "Y": [NOT_A_NUMBER],
     "B": [AT_ONCE, ends_after(1)],
     "P": ["s_____s."],
+}
+# Faults of which the best attempt is played, and a choice between two beginnings.
+FAULTY = {
+    "": [ends_after(1)],
+    "U": ["s______sss~"],
+    "T": ["s____" + "t" * 24 + "."],
+    "D": ["s" + "_" * 30 + "s."],
+    "G": [ends_after(1), ends_after(2)],
 }
 FRAME = 1920
 
@@ -67,9 +77,8 @@ def scripted() -> Model:
 
 
 @pytest.fixture(scope="module")
-def true_codec() -> Model:
-    """The same with the full-size codec, whose weights make silence and NaN of the tokens that stand for them."""
-    return csm_loading.load(tiny_csm.build(script=SCRIPT))
+def faulty() -> Model:
+    return csm_loading.load(tiny_csm.build(script=FAULTY), small_codec=True)
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +142,16 @@ def test_one_group_is_what_stock_generate_says_with_the_same_seed(
     np.testing.assert_allclose(chunk.samples, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_each_row_of_a_batch_is_what_that_text_gives_alone(cache: Path, model: Model, folder: Path, temperature: float) -> None:
+@pytest.mark.parametrize(("texts", "temperature"), [(EIGHT, 0.0), (TEXTS, 0.9)])
+def test_each_row_of_a_batch_is_what_that_text_gives_alone(
+    cache: Path, model: Model, folder: Path, texts: list[str], temperature: float
+) -> None:
     prompts = csm_loading.speaker(model, cache, folder)._prompts
-    seeds = [attempt_seed(11, group, 0) for group in range(len(TEXTS))]
-    together = frames_of(model, prompts, TEXTS, seeds, temperature, 4)
-    for text, seed, row in zip(TEXTS, seeds, together, strict=True):
-        np.testing.assert_array_equal(row, frames_of(model, prompts, [text], [seed], temperature, 4)[0])
+    seeds = [attempt_seed(11, group, 0) for group in range(len(texts))]
+    together = frames_of(model, prompts, texts, seeds, temperature, 3)
+    assert len({row.tobytes() for row in together}) > len(texts) / 2  # the text makes a difference
+    for text, seed, row in zip(texts, seeds, together, strict=True):
+        np.testing.assert_array_equal(row, frames_of(model, prompts, [text], [seed], temperature, 3)[0])
 
 
 def test_rows_that_leave_a_batch_change_nothing_for_the_others(cache: Path, model: Model, folder: Path) -> None:
@@ -213,6 +225,16 @@ def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted
     np.testing.assert_array_equal(streamed[3].samples, complete[1].samples)
 
 
+def test_a_streamed_answer_begins_with_its_first_group_alone_and_has_the_others_side_by_side(
+    cache: Path, model: Model, folder: Path, frames_computed: list[int]
+) -> None:
+    say(model, cache, folder, TEXTS, ms=80, guard="off", streamed=True)
+    assert frames_computed == [1, 3]
+    frames_computed.clear()
+    say(model, cache, folder, TEXTS, ms=80, guard="off")
+    assert frames_computed == [4]
+
+
 def test_blocks_grow_slowly_enough_for_a_model_at_three_quarters_of_real_time() -> None:
     blocks = [block_length(0)]
     while sum(blocks) < 400:
@@ -222,13 +244,13 @@ def test_blocks_grow_slowly_enough_for_a_model_at_three_quarters_of_real_time() 
     assert max(blocks) == 32
 
 
-def test_full_size_blocks_give_the_samples_that_stock_gives_frame_by_frame(true_codec: Model) -> None:
+def test_full_size_blocks_give_the_samples_that_stock_gives_frame_by_frame() -> None:
     tokens = np.random.default_rng(0).integers(1, 500, (3, 32), np.int32)
-    decoder = CodecDecoder(true_codec)
+    model = csm_loading.load(tiny_csm.build())
+    single = np.array(model._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)  # nothing of ours has touched it yet
+    decoder = CodecDecoder(model)
     decoder.begin()
     blocks = np.concatenate([*(decoder.push(frame) for frame in tokens), decoder.finish()])
-    stock = csm_loading.load(tiny_csm.build())  # the same codec, and no code of ours has changed how it computes
-    single = np.array(stock._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)
     assert np.abs(single).max() > 0.05
     np.testing.assert_allclose(blocks, single, atol=1e-5)
 
@@ -244,7 +266,8 @@ def test_on_a_cpu_the_decoders_convolutions_are_numpys(model: Model, untouched: 
         assert type(ours) is not type(theirs)
         channels = theirs.weight.shape[2]
         sound = mx.array(random.standard_normal((2, channels, 9)), mx.float32)  # two rows, as in a batch
-        np.testing.assert_allclose(np.array(ours(sound)), np.array(theirs(sound)), atol=1e-5)
+        wanted = np.array(theirs(sound))
+        np.testing.assert_allclose(np.array(ours(sound)), wanted, atol=2e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -314,52 +337,84 @@ def test_a_group_that_never_ends_is_said_again_and_then_used_as_it_is(
     assert chunk.retries == 0
 
 
-def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, cache: Path, folder: Path) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, cache: Path, folder: Path, streamed: bool) -> None:
     for seed in range(25, 65):  # one in six ends at once
-        (chunk,) = say(scripted, cache, folder, ["B."], seed=seed, max_retries=10)
-        assert len(chunk.samples) == FRAME
-        if chunk.retries:
+        chunks = say(scripted, cache, folder, ["B."], seed=seed, max_retries=10, streamed=streamed)
+        assert sum(len(chunk.samples) for chunk in chunks) == FRAME
+        if chunks[-1].retries:
             break
-    assert chunk.retries > 0
+    assert chunks[-1].retries > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "ms", "retries", "fault", "least", "most"),
+    [
+        ("U.", 800, 1, "unended", 1.5, 4),  # back to its pause: the codec needs almost two frames to fall silent
+        ("T.", 2800, 0, "stuck", 2, 7),  # without the tone
+        ("D.", 2800, 0, "dead", 3, 8),  # two frames and what is left of the pause
+        ("One word after another, and on, and on, and on it went.", 800, 1, "too short", 1, 1),
+    ],
+)
+def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
+    faulty: Model,
+    cache: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+    ms: int,
+    retries: int,
+    fault: str,
+    least: float,
+    most: float,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        (chunk,) = say(faulty, cache, folder, [text], ms=ms, max_retries=retries, max_pause_ms=200)
+    assert chunk.retries == retries
+    assert caplog.text.count(fault) == 1 + retries
+    assert least <= len(chunk.samples) / FRAME <= most
+    assert np.abs(chunk.samples).max() > 0.01
+
+
+def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Model, cache: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(faulty, cache, folder)
+
+    def lengths(options: SpeechOptions, **preset: Any) -> set[int]:
+        chunks = speaker.speak(["G."] * 4, csm_loading.voice(**preset), options, lambda: False)
+        return {len(chunk.samples) // FRAME for chunk in chunks}
+
+    assert lengths(SpeechOptions(4), temperature=0) == {1}
+    assert lengths(SpeechOptions(4, temperature=2.0), temperature=0) == {1, 2}
+    assert lengths(SpeechOptions(4), temperature=2.0, top_k=1) == {1}
+    assert lengths(SpeechOptions(4, top_k=9), temperature=2.0, top_k=1) == {1, 2}
 
 
 @pytest.mark.parametrize(("text", "attempts"), [("A.", 3), ("S.", 1), ("X.", 1)])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_nothing_silence_and_not_a_number_are_never_played(
-    true_codec: Model, cache: Path, folder: Path, text: str, attempts: int, streamed: bool
+    scripted: Model, cache: Path, folder: Path, text: str, attempts: int, streamed: bool
 ) -> None:
     with pytest.raises(InternalError, match=rf"sentence group 1 .* {attempts} attempt"):
-        say(true_codec, cache, folder, [text], ms=80, streamed=streamed, max_retries=attempts - 1)
+        say(scripted, cache, folder, [text], ms=80, streamed=streamed, max_retries=attempts - 1)
 
 
-def test_not_a_number_is_not_played_without_the_guard_either(true_codec: Model, cache: Path, folder: Path) -> None:
+def test_not_a_number_is_not_played_without_the_guard_either(scripted: Model, cache: Path, folder: Path) -> None:
     with pytest.raises(InternalError):
-        say(true_codec, cache, folder, ["X."], ms=80, guard="off")
+        say(scripted, cache, folder, ["X."], ms=80, guard="off")
 
 
-def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(true_codec: Model, cache: Path, folder: Path) -> None:
-    speaker = csm_loading.speaker(true_codec, cache, folder)
+def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(scripted: Model, cache: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(scripted, cache, folder)
     stream = speaker.speak(["Y."], csm_loading.voice(max_audio_length_ms=240), SpeechOptions(1, streamed=True), lambda: False)
     assert np.isfinite(next(stream).samples).all()
     with pytest.raises(InternalError):
         list(stream)
 
 
-def test_a_dead_stretch_is_shortened_to_the_setting(true_codec: Model, cache: Path, folder: Path) -> None:
-    (chunk,) = say(true_codec, cache, folder, ["P."], ms=800, max_pause_ms=100)
+def test_a_dead_stretch_is_shortened_to_the_setting(scripted: Model, cache: Path, folder: Path) -> None:
+    (chunk,) = say(scripted, cache, folder, ["P."], ms=800, max_pause_ms=100)
     assert chunk.retries == 0
     assert 2 * FRAME < len(chunk.samples) < 6 * FRAME
-
-
-def test_a_quantized_checkpoint_speaks(cache: Path, folder: Path) -> None:
-    from mlx_audio.tts import load
-
-    quantized = tiny_csm.build(quantized=True)
-    with csm_loading.hub_at(quantized):
-        model = load(str(tiny_csm.snapshot_of(quantized, tiny_csm.SESAME)))
-    (chunk,) = say(model, cache, folder, ["Hello."], ms=80, guard="off")
-    assert len(chunk.samples) == FRAME
-    assert np.abs(chunk.samples).max() > 0.01
 
 
 def test_the_warm_up_has_every_voices_prompt_ready(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
@@ -386,10 +441,3 @@ def test_what_mlx_says_when_memory_runs_out_is_told_as_such(told: str) -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="There is no Stream"), memory_errors():
         raise RuntimeError("There is no Stream(gpu, 2) in current thread.")
-
-
-def test_a_recogniser_finds_wrong_words_and_has_the_group_said_again(cache: Path, scripted: Model, folder: Path) -> None:
-    (chunk,) = say(scripted, cache, folder, ["one."], verify="whisper", max_retries=1)
-    assert chunk.retries == 1
-    assert chunk.word_error_rate is not None
-    assert chunk.word_error_rate > 0.4

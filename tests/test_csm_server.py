@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
 import tiny_csm
 from conftest import RunningServer, start_server
 from listening import decode
@@ -15,8 +18,18 @@ from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
 CAP_FRAMES = 4
 FRAME = 1920  # samples
-# By capital letter in the text: N never ends, E ends at once, S is silent, X is no number, R ends at once or after three frames.
-SCRIPT = {"": [ends_after(3)], "N": [NEVER], "E": [AT_ONCE], "S": [SILENCE], "X": [NOT_A_NUMBER], "R": [AT_ONCE, ends_after(3)]}
+LONG_FRAMES = 9
+# By capital letter in the text: N never ends, E ends at once, S is silent, X is no number, R ends at once or after three frames, U pauses
+# and runs on.
+SCRIPT = {
+    "": [ends_after(3)],
+    "N": [NEVER],
+    "E": [AT_ONCE],
+    "S": [SILENCE],
+    "X": [NOT_A_NUMBER],
+    "R": [AT_ONCE, ends_after(3)],
+    "U": ["s_____sss~"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +37,11 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     folder = tmp_path_factory.mktemp("guarded")
     presets = folder / "presets"
     presets.mkdir()
-    tiny = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": CAP_FRAMES * 80}
-    (presets / "tiny.json").write_text(json.dumps(tiny))
+    for name, frames in (("tiny", CAP_FRAMES), ("long", LONG_FRAMES)):
+        preset = {"name": name, "voice_key": "conversational_a", "max_audio_length_ms": frames * 80}
+        (presets / f"{name}.json").write_text(json.dumps(preset))
+    (presets / "hush.json").write_text(json.dumps({"name": "hush", "ref_audio": "hush.wav", "ref_text": "Nothing."}))
+    soundfile.write(presets / "hush.wav", np.zeros(48_000), 24_000)
     settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": presets, "MODEL_DTYPE": "float32", "MAX_RETRIES": 2}
     running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT)))
     try:
@@ -65,6 +81,19 @@ def test_a_group_that_comes_out_right_at_a_later_attempt_is_played_whole(guarded
     assert "too short" in guarded.log_text() or "empty" in guarded.log_text()
 
 
+def test_a_group_that_runs_on_is_cut_at_its_last_pause(guarded: RunningServer) -> None:
+    response = speak(guarded, "U hello.", voice="long")
+    assert response.headers["x-retries"] == "2"
+    assert 0 < decode(response.content, "wav")[0].size <= 4 * FRAME
+
+
+def test_a_group_that_is_too_short_every_time_is_played_all_the_same(guarded: RunningServer) -> None:
+    response = speak(guarded, "hello and so on and on and on and on and on and on.")
+    assert response.headers["x-retries"] == "2"
+    assert 0 < decode(response.content, "wav")[0].size <= 3 * FRAME
+    assert guarded.log_text().count("too short") >= 3
+
+
 @pytest.mark.parametrize("letter", ["E", "S", "X"])
 def test_nothing_silence_and_no_number_are_told_and_never_sent(guarded: RunningServer, letter: str) -> None:
     response = speak(guarded, f"{letter} hello.")
@@ -78,3 +107,33 @@ def test_a_stream_whose_sound_stops_being_numbers_is_broken_off(guarded: Running
     with pytest.raises(httpx.RemoteProtocolError):
         speak(guarded, "X hello.", stream=True)
     assert speak(guarded, "hello.").status_code == 200
+
+
+def test_a_preset_whose_recording_will_not_do_is_told_in_the_health_and_in_the_log(guarded: RunningServer) -> None:
+    (skipped,) = guarded.health()["skipped_presets"]
+    assert skipped["file"] == "hush.json"
+    assert "silent" in skipped["reason"]
+    assert f"preset hush.json is skipped: {skipped['reason']}" in guarded.log_text()
+    assert speak(guarded, "hello.", voice="hush").status_code == 400
+
+
+def test_nothing_draws_progress_bars_into_the_log(guarded: RunningServer) -> None:
+    assert speak(guarded, "hello.").status_code == 200
+    assert "\r" not in guarded.log_text()
+    assert "it/s" not in guarded.log_text()
+
+
+def test_a_recogniser_finds_wrong_words_has_them_said_again_and_its_figure_told(tmp_path: Path) -> None:
+    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": CAP_FRAMES * 80}
+    (tmp_path / "tiny.json").write_text(json.dumps(preset))
+    settings = {"CSM": "on", "PRESETS_DIR": tmp_path, "MODEL_DTYPE": "float32", "MAX_RETRIES": 1, "VERIFY": "whisper"}
+    running = start_server(tmp_path, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT)))
+    try:
+        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+        response = speak(running, "hello.")
+        assert response.headers["x-retries"] == "1"
+        assert float(response.headers["x-word-error-rate"]) >= 1
+        assert running.log_text().count("wrong words") == 2
+        assert running.log_text().count("word error rate") == 2
+    finally:
+        running.stop()

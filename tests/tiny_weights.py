@@ -265,16 +265,19 @@ def _normal(random: np.random.Generator, *shape: int, scale: float) -> Array:
     return random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 
 
-def mimi_weights() -> dict[str, Array]:
-    """Random weights for the full-size Mimi, under the names and with the axes of the PyTorch file, float32.
+def mimi_weights(config: Any = None) -> dict[str, Array]:
+    """Random weights for Mimi, under the names and with the axes of the PyTorch file, float32.
 
     What the first codebook's tokens sound like is set for the scripts: `_TOKENS`. The decoder has no biases, so silence is exact.
+
+    Args:
+        config: A MimiConfig with narrower layers than the one that the library has; None for the latter.
     """
     from mlx.utils import tree_flatten
     from mlx_audio.codec.models.mimi.mimi import Mimi, mimi_202407
 
     random = np.random.default_rng(3)
-    parameters: list[tuple[str, Any]] = tree_flatten(Mimi(mimi_202407(CODEBOOKS)).parameters())  # type: ignore[assignment]
+    parameters: list[tuple[str, Any]] = tree_flatten(Mimi(config or mimi_202407(CODEBOOKS)).parameters())  # type: ignore[assignment]
     weights = {pytorch_name(name): _mimi_weight(random, name, tuple(value.shape)) for name, value in parameters}
     _write_codebooks(weights, random)
     return weights
@@ -317,7 +320,8 @@ def _mimi_weight(random: np.random.Generator, name: str, shape: tuple[int, ...])
 def _write_codebooks(weights: dict[str, Array], random: np.random.Generator) -> None:
     """Sounds for the tokens of `_TOKENS`; a recording, whose vectors are short, is always nearest to one of the short prompt tokens."""
     first = weights["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"]
-    first[:] = _normal(random, *first.shape, scale=256**-0.5)
+    scale = first.shape[1] ** -0.5
+    first[:] = _normal(random, *first.shape, scale=scale)
     weights["quantizer.rvq_first.input_proj.weight"] *= 0.01
     first[_PROMPT_TOKENS:] *= 0.1
     silent = first[_TOKENS["_"]].copy()
@@ -328,5 +332,5 @@ def _write_codebooks(weights: dict[str, Array], random: np.random.Generator) -> 
     weights["quantizer.rvq_rest.output_proj.weight"] = weights["quantizer.rvq_first.output_proj.weight"].copy()
     for codebook in range(CODEBOOKS - 1):
         rows = weights[f"quantizer.rvq_rest.vq.layers.{codebook}._codebook.embedding_sum"]
-        rows[:] = _normal(random, *rows.shape, scale=0.3 * 256**-0.5)
+        rows[:] = _normal(random, *rows.shape, scale=0.3 * scale)
         rows[_SILENT_TOKEN] = -silent if codebook == 0 else 0

@@ -1,0 +1,59 @@
+"""CSM as a speech model, on tiny checkpoints: loaded by MODEL_ID with little memory, speaking without a network and without a word on stderr."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_csm
+from csm_loading import settings, voice
+
+import csm_network
+from csm_model import CsmModel
+from model_source import find_model
+from speech_model import LoadProgress, SpeechOptions
+
+FRAME = 1920  # samples
+
+
+def test_a_quantized_checkpoint_speaks_by_its_name_without_network_or_progress_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    model = CsmModel(settings(tmp_path, model_id=tiny_csm.QUANTIZED, guard="off"))
+    with tiny_csm.activated(tiny_csm.build(repo=tiny_csm.QUANTIZED, quantized=True)):
+        model.load(lambda _: None)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    speaker = voice(max_audio_length_ms=80)
+    model.warm_up([speaker])
+    (chunk,) = model.speak(["Hello."], speaker, SpeechOptions(1), lambda: False)
+    assert len(chunk.samples) == FRAME
+    assert np.abs(chunk.samples).max() > 0.01
+    assert model.info()["dtype"] == "8-bit"
+    assert asked == []
+    assert capfd.readouterr() == ("", "")
+    model.close()
+
+
+def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> None:
+    """The peak counts from the first tensor on; before it the codec is read, whose memory is no matter of the checkpoint's."""
+    told: list[LoadProgress] = []
+
+    def report(progress: LoadProgress) -> None:
+        if progress.total and not any(earlier.total for earlier in told):
+            mx.reset_peak_memory()
+        told.append(progress)
+
+    with tiny_csm.activated(tiny_csm.build()):
+        files = find_model(tiny_csm.SESAME, lambda _: None)
+    network = csm_network.build(files, "bfloat16", report)
+    whole = files.weights[0].stat().st_size
+    other = mx.get_active_memory() - sum(value.nbytes for value in csm_network._flat(network).values())  # the codec, above all
+    assert csm_network.precision(network) == "bfloat16"
+    assert told[-1].done == told[-1].total
+    assert whole > 60_000_000
+    assert whole / 2 < mx.get_peak_memory() - other < 1.05 * whole
