@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -34,7 +34,7 @@ class VoicePreset(BaseModel):
         max_audio_length_ms: No sentence group becomes longer than this.
         description: For people.
         speaker_embedding_path: Reserved by the first draft; must stay empty.
-        ref_audio: A recording to clone, relative to the preset's folder.
+        ref_audio: A recording to clone, in the preset's folder or below it, named relative to it.
         ref_text: What is said in it, word for word.
         voice_match: CSM's way to prompt: the recording's text and the new text as one segment.
         aliases: Other names that reach this voice.
@@ -66,6 +66,7 @@ class VoicePreset(BaseModel):
             _require_key(self.voice_key, CSM_VOICE_KEYS, " (or give ref_audio and ref_text in its place)")
         else:
             _require(self.voice_key is None, "voice_key", "and ref_audio exclude one another: keep one")
+            _require(_stays_inside(self.ref_audio), "ref_audio", "must be a file in the preset's folder, named relative to it")
             _require(bool(self.ref_text and self.ref_text.strip()), "ref_text", "must hold the words of ref_audio, exactly as spoken")
         return self
 
@@ -73,6 +74,12 @@ class VoicePreset(BaseModel):
 def _require(condition: bool, key: str, fault: str) -> None:
     if not condition:
         raise ValueError(f"{key} {fault}")
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a path leads nowhere but down. A preset may come from somebody else, and what it names is opened."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _require_key(value: str | None, choices: tuple[str, ...], otherwise: str = "") -> None:

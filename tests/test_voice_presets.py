@@ -62,6 +62,9 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
     ({"name": "x", "voice_key": "conversational_z"}, "known voices: conversational_a, conversational_b"),
     (GOOD | {"name": "x", "voice_key": "emma"}, "known voices: heart"),
     ({"name": "x", "ref_audio": "a.wav"}, "ref_text must hold the words"),
+    ({"name": "x", "ref_audio": "a.wav", "ref_text": " \n"}, "ref_text must hold the words"),
+    *(({"name": "x", "ref_audio": path, "ref_text": "Hi."}, "ref_audio must be a file in the preset's folder")
+      for path in ("../a.wav", "/a.wav", "voices/../../a.wav", "", ".")),
     ({"name": "x", "ref_text": "Hello."}, "without ref_audio"),
     ({"name": "x", "voice_key": "conversational_a", "ref_audio": "a.wav", "ref_text": "Hi."}, "exclude one another"),
     ({"name": "x", "voice_key": "conversational_a", "speaker_embedding_path": "x.pt"}, "speaker_embedding_path"),

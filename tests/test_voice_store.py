@@ -275,8 +275,8 @@ def test_an_added_voice_can_be_the_default(tmp_path: Path) -> None:
     assert presets.aliases_of(voice_id) == sorted(OPENAI_VOICES)
 
 
-def ref(path: object) -> dict[str, Any]:
-    return {"ref_audio": str(path), "ref_text": "These are the words."}
+def ref(path: str) -> dict[str, Any]:
+    return {"ref_audio": path, "ref_text": "These are the words."}
 
 
 def write_tone(path: Path, seconds: float = 1.5, level: float = 1.0) -> None:
@@ -284,13 +284,15 @@ def write_tone(path: Path, seconds: float = 1.5, level: float = 1.0) -> None:
 
 
 def test_presets_with_a_recording_that_will_not_do_are_skipped_with_the_reason(tmp_path: Path) -> None:
-    write_tone(tmp_path / "silent.wav", level=0.0)
-    write_tone(tmp_path / "long.wav", seconds=61)
-    write_tone(tmp_path / "short.wav", seconds=0.5)
-    (tmp_path / "text.wav").write_text("no sound")
-    write_tone(tmp_path / "good.wav")
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    write_tone(folder / "silent.wav", level=0.0)
+    write_tone(folder / "long.wav", seconds=61)
+    write_tone(folder / "short.wav", seconds=0.5)
+    (folder / "text.wav").write_text("no sound")
+    write_tone(folder / "good.wav")
     files = ["silent", "long", "short", "text", "missing", "good", "no\x00name"]
-    presets = manager(tmp_path, {file.replace("\x00", ""): ref(f"../{file}.wav") for file in files})
+    presets = manager(tmp_path, {file.replace("\x00", ""): ref(f"{file}.wav") for file in files})
     assert presets.names() == ["good", "mine"]
     reasons = {skipped.file: skipped.reason for skipped in presets.skipped()}
     expected = {"silent": "silent", "long": "more than 60 s", "short": "0.50 s", "text": "cannot be read as sound", "missing": "is not there", "noname": "is not there"}  # fmt: skip
@@ -312,20 +314,22 @@ def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monke
     def runs() -> int:
         return len(counter.read_text().splitlines())
 
-    write_tone(tmp_path / "a.wav")
-    write_tone(tmp_path / "b.wav", level=0.0)
-    presets = manager(tmp_path, {"a": ref("../a.wav"), "b": ref(tmp_path / "b.wav"), "c": ref("../a.wav")})
+    folder = tmp_path / "presets"
+    (folder / "below").mkdir(parents=True)
+    write_tone(folder / "a.wav")
+    write_tone(folder / "below" / "b.wav", level=0.0)
+    presets = manager(tmp_path, {"a": ref("a.wav"), "b": ref("below/b.wav"), "c": ref("a.wav")})
     assert presets.names() == ["a", "c", "mine"]
     assert runs() == 2
     manager(tmp_path, {"other": BUILT_IN})
     add(store(tmp_path), "Anna")
     assert presets.names() == ["a", "c", "mine", "other", "Anna"]
     assert runs() == 2
-    write_tone(tmp_path / "b.wav", seconds=1.7)
+    write_tone(folder / "below" / "b.wav", seconds=1.7)
     assert presets.changed()
     presets.refresh()
     assert not presets.changed()
     assert presets.names() == ["a", "b", "c", "mine", "other", "Anna"]
     assert runs() == 3
-    (tmp_path / "a.wav").unlink()
+    (folder / "a.wav").unlink()
     assert presets.names() == ["b", "mine", "other", "Anna"]
