@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+import tiny_csm
+import tiny_weights
+
 COMMIT = "c" * 40
+WEIGHT_BYTES = 3_000_000
 _LARGE = 100_000  # bytes; from here on a file is named by its SHA-256, as the hub's large ones are
 
 
@@ -141,3 +146,21 @@ def _listing(repo: str, folder: Path) -> dict[str, Any]:
             entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         siblings.append(entry)
     return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+
+
+def write_small_repositories(root: Path) -> dict[str, Path]:
+    """The repositories that CSM needs, right in form and small, for tests that stop before the weights are read; their folders by name."""
+    tensor = {"weight": np.zeros(WEIGHT_BYTES // 4, np.float32)}
+    for repo in (tiny_csm.SESAME, tiny_csm.MLX_COMMUNITY):
+        folder = root / repo
+        (folder / "prompts").mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(tiny_weights.config()))
+        tiny_csm._save(folder / "model.safetensors", tensor, "float32")
+        tiny_csm._write_extra_files(folder)
+        for name in ("conversational_a", "conversational_b", "read_speech_a"):
+            (folder / "prompts" / f"{name}.wav").write_bytes(name.encode())
+    (root / tiny_csm.MIMI).mkdir(parents=True)
+    tiny_csm._save(root / tiny_csm.MIMI / tiny_csm.MIMI_FILE, tensor, "float32")
+    (root / tiny_csm.TOKENIZER).mkdir(parents=True)
+    tiny_csm._write_tokenizer(root / tiny_csm.TOKENIZER)
+    return {repo: root / repo for repo in (tiny_csm.SESAME, tiny_csm.MLX_COMMUNITY, tiny_csm.MIMI, tiny_csm.TOKENIZER)}

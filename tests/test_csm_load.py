@@ -20,7 +20,7 @@ import tiny_csm
 import tiny_weights
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
-from small_hub import COMMIT, SmallHub
+from small_hub import COMMIT, WEIGHT_BYTES, SmallHub, write_small_repositories
 
 import hub_download
 from config import Settings
@@ -31,8 +31,6 @@ from speech_model import LoadProgress, ModelLoadError
 # The load itself is a matter of a second; the libraries that it imports are not, on two busy cores.
 pytestmark = pytest.mark.timeout(240)
 
-WEIGHT_BYTES = 3_000_000
-
 
 def ignore(_: LoadProgress) -> None: ...
 
@@ -40,21 +38,7 @@ def ignore(_: LoadProgress) -> None: ...
 @pytest.fixture(scope="session")
 def small_repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The four repositories with files that are right in form and small, for tests that stop before the weights are read."""
-    root = tmp_path_factory.mktemp("hub")
-    tensor = {"weight": np.zeros(WEIGHT_BYTES // 4, np.float32)}
-    for repo in (tiny_csm.SESAME, tiny_csm.MLX_COMMUNITY):
-        folder = root / repo
-        (folder / "prompts").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(tiny_weights.config()))
-        tiny_csm._save(folder / "model.safetensors", tensor, "float32")
-        tiny_csm._write_extra_files(folder)
-        for name in ("conversational_a", "conversational_b", "read_speech_a"):
-            (folder / "prompts" / f"{name}.wav").write_bytes(name.encode())
-    (root / tiny_csm.MIMI).mkdir(parents=True)
-    tiny_csm._save(root / tiny_csm.MIMI / tiny_csm.MIMI_FILE, tensor, "float32")
-    (root / tiny_csm.TOKENIZER).mkdir(parents=True)
-    tiny_csm._write_tokenizer(root / tiny_csm.TOKENIZER)
-    return {repo: root / repo for repo in (tiny_csm.SESAME, tiny_csm.MLX_COMMUNITY, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
+    return write_small_repositories(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -127,6 +128,17 @@ def test_what_belongs_to_one_machine_is_not_changed_through_the_pool(pool: Pool)
         assert client.post("/admin/reload").status_code == 404
         assert client.get("/metrics").status_code == 404
         assert client.get("/v1/audio/voices").status_code == 200
+
+
+def test_a_voice_whose_folder_is_copied_to_another_machine_is_known_there_at_once(pool: Pool) -> None:
+    one, two = (pool.servers[name] for name in NAMES)
+    with one.client(headers=KEY) as client:
+        sample = client.post("/v1/audio/speech", json=request(1)).content
+        form = {"name": "Shared", "consent": "true", "ref_text": "Words."}
+        assert client.post("/v1/audio/voices", data=form, files={"audio_sample": ("a.wav", sample)}).status_code == 200
+    shutil.copytree(one.cache_dir / "voices", two.cache_dir / "voices", dirs_exist_ok=True)
+    with two.client(headers=KEY) as client:
+        assert "Shared" in {voice["name"] for voice in client.get("/v1/audio/voices").json()["voices"]}
 
 
 def test_who_hangs_up_while_waiting_leaves_the_queue(pool: Pool) -> None:

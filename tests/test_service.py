@@ -23,6 +23,7 @@ import pytest
 import system_tools
 import tiny_csm
 from conftest import PROJECT, START_SECONDS, free_port
+from small_hub import SmallHub, write_small_repositories
 from supervisor import State
 
 LABEL = "com.burkestudio.sesame-tts"
@@ -321,6 +322,28 @@ def test_a_model_that_is_there_is_not_fetched_again(machine: Machine) -> None:
     helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
     result = subprocess.run(helper, env=machine.environment | tiny_csm.environment(hub), capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "All of sesame/csm-1b is on this machine.\n"), result.stderr
+
+
+def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_was(machine: Machine, tmp_path: Path) -> None:
+    machine.configure(CSM="on", MODEL_ID=tiny_csm.MLX_COMMUNITY)
+    with SmallHub(write_small_repositories(tmp_path / "repositories")) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "hf")}
+        hub.file_errors[tiny_csm.MIMI] = (404, "")  # the last of the files
+        broken = machine.install(**environment)
+        assert (broken.returncode, machine.calls("launchctl bootstrap")) == (1, []), broken.stderr
+        assert "Running install.sh again resumes it" in broken.stderr
+        there = set(hub.requests)
+        assert any(path.endswith("/model.safetensors") for path, _ in there)
+        hub.file_errors.clear()
+        hub.requests.clear()
+        helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
+        went_on = subprocess.run(helper, env=machine.environment | environment, capture_output=True, text=True, check=False)
+        assert went_on.returncode == 0, went_on.stderr
+        assert "model.safetensors" not in str(hub.requests), "what was fetched is not fetched again"
+    lines = [line for line in went_on.stdout.splitlines() if " GB  downloading " in line]
+    assert len(lines) > 1, "a line for each tenth"
+    assert all("." in line.split()[0] and " of " in line for line in lines)
+    assert went_on.stdout.splitlines()[-1] == f"All of {tiny_csm.MLX_COMMUNITY} is on this machine."
 
 
 def test_wrong_usage_is_told(machine: Machine) -> None:
