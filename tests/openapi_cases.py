@@ -34,3 +34,10 @@ def map_body(context: Any, body: Any) -> Any:
     if isinstance(body, dict) and isinstance(body.get("input"), str) and isinstance(body.get("voice"), str) and len(body["input"]) % 2:
         return body | {"voice": "heart"}
     return body
+
+
+@schemathesis.hook  # type: ignore[untyped-decorator]
+def filter_body(context: Any, body: Any) -> bool:
+    """Leave out forms whose only fault is a value's type: a form knows text alone, and "null" or "5" is a name like any other."""
+    is_form = context.operation is not None and context.operation.path.endswith("/audio/voices")
+    return not (is_form and isinstance(body, dict) and any(not isinstance(value, str | bytes) for value in body.values()))
