@@ -87,7 +87,7 @@ def voice(folder: Path = Path(), **fields: object) -> Voice:
     return Voice(VoicePreset.model_validate(values), folder)
 
 
-def speaker(model: Model, cache: Path, folder: Path, **values: object) -> CsmSpeaker:
-    """What speaks with a model, under these settings."""
+def speaker(model: Model, prompts: Path, folder: Path, **values: object) -> CsmSpeaker:
+    """What speaks with a model, with the built-in voice prompts in `prompts`, under these settings and with its cache in `folder`."""
     chosen = settings(folder, **values)
-    return CsmSpeaker(model, PromptStore(model, chosen, prompt_folder(cache)), chosen)
+    return CsmSpeaker(model, PromptStore(model, chosen, prompts), chosen)

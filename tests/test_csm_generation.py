@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
 from cpu_convolution import speed_up
-from csm_batch import CONTEXT, FrameBatch, memory_errors
+from csm_batch import BATCH_POSITIONS, CONTEXT, FrameBatch, memory_errors
 from csm_codec import CodecDecoder, block_length
 from csm_prompts import PromptStore
 from csm_sampler import RowSampler, attempt_seed
@@ -28,7 +29,7 @@ from speech_model import GroupChunk, SpeechOptions
 
 TEXTS = ["Hello there.", "A rather different and longer text, you see.", "Third.", "And a fourth one, of middling length."]
 EIGHT = [*TEXTS, "Five", "Six, at last.", "The seventh is the longest of them all, by far, by far.", "8"]
-# By the first capital of the text: how a group goes. The prompt's own words contain none of these letters.
+# By the first capital of the text: how a group goes. The prompts' own words contain none of these letters.
 SCRIPT = {
     "": [ends_after(1)],
     "L": [ends_after(3)],
@@ -54,20 +55,25 @@ Frame = NDArray[np.int32]
 
 
 @pytest.fixture(scope="module")
-def cache() -> Path:
-    return tiny_csm.build()
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in voice prompts with few words: the true ones are 500 tokens of the tiny tokenizer, which would have to be read each time."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text("hm, hm.")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def model(cache: Path) -> Model:
+def model() -> Model:
     """Random weights: never ends, and says something else at each draw."""
-    return csm_loading.load(cache, small_codec=True)
+    return csm_loading.load(tiny_csm.build(), small_codec=True)
 
 
 @pytest.fixture(scope="module")
-def untouched(cache: Path) -> Model:
+def untouched() -> Model:
     """The same weights in a model that no code of ours has changed."""
-    return csm_loading.load(cache, small_codec=True)
+    return csm_loading.load(tiny_csm.build(), small_codec=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +109,16 @@ def frames_computed(model: Model) -> Iterator[list[int]]:
 
 
 def say(
-    model: Model, cache: Path, folder: Path, groups: Sequence[str], ms: int = 160, streamed: bool = False, seed: int = 3, **values: object
+    model: Model,
+    recordings: Path,
+    folder: Path,
+    groups: Sequence[str],
+    ms: int = 160,
+    streamed: bool = False,
+    seed: int = 3,
+    **values: object,
 ) -> list[GroupChunk]:
-    speaker = csm_loading.speaker(model, cache, folder, **values)
+    speaker = csm_loading.speaker(model, recordings, folder, **values)
     options = SpeechOptions(seed, streamed=streamed)
     return list(speaker.speak(groups, csm_loading.voice(max_audio_length_ms=ms), options, lambda: False))
 
@@ -119,9 +132,9 @@ def frames_of(
     return list(np.stack([batch.step(more=left > 0) for left in reversed(range(count))], axis=1))
 
 
-def stock(model: Model, cache: Path, prompts: PromptStore, text: str, temperature: float, seed: int, ms: int) -> NDArray[np.float32]:
+def stock(model: Model, recordings: Path, prompts: PromptStore, text: str, temperature: float, seed: int, ms: int) -> NDArray[np.float32]:
     """The samples that mlx-audio's own `generate` gives on a fresh codec."""
-    path = csm_loading.prompt_folder(cache) / "conversational_a.wav"
+    path = recordings / "conversational_a.wav"
     segment = model.prepare_prompt(prompts._words_of("conversational_a"), 0, str(path), 24_000)
     model._streaming_decoder.reset()
     mx.random.seed(seed)
@@ -132,21 +145,21 @@ def stock(model: Model, cache: Path, prompts: PromptStore, text: str, temperatur
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_one_group_is_what_stock_generate_says_with_the_same_seed(
-    cache: Path, model: Model, untouched: Model, folder: Path, temperature: float
+    recordings: Path, model: Model, untouched: Model, folder: Path, temperature: float
 ) -> None:
-    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
     voice = csm_loading.voice(max_audio_length_ms=160, temperature=temperature)
     (chunk,) = speaker.speak([TEXTS[0]], voice, SpeechOptions(11), lambda: False)
-    theirs = stock(untouched, cache, speaker._prompts, TEXTS[0], temperature, 11, 160)
+    theirs = stock(untouched, recordings, speaker._prompts, TEXTS[0], temperature, 11, 160)
     assert chunk.samples.shape == theirs.shape == (2 * FRAME,)
     np.testing.assert_allclose(chunk.samples, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(("texts", "temperature"), [(EIGHT, 0.0), (TEXTS, 0.9)])
 def test_each_row_of_a_batch_is_what_that_text_gives_alone(
-    cache: Path, model: Model, folder: Path, texts: list[str], temperature: float
+    recordings: Path, model: Model, folder: Path, texts: list[str], temperature: float
 ) -> None:
-    prompts = csm_loading.speaker(model, cache, folder)._prompts
+    prompts = csm_loading.speaker(model, recordings, folder)._prompts
     seeds = [attempt_seed(11, group, 0) for group in range(len(texts))]
     together = frames_of(model, prompts, texts, seeds, temperature, 3)
     assert len({row.tobytes() for row in together}) > len(texts) / 2  # the text makes a difference
@@ -154,8 +167,8 @@ def test_each_row_of_a_batch_is_what_that_text_gives_alone(
         np.testing.assert_array_equal(row, frames_of(model, prompts, [text], [seed], temperature, 3)[0])
 
 
-def test_rows_that_leave_a_batch_change_nothing_for_the_others(cache: Path, model: Model, folder: Path) -> None:
-    prompts = csm_loading.speaker(model, cache, folder)._prompts
+def test_rows_that_leave_a_batch_change_nothing_for_the_others(recordings: Path, model: Model, folder: Path) -> None:
+    prompts = csm_loading.speaker(model, recordings, folder)._prompts
     rows = [prompts.tokens(csm_loading.voice(), text) for text in TEXTS]
     batch = FrameBatch(model.model, rows, RowSampler([1, 2, 3, 4], 0.9, 50))
     frames = [batch.step(more=True) for _ in range(3)]
@@ -166,9 +179,9 @@ def test_rows_that_leave_a_batch_change_nothing_for_the_others(cache: Path, mode
         np.testing.assert_array_equal([frame[row] for frame in frames] + [frame[place] for frame in later], alone)
 
 
-def test_a_long_prompt_read_in_pieces_gives_the_same_frames(cache: Path, model: Model, folder: Path) -> None:
-    prompts = csm_loading.speaker(model, cache, folder)._prompts
-    texts = [TEXTS[1] * 3, TEXTS[0]]  # two rows of over 512 positions: more than one piece
+def test_a_long_prompt_read_in_pieces_gives_the_same_frames(recordings: Path, model: Model, folder: Path) -> None:
+    prompts = csm_loading.speaker(model, recordings, folder)._prompts
+    texts = [TEXTS[1] * 14, TEXTS[0]]  # two rows of over 512 positions: more than one piece
     assert len(prompts.tokens(csm_loading.voice(), texts[0])[0]) > 512
     together = frames_of(model, prompts, texts, [1, 2], 0.0, 4)
     np.testing.assert_array_equal(together[0], frames_of(model, prompts, texts[:1], [1], 0.0, 4)[0])
@@ -190,19 +203,21 @@ def test_the_seed_is_the_utterances_own_for_the_first_attempt_only() -> None:
     RowSampler([attempt_seed(-1, 0, 0), attempt_seed(2**70, 3, 2)], 0.9, 50)
 
 
-def test_the_same_seed_gives_the_same_samples_at_every_request_and_leaves_the_codec_clean(cache: Path, model: Model, folder: Path) -> None:
+def test_the_same_seed_gives_the_same_samples_at_every_request_and_leaves_the_codec_clean(
+    recordings: Path, model: Model, folder: Path
+) -> None:
     said = []
     for _ in range(3):
-        said.append(say(model, cache, folder, TEXTS[:1], ms=80, guard="off")[0].samples)
+        said.append(say(model, recordings, folder, TEXTS[:1], ms=80, guard="off")[0].samples)
         assert {layer.offset for layer in model._audio_tokenizer.decoder_cache} == {0}
         mx.eval(mx.random.uniform())  # somebody else draws meanwhile
     np.testing.assert_array_equal(said[0], said[1])
     np.testing.assert_array_equal(said[0], said[2])
-    assert not np.array_equal(said[0], say(model, cache, folder, TEXTS[:1], ms=80, guard="off", seed=4)[0].samples)
+    assert not np.array_equal(said[0], say(model, recordings, folder, TEXTS[:1], ms=80, guard="off", seed=4)[0].samples)
 
 
-def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, cache: Path, folder: Path) -> None:
-    chunks = say(scripted, cache, folder, ["L.", "one.", "  ", "two."], ms=800)
+def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, recordings: Path, folder: Path) -> None:
+    chunks = say(scripted, recordings, folder, ["L.", "one.", "  ", "two."], ms=800)
     assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last, chunk.retries) for chunk in chunks] == [
         (0, 3, True, 0),
         (1, 1, True, 0),
@@ -212,9 +227,9 @@ def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: 
     assert {chunk.samples.dtype for chunk in chunks} == {np.dtype(np.float32)}
 
 
-def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted: Model, cache: Path, folder: Path) -> None:
-    complete = say(scripted, cache, folder, ["L.", "one."], ms=800)
-    streamed = say(scripted, cache, folder, ["L.", "one."], ms=800, streamed=True)
+def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted: Model, recordings: Path, folder: Path) -> None:
+    complete = say(scripted, recordings, folder, ["L.", "one."], ms=800)
+    streamed = say(scripted, recordings, folder, ["L.", "one."], ms=800, streamed=True)
     assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last) for chunk in streamed] == [
         (0, 2, False),
         (0, 1, False),
@@ -226,12 +241,12 @@ def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted
 
 
 def test_a_streamed_answer_begins_with_its_first_group_alone_and_has_the_others_side_by_side(
-    cache: Path, model: Model, folder: Path, frames_computed: list[int]
+    recordings: Path, model: Model, folder: Path, frames_computed: list[int]
 ) -> None:
-    say(model, cache, folder, TEXTS, ms=80, guard="off", streamed=True)
+    say(model, recordings, folder, TEXTS, ms=80, guard="off", streamed=True)
     assert frames_computed == [1, 3]
     frames_computed.clear()
-    say(model, cache, folder, TEXTS, ms=80, guard="off")
+    say(model, recordings, folder, TEXTS, ms=80, guard="off")
     assert frames_computed == [4]
 
 
@@ -272,9 +287,9 @@ def test_on_a_cpu_the_decoders_convolutions_are_numpys(model: Model, untouched: 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_cancellation_takes_effect_within_one_frame(
-    cache: Path, model: Model, folder: Path, frames_computed: list[int], streamed: bool
+    recordings: Path, model: Model, folder: Path, frames_computed: list[int], streamed: bool
 ) -> None:
-    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
     asked = 0
 
     def cancelled() -> bool:
@@ -289,8 +304,8 @@ def test_cancellation_takes_effect_within_one_frame(
     assert model.model.backbone_cache[0].keys is None
 
 
-def test_closing_the_iterator_ends_it(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
-    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+def test_closing_the_iterator_ends_it(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
     stream = speaker.speak(TEXTS[:1], csm_loading.voice(max_audio_length_ms=4000), SpeechOptions(1, streamed=True), lambda: False)
     assert len(next(stream).samples) == 2 * FRAME
     stream.close()  # type: ignore[attr-defined]  # it is a generator
@@ -298,23 +313,23 @@ def test_closing_the_iterator_ends_it(cache: Path, model: Model, folder: Path, f
     assert model.model.backbone_cache[0].keys is None
 
 
-def test_an_empty_text_is_no_work(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
-    chunks = say(model, cache, folder, ["", " \n"], streamed=True)
+def test_an_empty_text_is_no_work(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    chunks = say(model, recordings, folder, ["", " \n"], streamed=True)
     assert [(chunk.group, len(chunk.samples), chunk.last) for chunk in chunks] == [(0, 0, True), (1, 0, True)]
     assert not frames_computed
 
 
-def test_a_batch_holds_no_more_than_it_may(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
-    say(model, cache, folder, ["a", "b", "c"], ms=80, guard="off", max_batch=2)
+def test_a_batch_holds_no_more_than_it_may(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    say(model, recordings, folder, ["a", "b", "c"], ms=80, guard="off", max_batch=2)
     assert frames_computed == [2, 1]
 
 
-def test_batches_stay_within_the_context(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
-    speaker = csm_loading.speaker(model, cache, folder, guard="off")
+def test_batches_stay_within_the_context(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off", max_batch=32)
     voice = csm_loading.voice(max_audio_length_ms=90_000)
     group = speaker._group(0, "Hi.", voice)
-    many = [group] * 20
-    assert len(speaker._next_batch(many)) <= 8  # of some 1600 positions each: 16384 in all
+    positions = len(group.prompt[0]) + group.budget
+    assert len(speaker._next_batch([group] * 32)) == BATCH_POSITIONS // positions < 32
     long = "word " * 280
     assert not speaker.fits(long, voice)
     assert speaker.fits("Hi.", voice)
@@ -325,22 +340,22 @@ def test_batches_stay_within_the_context(cache: Path, model: Model, folder: Path
 
 
 def test_a_group_that_never_ends_is_said_again_and_then_used_as_it_is(
-    scripted: Model, cache: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    scripted: Model, recordings: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        (chunk,) = say(scripted, cache, folder, ["Never."], ms=80, max_retries=1)
+        (chunk,) = say(scripted, recordings, folder, ["Never."], ms=80, max_retries=1)
     assert chunk.retries == 1
     assert len(chunk.samples) == FRAME
     assert caplog.text.count("unended") == 2
     assert "Never" not in caplog.text
-    (chunk,) = say(scripted, cache, folder, ["Never."], ms=80, guard="off")
+    (chunk,) = say(scripted, recordings, folder, ["Never."], ms=80, guard="off")
     assert chunk.retries == 0
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, cache: Path, folder: Path, streamed: bool) -> None:
+def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, recordings: Path, folder: Path, streamed: bool) -> None:
     for seed in range(25, 65):  # one in six ends at once
-        chunks = say(scripted, cache, folder, ["B."], seed=seed, max_retries=10, streamed=streamed)
+        chunks = say(scripted, recordings, folder, ["B."], seed=seed, max_retries=10, streamed=streamed)
         assert sum(len(chunk.samples) for chunk in chunks) == FRAME
         if chunks[-1].retries:
             break
@@ -358,7 +373,7 @@ def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, cach
 )
 def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
     faulty: Model,
-    cache: Path,
+    recordings: Path,
     folder: Path,
     caplog: pytest.LogCaptureFixture,
     text: str,
@@ -369,15 +384,15 @@ def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
     most: float,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        (chunk,) = say(faulty, cache, folder, [text], ms=ms, max_retries=retries, max_pause_ms=200)
+        (chunk,) = say(faulty, recordings, folder, [text], ms=ms, max_retries=retries, max_pause_ms=200)
     assert chunk.retries == retries
     assert caplog.text.count(fault) == 1 + retries
     assert least <= len(chunk.samples) / FRAME <= most
     assert np.abs(chunk.samples).max() > 0.01
 
 
-def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Model, cache: Path, folder: Path) -> None:
-    speaker = csm_loading.speaker(faulty, cache, folder)
+def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Model, recordings: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(faulty, recordings, folder)
 
     def lengths(options: SpeechOptions, **preset: Any) -> set[int]:
         chunks = speaker.speak(["G."] * 4, csm_loading.voice(**preset), options, lambda: False)
@@ -392,33 +407,33 @@ def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Mod
 @pytest.mark.parametrize(("text", "attempts"), [("A.", 3), ("S.", 1), ("X.", 1)])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_nothing_silence_and_not_a_number_are_never_played(
-    scripted: Model, cache: Path, folder: Path, text: str, attempts: int, streamed: bool
+    scripted: Model, recordings: Path, folder: Path, text: str, attempts: int, streamed: bool
 ) -> None:
     with pytest.raises(InternalError, match=rf"sentence group 1 .* {attempts} attempt"):
-        say(scripted, cache, folder, [text], ms=80, streamed=streamed, max_retries=attempts - 1)
+        say(scripted, recordings, folder, [text], ms=80, streamed=streamed, max_retries=attempts - 1)
 
 
-def test_not_a_number_is_not_played_without_the_guard_either(scripted: Model, cache: Path, folder: Path) -> None:
+def test_not_a_number_is_not_played_without_the_guard_either(scripted: Model, recordings: Path, folder: Path) -> None:
     with pytest.raises(InternalError):
-        say(scripted, cache, folder, ["X."], ms=80, guard="off")
+        say(scripted, recordings, folder, ["X."], ms=80, guard="off")
 
 
-def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(scripted: Model, cache: Path, folder: Path) -> None:
-    speaker = csm_loading.speaker(scripted, cache, folder)
+def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(scripted: Model, recordings: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(scripted, recordings, folder)
     stream = speaker.speak(["Y."], csm_loading.voice(max_audio_length_ms=240), SpeechOptions(1, streamed=True), lambda: False)
     assert np.isfinite(next(stream).samples).all()
     with pytest.raises(InternalError):
         list(stream)
 
 
-def test_a_dead_stretch_is_shortened_to_the_setting(scripted: Model, cache: Path, folder: Path) -> None:
-    (chunk,) = say(scripted, cache, folder, ["P."], ms=800, max_pause_ms=100)
+def test_a_dead_stretch_is_shortened_to_the_setting(scripted: Model, recordings: Path, folder: Path) -> None:
+    (chunk,) = say(scripted, recordings, folder, ["P."], ms=800, max_pause_ms=100)
     assert chunk.retries == 0
     assert 2 * FRAME < len(chunk.samples) < 6 * FRAME
 
 
-def test_the_warm_up_has_every_voices_prompt_ready(cache: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
-    speaker = csm_loading.speaker(model, cache, folder)
+def test_the_warm_up_has_every_voices_prompt_ready(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder)
     speaker.warm_up([csm_loading.voice(), csm_loading.voice(voice_match=False)])
     assert frames_computed == [2, 2, 1, 1]
     assert {layer.offset for layer in model._audio_tokenizer.decoder_cache} == {0}

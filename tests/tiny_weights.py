@@ -256,8 +256,13 @@ def _block_shapes() -> dict[str, tuple[int, int]]:
 
 
 def _only_what_mimi_can_say(weights: dict[str, Array]) -> None:
-    """Make tokens from 2048 on unlikely: Mimi has no sound for them (the real model never says them), MLX would read past the table."""
+    """Make tokens unlikely that are no speech.
+
+    For those from 2048 on Mimi has no sound (the real model never says them), MLX would read past the table; some others are a script's
+    silence, tone and NaN.
+    """
     weights["codebook0_head.weight"][_BINS:] = 0
+    weights["codebook0_head.weight"][_TOKENS["_"] : _PROMPT_TOKENS] = 0
     weights["audio_head"][:, :, _BINS:] = 0
 
 
