@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,21 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     assert len(encoded) == 1
     assert "prompt cache cannot be" in caplog.text
     assert str(tmp_path) not in caplog.text
+
+
+def test_a_disk_that_fills_up_while_codes_are_written_leaves_no_part_of_them(
+    recordings: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No file may grow beyond 100 bytes: the same kind of error as a full disk gives, in the same place."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        tokens, _ = store(model, tmp_path, recordings).tokens(csm_loading.voice(), TEXT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(tokens)
+    assert "prompt cache cannot be written" in caplog.text
+    assert list((tmp_path / "prompts").iterdir()) == []
 
 
 def test_another_recording_or_another_codec_is_another_entry(
