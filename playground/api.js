@@ -4,6 +4,9 @@ import { memory } from "./dom.js";
 
 const UNREACHABLE = "The server cannot be reached. Is it running, and is this the right address?";
 
+/** The `code` of the error of a server that is not there. */
+export const GONE = "unreachable";
+
 /** What went wrong, in the server's own words where it gave any. */
 export class ApiError extends Error {
   constructor(message, { status = 0, code = "", requestId = "" } = {}) {
@@ -49,13 +52,17 @@ async function translated(promise) {
     return await promise;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(UNREACHABLE);
+    throw new ApiError(UNREACHABLE, { code: GONE });
   }
 }
+
+/** The server's answer to a wrong key speaks of headers, to programmers. */
+const keyWords = () => (apiKey.value ? "That key is not right." : "This server asks for an API key.");
 
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   const told = body?.error;
+  if (told?.code === "invalid_api_key") return new ApiError(keyWords(), { status: response.status, code: told.code });
   const message = told?.message ?? `The server answered ${response.status} ${response.statusText}.`.replace(" .", ".");
   return new ApiError(message, { status: response.status, code: told?.code ?? "", requestId: response.headers.get("X-Request-Id") ?? "" });
 }

@@ -5,7 +5,7 @@
 //
 // `window.sesame` is for tests and the curious: `player` (its `analyser` hears what is played), `take` (the last one) and `takes` spoken so far.
 
-import { apiKey, speakFile, speakStreamed } from "./api.js";
+import { apiKey, GONE, speakFile, speakStreamed } from "./api.js";
 import { byId, clock, make, showAlert } from "./dom.js";
 import { KeyDialog } from "./key_dialog.js";
 import { Player } from "./player.js";
@@ -21,7 +21,7 @@ import { Waveform } from "./waveform.js";
 const text = byId("text");
 const player = new Player();
 const settings = new SettingsForm();
-const voices = new VoiceList(byId("voices"));
+const voices = new VoiceList(byId("voices"), (id) => server.health?.models?.[id]);
 const waveform = new Waveform(byId("wave"), byId("canvas"), (seconds) => player.seek(seconds));
 const server = new ServerState({ dot: document.querySelector("#server-button .dot"), word: byId("server-word"), models: byId("models"), queue: byId("queue") });
 const keyDialog = new KeyDialog(() => begin());
@@ -33,6 +33,7 @@ const SPEAK_KEY = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl 
 let speaking = null; // the AbortController of the request under way
 let wanted = "curl";
 let listed = true;
+let told = null; // the fault that is shown
 
 window.sesame = { player, take: null, takes: 0 };
 
@@ -63,7 +64,7 @@ async function speak() {
     take.end("complete");
   } catch (error) {
     take.end(controller.signal.aborted ? "stopped" : "failed");
-    if (take.state === "failed") fail(error);
+    if (take.state === "failed") fail(error, speak);
   }
   if (speaking === controller) speaking = null;
   server.hurry = speaking !== null;
@@ -105,13 +106,18 @@ function stop() {
   if (busy) say("Stopped");
 }
 
-function fail(error) {
+/** @param again What to do once the user has given the key, where only that was missing. */
+function fail(error, again = null) {
   say("");
-  if (error.status === 401) return keyDialog.open(error);
+  if (error.status === 401) return keyDialog.open(error, again);
   report(error);
 }
 
-const report = (error) => showAlert(byId("error"), error);
+function report(error) {
+  told = error;
+  showAlert(byId("error"), error);
+}
+
 const say = (words) => (byId("status").textContent = words);
 
 // -- The player -------------------------------------------------------------------------------------------------------------------------
@@ -150,19 +156,21 @@ function showSentences(take, position) {
   const known = take?.sentences.filter(Boolean) ?? [];
   if (transcribed !== take) line.replaceChildren();
   transcribed = take;
+  const first = line.hidden && known.length > 0;
   line.hidden = known.length === 0;
   for (const { text: words, start } of known.slice(line.querySelectorAll("span").length)) {
     const span = make("span", {}, words);
     span.addEventListener("click", () => player.seek(start));
     line.append(span, " ");
   }
+  if (first && speaking) line.closest(".player").scrollIntoView({ block: "nearest" }); // a long text above may have pushed it off a phone
   const current = player.playing ? take.sentenceAt(position) : -1;
   for (const [index, span] of line.querySelectorAll("span").entries()) {
     if (span.hasAttribute("aria-current") === (index === current)) continue;
     span.toggleAttribute("aria-current", index === current);
     if (index === current) {
       span.setAttribute("aria-current", "true");
-      // Only the lines move, never the page under the reader's hands.
+      // From then on only the lines move, never the page under the reader's hands.
       line.scrollTop = span.offsetTop - line.offsetTop - line.clientHeight / 3;
     }
   }
@@ -212,7 +220,7 @@ function save(blob, name) {
 
 function restore(take) {
   text.value = take.request.input;
-  settings.restore(take.request);
+  settings.restore(take.request); // which counts as editing
   if (voices.voices.some(({ id }) => id === take.request.voice)) voices.choose(take.request.voice);
   stop();
   player.show(take);
@@ -230,10 +238,20 @@ player.addEventListener("over", () => {
 function showChoice() {
   const request = currentRequest();
   const length = [...text.value].length;
-  byId("count").textContent = `${length.toLocaleString("en")} ${length === 1 ? "character" : "characters"}`;
+  const limit = server.health?.max_input_length ?? Infinity;
+  const most = length > limit ? ` of ${limit.toLocaleString("en")}` : "";
+  byId("count").textContent = `${length.toLocaleString("en")}${most} ${length === 1 ? "character" : "characters"}`;
+  byId("count").classList.toggle("over", length > limit);
   byId("chosen").textContent = `${voices.voice?.name ?? request.voice}, ${request.speed.toFixed(2)}×`;
   byId("code").textContent = (wanted === "curl" ? curlCode : pythonCode)(request);
   byId("download").textContent = `Download ${request.response_format.toUpperCase()}`;
+}
+
+/** The user has changed something: what was said about it before holds no longer. That the server is gone still does. */
+function edited() {
+  if (server.health) report(null);
+  if (!speaking && !player.playing) say("");
+  showChoice();
 }
 
 async function copyCode() {
@@ -274,15 +292,16 @@ async function begin() {
   showChoice();
 }
 
-async function listVoices() {
+/** @param unasked Whether it happens behind the user's back: no dialog comes up then. */
+async function listVoices(unasked = false) {
   try {
     await voices.refresh();
     if (!listed) report(null); // a fault of an earlier try is over; a fault of speaking stays to be read
     listed = true;
   } catch (error) {
     listed = false;
-    voices.refuse();
-    fail(error);
+    voices.refuse(error.status === 401);
+    if (!unasked || error.status !== 401) fail(error);
   }
 }
 
@@ -297,6 +316,7 @@ byId("chosen").addEventListener("click", (event) => {
   byId("voices").querySelector("input:checked")?.focus({ preventScroll: true });
 });
 byId("server-button").addEventListener("click", ({ currentTarget }) => {
+  if (server.locked) return keyDialog.open();
   const open = byId("server-panel").toggleAttribute("hidden") === false;
   currentTarget.setAttribute("aria-expanded", String(open));
   server.ask();
@@ -316,10 +336,15 @@ document.addEventListener("keydown", (event) => {
     stop();
   }
 });
-text.addEventListener("input", showChoice);
-settings.addEventListener("change", showChoice);
+text.addEventListener("input", edited);
+settings.addEventListener("change", edited);
+byId("voices").addEventListener("change", edited);
 voices.addEventListener("change", showChoice);
-server.addEventListener("change", () => listVoices());
+voices.addEventListener("deleted", ({ detail: name }) => say(`The voice ${name} is deleted`));
+server.addEventListener("change", () => {
+  if (told?.code === GONE) report(null);
+  listVoices(true);
+});
 text.setSelectionRange(text.value.length, text.value.length);
 render();
 begin();

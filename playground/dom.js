@@ -31,9 +31,15 @@ export function icon(...paths) {
 
 /** Seconds as m:ss. */
 export function clock(seconds) {
-  const whole = Math.max(0, Math.floor(seconds));
+  const whole = Math.max(0, Math.round(seconds));
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
+
+/** How long something lasts: 6.7 s, and from a minute on 1:58. */
+export const lasting = (seconds) => (seconds < 59.95 ? `${seconds.toFixed(1)} s` : clock(seconds));
+
+/** Words that were written to follow a colon, as a sentence of their own. */
+export const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 
 /** A number with about three digits that matter: 0.0042, 0.31, 12.4. */
 export const brief = (value) => (value >= 10 ? value.toFixed(1) : value >= 0.1 ? value.toFixed(2) : value.toPrecision(2));

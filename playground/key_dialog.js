@@ -6,22 +6,27 @@ import { byId, showAlert } from "./dom.js";
 export class KeyDialog {
   #dialog = byId("key-dialog");
   #accepted;
+  #next = null;
 
-  /** @param accepted Called when a key was accepted, or forgotten. */
+  /** @param accepted Called when a key was accepted, or forgotten; returns a promise. */
   constructor(accepted) {
     this.#accepted = accepted;
     byId("key-button").addEventListener("click", () => this.open());
     byId("key-cancel").addEventListener("click", () => this.#dialog.close());
     byId("key-forget").addEventListener("click", () => this.#forget());
+    this.#dialog.addEventListener("close", () => (this.#next = null));
     byId("key-form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#try();
     });
   }
 
-  /** @param error Why it is asked, if the server has refused a key. */
-  open(error = null) {
-    byId("key-button").hidden = false;
+  /**
+   * @param error Why it is asked, if the server has refused a key.
+   * @param next What the user was about to do: done once a key is accepted, forgotten when the dialog is cancelled.
+   */
+  open(error = null, next = null) {
+    this.#next = next ?? this.#next;
     byId("key-forget").hidden = !apiKey.value;
     byId("key-keep").checked = apiKey.kept;
     showAlert(byId("key-error"), apiKey.value ? error : null);
@@ -44,8 +49,10 @@ export class KeyDialog {
     }
     apiKey.set(key, byId("key-keep").checked);
     byId("key").value = "";
+    const next = this.#next;
     this.#dialog.close();
-    return this.#accepted();
+    await this.#accepted();
+    next?.();
   }
 
   #forget() {

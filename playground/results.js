@@ -1,6 +1,6 @@
 // The last takes, newest first, each with its figures: hear it again, download it, or put its settings back.
 
-import { brief, icon, make } from "./dom.js";
+import { brief, icon, lasting, make } from "./dom.js";
 
 const KEPT = 6; // their samples stay in memory: five minutes of speech are 29 MB
 
@@ -9,7 +9,7 @@ export function figuresOf(take) {
   const known = [];
   if (take.firstAudio !== null) known.push(["First audio", `${Math.round(take.firstAudio)} ms`]);
   if (take.realTimeFactor !== null) known.push(["Real-time factor", brief(take.realTimeFactor)]);
-  if (take.length) known.push(["Duration", `${take.duration.toFixed(1)} s`]);
+  if (take.length) known.push(["Duration", lasting(take.duration)]);
   return known;
 }
 

@@ -1,7 +1,7 @@
 // The server's state, asked again and again: a word in the corner, and each model's progress in the panel below it.
 
 import { ApiError, getJson } from "./api.js";
-import { make } from "./dom.js";
+import { make, sentence } from "./dom.js";
 
 const BUSY = 1500; // milliseconds between questions while something is on the move
 const CALM = 8000;
@@ -45,12 +45,17 @@ export class ServerState extends EventTarget {
 
   #show(fault) {
     const { dot, word, models, queue } = this.#parts;
-    const [text, colour] = this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
+    const [text, colour] = this.locked ? ["Needs a key", "wait"] : this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
     if (word.textContent !== text) word.textContent = text;
     dot.className = `dot ${colour}`;
     models.replaceChildren(...Object.entries(this.health?.models ?? {}).map(([id, model]) => modelItem(id, model)));
     queue.textContent = this.health ? queueWords(this.health) : fault.message;
     this.#tellChanges();
+  }
+
+  /** Whether the server keeps its state, and all else, from those without its key. */
+  get locked() {
+    return this.health !== null && !this.health.models;
   }
 
   /** Voices change with their models: whoever lists them wants to know, but only when something is different. */
@@ -63,7 +68,7 @@ export class ServerState extends EventTarget {
 }
 
 function summary(health) {
-  const models = Object.entries(health.models ?? {});
+  const models = Object.entries(health.models);
   const loading = models.find(([, model]) => model.state === "loading");
   if (loading) return [`Loading ${loading[0]}${percent(loading[1].progress)}`, "wait"];
   const { active = 0, waiting = 0 } = health.queue ?? {};
@@ -76,27 +81,37 @@ function summary(health) {
 
 const percent = (progress) => (typeof progress?.fraction === "number" ? ` ${Math.floor(progress.fraction * 100)} %` : "");
 
-function queueWords({ queue, version, status }) {
-  const about = version ? `Version ${version}. ` : "";
-  if (!queue) return `${about}The server is ${status}; it tells more to those who have its key.`;
+function queueWords({ queue, version }) {
+  if (!queue) return "This server asks for an API key.";
   const { active, waiting } = queue;
-  return `${about}${active || "Nothing"} being spoken, ${waiting || "nobody"} waiting.`;
+  return `Version ${version}. ${active || "Nothing"} being spoken, ${waiting || "nobody"} waiting.`;
+}
+
+/** A model's state in a word, and the class of its dot. */
+export const stateOf = (model) => [WORDS[model?.state] ?? model?.state ?? "", DOTS[model?.state] ?? ""];
+
+/** Why a model cannot speak, as a sentence; null when nothing is known to be wrong. */
+export function reasonOf(model) {
+  const reason = typeof model?.error === "string" ? model.error : model?.error?.message;
+  if (!reason) return null;
+  return /^[A-Z_]+=\S+$/.test(reason) ? `Switched off by a setting (${reason.replace(/\.$/, "")}).` : sentence(reason);
 }
 
 function modelItem(id, model) {
+  const [word, colour] = stateOf(model);
   const item = make(
     "li",
     {},
     make(
       "div",
       { className: "model-head" },
-      make("span", { className: `dot ${DOTS[model.state] ?? ""}` }),
+      make("span", { className: `dot ${colour}` }),
       make("span", {}, id),
-      make("span", { className: "state" }, (WORDS[model.state] ?? model.state) + percent(model.progress)),
+      make("span", { className: "state" }, word + percent(model.progress)),
     ),
   );
   if (model.state === "loading") item.append(progressBar(id, model.progress), make("p", {}, loadingWords(model.progress)));
-  const reason = typeof model.error === "string" ? model.error : model.error?.message;
+  const reason = reasonOf(model);
   if (reason) item.append(make("p", {}, reason));
   return item;
 }

@@ -17,14 +17,14 @@ export class SettingsForm extends EventTarget {
 
   get values() {
     const text = this.#seed.value.trim();
-    return { response_format: this.#formats.find(({ checked }) => checked).value, speed: Number(this.#speed.value), seed: text ? Number(text) : null };
+    const seed = text && !this.fault ? Number(text) : null;
+    return { response_format: this.#formats.find(({ checked }) => checked).value, speed: Number(this.#speed.value), seed };
   }
 
   /** What is wrong with the seed, in words; null when it can be used. */
   get fault() {
-    const { seed } = this.values;
-    const usable = seed === null || (Number.isInteger(seed) && seed >= 0 && seed <= LARGEST_SEED);
-    this.#seed.setAttribute("aria-invalid", String(!usable));
+    const text = this.#seed.value.trim();
+    const usable = /^\d*$/.test(text) && Number(text) <= LARGEST_SEED;
     return usable ? null : `The seed must be a whole number from 0 to ${LARGEST_SEED}, or empty.`;
   }
 
@@ -42,7 +42,10 @@ export class SettingsForm extends EventTarget {
     this.#speed.setAttribute("aria-valuetext", `${speed.toFixed(2)} times`);
     memory.write("speed", String(speed));
     memory.write("format", format);
-    void this.fault;
+    const { fault } = this;
+    this.#seed.setAttribute("aria-invalid", String(fault !== null));
+    byId("seed-hint").textContent = fault ? `A whole number, 0 to ${LARGEST_SEED}` : "Empty: a new one each time";
+    byId("seed-hint").classList.toggle("fault", fault !== null);
     this.dispatchEvent(new Event("change"));
   }
 }

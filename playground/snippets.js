@@ -4,6 +4,7 @@ import { address, apiKey } from "./api.js";
 
 // The key itself is never put into text that people paste into chats and tickets.
 const KEY_VARIABLE = "SESAME_API_KEY";
+const EXPORT = `# export ${KEY_VARIABLE}=...`;
 
 /** For a POSIX shell: everything between single quotes stands for itself. */
 const shellQuoted = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
@@ -15,17 +16,20 @@ const withoutEmpty = (request) => Object.fromEntries(Object.entries(request).fil
 
 /** The request as a curl command. */
 export function curlCode(request) {
+  // Comments without quotes or brackets: an interactive zsh reads them as commands, and must get past them.
+  const notes = [`# If curl ends with error 22, speech.${request.response_format} holds the reason as text.`];
+  if (apiKey.value) notes.unshift(EXPORT);
   const lines = [`curl ${shellQuoted(address("v1/audio/speech"))}`];
   if (apiKey.value) lines.push(`  -H "Authorization: Bearer $${KEY_VARIABLE}"`);
   lines.push("  -H 'Content-Type: application/json'", `  -d ${shellQuoted(JSON.stringify(withoutEmpty(request)))}`);
   lines.push(`  --fail-with-body -o speech.${request.response_format}`);
-  return lines.join(" \\\n");
+  return [...notes, lines.join(" \\\n")].join("\n");
 }
 
 /** The request through the openai package. */
 export function pythonCode({ model, input, voice, response_format: format, speed, seed }) {
   return [
-    ...(apiKey.value ? ["import os", ""] : []),
+    ...(apiKey.value ? [EXPORT, "import os", ""] : []),
     "from openai import OpenAI",
     "",
     `client = OpenAI(base_url=${pythonQuoted(address("v1"))}, api_key=${apiKey.value ? `os.environ["${KEY_VARIABLE}"]` : '"none"'})`,

@@ -22,7 +22,7 @@ export class VoiceDialog {
   constructor(saved) {
     this.#saved = saved;
     byId("record").addEventListener("click", () => this.#toggleRecording());
-    byId("voice-file").addEventListener("change", ({ target }) => target.files[0] && this.#take(target.files[0], true));
+    byId("voice-file").addEventListener("change", ({ target }) => this.#choose(target));
     byId("voice-cancel").addEventListener("click", () => this.#dialog.close());
     byId("voice-form").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -67,6 +67,15 @@ export class VoiceDialog {
     byId("sample").hidden = on || !this.#sample;
   }
 
+  #choose(input) {
+    const [file] = input.files;
+    input.value = ""; // so that the same file, mended, can be chosen again
+    if (!file) return;
+    const objection = objectionTo(file);
+    if (objection) showAlert(byId("voice-error"), { message: objection });
+    else this.#take(file, true);
+  }
+
   #take(file, chosen) {
     URL.revokeObjectURL(byId("sample-audio").src);
     this.#sample = file;
@@ -80,7 +89,6 @@ export class VoiceDialog {
   /** The first thing that is missing, as `[field, sentence]`. */
   #missing() {
     if (!this.#sample) return [byId("record").disabled ? byId("voice-file") : byId("record"), "Record something, or choose a file."];
-    if (this.#sample.size > LARGEST) return [byId("voice-file"), "The file is larger than 10 MiB. A minute of speech is enough."];
     if (!byId("voice-name").value.trim()) return [byId("voice-name"), "Give the voice a name."];
     if (!byId("voice-consent").checked) return [byId("voice-consent"), "A voice can be used only with its speaker's consent. Tick the box if you have it."];
     return null;
@@ -124,4 +132,11 @@ export class VoiceDialog {
     byId("record-word").textContent = "Record";
     showAlert(byId("voice-error"), null);
   }
+}
+
+/** Why a file cannot be a voice, as far as it can be known before the server hears it; null when it may be one. */
+function objectionTo({ name, type, size }) {
+  // Phones' recorders write video types too; where the browser knows no type, the server decides.
+  if (type && !/^(audio|video)\/|^application\/ogg$/.test(type)) return `“${name}” is not a sound file. Choose a recording, as WAV, MP3 or M4A.`;
+  return size > LARGEST ? "The file is larger than 10 MiB. A minute of speech is enough." : null;
 }

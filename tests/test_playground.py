@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def test_what_is_typed_is_heard(guest: Guest) -> None:
         assert "First audio" in figures
         assert "Real-time factor" in figures
         assert f"{len(samples) / 24_000:.1f} s" in figures
+        assert seen.page.inner_text("#length") == f"0:{int(len(samples) / 24_000 + 0.5):02d}"
         expect(seen.page.locator("#status")).to_have_text("Finished", timeout=30_000)
         expect(seen.page.locator("#speak-word")).to_have_text("Speak")
         row = seen.page.locator("#results li")
@@ -79,6 +81,7 @@ def test_sound_starts_while_the_rest_still_arrives(guest: Guest) -> None:
         seen.wait("sesame.player.position > 0.5")
         assert seen.pixels("--wave-rest") > early
         assert seen.pixels("--accent") > 0
+        expect(seen.page.locator("#results .meta")).to_contain_text(re.compile(r"· [1-9]:\d\d ·"))
 
 
 def test_the_sentence_being_spoken_is_highlighted_and_a_click_goes_to_another(guest: Guest) -> None:
@@ -123,6 +126,7 @@ def test_a_download_holds_the_very_samples_that_were_heard(guest: Guest, tmp_pat
         seen.speak(SENTENCE)
         seen.wait_complete()
         heard = seen.samples()
+        seen.page.keyboard.press("Escape")
         for fmt, button in (("wav", "#download"), ("wav", "#results li .acts button >> nth=0")):
             with seen.page.expect_download() as waiting:
                 seen.page.click(button)
@@ -132,6 +136,9 @@ def test_a_download_holds_the_very_samples_that_were_heard(guest: Guest, tmp_pat
             samples, rate = decode(path.read_bytes(), fmt)
             assert rate == 24_000
             np.testing.assert_allclose(samples, heard, atol=1e-4)
+        expect(seen.page.locator("#status")).to_have_text("Saved as speech.wav")
+        seen.page.get_by_text("Use again").click()
+        expect(seen.page.locator("#status")).to_be_empty()
 
 
 def test_speed_and_seed_are_obeyed_and_can_be_put_back(guest: Guest) -> None:
@@ -149,7 +156,10 @@ def test_speed_and_seed_are_obeyed_and_can_be_put_back(guest: Guest) -> None:
         seen.page.locator("#results li").last.get_by_text("Use again").click()
         assert seen.page.input_value("#speed") == "1"
         assert seen.page.input_value("#seed") == "7"
-        seen.page.fill("#seed", "99999999999")
+        for unusable in ("9999999999", "abc"):
+            seen.page.fill("#seed", unusable)
+            expect(seen.page.locator("#seed-hint")).to_have_text("A whole number, 0 to 4294967295")
+            assert "seed" not in seen.page.inner_text("#code")
         seen.page.click("#speak")
         expect(seen.page.locator("#error")).to_contain_text("whole number from 0 to 4294967295")
 
@@ -165,10 +175,42 @@ def test_a_refusal_is_shown_in_the_servers_words(guest: Guest) -> None:
         seen.page.fill("#text", "   ")
         seen.page.click("#speak")
         expect(seen.page.locator("#error")).to_have_text("Type something to speak first.")
-        seen.page.get_by_label("conversational", exact=False).first.check()
+        seen.page.fill("#text", SENTENCE)
+        expect(seen.page.locator("#error")).to_be_hidden()
+        assert seen.page.locator(".voice b").all_inner_texts() == ["heart", "conversational", "conversational_b"]
+        card = seen.page.locator(".voice", has_text="conversational_b")
+        expect(card.locator(".ready")).to_have_text("Off")
+        card.locator("input").check()
+        expect(card).to_contain_text("Switched off by a setting (CSM=off).")
         seen.speak(SENTENCE)
         expect(seen.page.locator("#error")).to_contain_text("heart")
         expect(seen.page.locator("#error")).to_contain_text("csm-1b")
+        seen.page.get_by_label("heart").check()
+        expect(seen.page.locator("#error")).to_be_hidden()
+
+
+def test_a_text_over_the_servers_limit_is_counted_against_it(guest: Guest, server: RunningServer) -> None:
+    with guest() as seen:
+        seen.page.route("**/health", lambda route: route.fulfill(json=server.health() | {"max_input_length": 4096}))
+        seen.open()
+        seen.page.fill("#text", "x" * 5000)
+        expect(seen.page.locator("#count.over")).to_have_text("5,000 of 4,096 characters")
+        seen.page.fill("#text", "x" * 4096)
+        expect(seen.page.locator("#count:not(.over)")).to_have_text("4,096 characters")
+
+
+def test_a_server_that_comes_back_is_no_longer_called_gone(guest: Guest) -> None:
+    with guest() as seen:
+        seen.expect_refusals = True
+        seen.open()
+        seen.context.set_offline(True)
+        seen.speak(SENTENCE)
+        expect(seen.page.locator("#error")).to_contain_text("cannot be reached")
+        expect(seen.page.locator("#server-word")).to_have_text("Offline")
+        seen.page.fill("#text", STORY)
+        expect(seen.page.locator("#error")).to_be_visible()
+        seen.context.set_offline(False)
+        expect(seen.page.locator("#error")).to_be_hidden()
 
 
 def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
@@ -183,7 +225,7 @@ def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Gue
             seen.page.click("#server-button")
             expect(seen.page.get_by_role("progressbar", name="Loading csm-1b")).to_be_visible()
             assert seen.page.evaluate("document.getAnimations().length") == 0
-            expect(seen.page.locator(".voice", has_text="conversational_b")).to_contain_text("Not ready")
+            expect(seen.page.locator(".voice", has_text="conversational_b").locator(".ready")).to_have_text("Loading")
             seen.speak(SENTENCE)
             assert seen.loudest_heard() > 0.02
 
@@ -198,7 +240,11 @@ def test_a_failed_load_is_told_with_its_reason_and_so_is_a_server_that_goes_away
         seen.open()
         expect(seen.page.locator("#server-word")).to_have_text("csm-1b failed")
         seen.page.click("#server-button")
-        expect(seen.page.locator("#models li", has_text="csm-1b")).to_contain_text(own.health()["models"]["csm-1b"]["error"])
+        reason = own.health()["models"]["csm-1b"]["error"]
+        expect(seen.page.locator("#models li", has_text="csm-1b")).to_contain_text(reason)
+        card = seen.page.locator(".voice", has_text="conversational_b")
+        expect(card.locator(".ready")).to_have_text("Failed")
+        expect(card.locator(".ready")).to_have_attribute("title", reason)
         own.stop()
         seen.speak(SENTENCE)
         expect(seen.page.locator("#error")).to_contain_text("cannot be reached")
@@ -221,20 +267,27 @@ def test_a_key_is_asked_for_and_stays_in_the_browser(guest: Guest, make_server: 
         page = seen.page
         page.goto(seen.url)
         expect(page.locator("#key-dialog")).to_be_visible()
+        page.click("#key-cancel")
+        expect(page.locator("#server-word")).to_have_text("Needs a key")
+        page.click("#server-button")
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+        seen.speak(SENTENCE)
+        expect(page.locator("#key-dialog")).to_be_visible()
         page.get_by_label("API key", exact=True).fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_contain_text("missing or wrong")
+        expect(page.locator("#key-error")).to_have_text("That key is not right.")
         page.get_by_label("API key", exact=True).fill("open-sesame-7")
         page.keyboard.press("Enter")
         expect(page.locator(".voice")).not_to_have_count(0)
         expect(page.locator("#key-dialog")).to_be_hidden()
-        seen.speak(SENTENCE)
-        assert seen.loudest_heard() > 0.02
+        assert seen.loudest_heard() > 0.02  # what was to be spoken is spoken, without another press
         assert page.evaluate("JSON.stringify(localStorage)").count("open-sesame-7") == 0
         page.reload()
         expect(page.locator(".voice")).not_to_have_count(0)
         assert "open-sesame-7" not in page.content() + " ".join(seen.requested)
         assert "$SESAME_API_KEY" in page.locator("#code").inner_text()
+        assert page.inner_text("#code").startswith("# export SESAME_API_KEY=")
         page.click("#key-button")
         page.get_by_label("API key", exact=True).fill("open-sesame-7")
         page.locator("#key-keep").check()

@@ -156,9 +156,11 @@ def test_a_phone_shows_everything_without_sideways_scrolling(guest: Guest) -> No
     with guest(**PHONE) as seen:
         seen.open()
         seen.page.locator("#server-button").tap()
-        seen.page.fill("#text", STORY)
+        expect(seen.page.get_by_role("link", name="API")).to_be_visible()
+        seen.page.fill("#text", STORY * 5)
         seen.page.locator("#speak").tap()
         assert seen.loudest_heard() > 0.02
+        expect(seen.page.locator("#transcript [aria-current]")).to_be_in_viewport()
         seen.wait_complete()
         assert seen.page.evaluate("document.documentElement.scrollWidth") == 320
         small = seen.page.evaluate(
@@ -177,6 +179,17 @@ def test_a_phone_shows_everything_without_sideways_scrolling(guest: Guest) -> No
         assert seen.page.evaluate(
             "document.querySelector('#voice-dialog').scrollWidth <= document.querySelector('#voice-dialog').clientWidth"
         )
+
+
+def test_a_long_list_of_voices_fades_where_it_goes_on(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        voices = seen.page.locator("#voices")
+        expect(voices).not_to_contain_class("more")
+        voices.evaluate("(list) => (list.style.maxHeight = '120px')")
+        expect(voices).to_contain_class("more")
+        voices.evaluate("(list) => list.scrollTo(0, list.scrollHeight)")
+        expect(voices).not_to_contain_class("more")
 
 
 def test_reduced_motion_is_respected(guest: Guest) -> None:
@@ -223,11 +236,13 @@ def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: C
         card.get_by_role("button", name="Delete the voice My own voice").click()
         page.click("#delete-go")
         expect(card).to_have_count(0)
+        expect(page.locator("#status")).to_have_text("The voice My own voice is deleted")
         expect(page.locator(".voice")).not_to_have_count(0)
 
 
 def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server: RunningServer, tmp_path: Path) -> None:
-    broken = tmp_path / "holiday.wav"
+    letter, broken = tmp_path / "letter.pdf", tmp_path / "holiday.wav"
+    letter.write_bytes(b"%PDF-1.7")
     broken.write_bytes(b"this is no sound at all" * 50)
     with guest() as seen:
         seen.expect_refusals = True
@@ -235,7 +250,11 @@ def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server:
         page = seen.page
         page.click("#add-voice")
         expect(page.locator("#voice-note")).to_contain_text("CSM-1B, which is switched off")
+        page.set_input_files("#voice-file", letter)
+        expect(page.locator("#voice-error")).to_contain_text("“letter.pdf” is not a sound file")
+        expect(page.locator("#sample")).to_be_hidden()
         page.set_input_files("#voice-file", broken)
+        expect(page.locator("#voice-error")).to_be_hidden()
         assert page.input_value("#voice-words") == ""
         page.fill("#voice-name", "Broken")
         page.fill("#voice-words", "Words.")
