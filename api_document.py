@@ -149,7 +149,7 @@ _REFUSALS: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/audio/speech"): (429,),
     ("get", "/v1/audio/speech/{answer}/timestamps"): (404,),
     ("get", "/v1/models/{model}"): (404,),
-    ("post", "/v1/audio/voices"): (403, 409),
+    ("post", "/v1/audio/voices"): (403, 409, 429),
     ("get", "/v1/audio/voices/{voice_id}"): (404,),
     ("delete", "/v1/audio/voices/{voice_id}"): (403, 404),
     ("post", "/admin/reload"): (403,),

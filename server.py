@@ -76,6 +76,11 @@ class Server:
         self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
 
+    def drain(self) -> None:
+        """Take no more work, and refuse what waits."""
+        self.engine.drain()
+        self.voices.drain()
+
     def default_ready(self) -> bool:
         """Whether the default voice can speak."""
         try:
@@ -115,6 +120,7 @@ class Server:
             "ffmpeg_version": ffmpeg_version(),
             "voices": self.presets.names(),
             "default_voice": self.settings.default_voice,
+            "max_input_length": self.settings.max_input_length,
             "skipped_presets": [asdict(skipped) for skipped in self.presets.skipped()],
             "queue": {
                 "active": sum(host.turns.active for host in self.engine.hosts.values()),
@@ -340,7 +346,7 @@ def main() -> int:
     )
     if settings.open_to_network:
         logger.warning("open to the network without a key: other machines can use it. Set HOST=127.0.0.1, or API_KEY.")
-    serve(app, settings, bound, app.state.server.engine.drain)
+    serve(app, settings, bound, app.state.server.drain)
     logger.info("stopped")
     return 0
 

@@ -68,7 +68,7 @@ class Turns:
             return
         if self.waiting >= self._limit:
             raise RateLimitError(
-                f"The queue is full: as many requests as may wait for this model do ({self.waiting}). Try again in {self.retry_after()} s.",
+                f"The queue is full: as many requests as may wait for their turn do ({self.waiting}). Try again in {self.retry_after()} s.",
                 headers={"Retry-After": str(self.retry_after())},
             )
         self.waiting += 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,6 +16,8 @@ from errors import ForbiddenError, InvalidAudioError, InvalidRequestError, NotFo
 from http_middleware import require_owner
 from recordings import read_recording_bytes
 from speech_model import ModelLoadError, Samples
+from speech_response import run_until_gone
+from speech_turns import Turns
 from tts_engine import TTSEngine
 from voice_form import VoiceForm, clean_words, read_voice_form
 from voice_presets import Voice, VoicePresetManager
@@ -22,6 +25,9 @@ from voice_store import StoredVoice, VoiceStore, clean_name
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_MOST_WAITING = 8  # recordings of up to 10 MiB each, which are in temporary files meanwhile
 _CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log sees it
 
 
@@ -43,7 +49,8 @@ class VoiceEndpoint:
         self._presets = presets
         self._store = store
         self._engine = engine
-        self._turn = asyncio.Lock()  # one recording at a time: each may take tens of MB and all of a core for a moment
+        # One recording at a time: each may take tens of MB, and all of a core while its words are being heard.
+        self._turns = Turns(_MOST_WAITING, settings.queue_timeout)
 
     def describe(self, voice: Voice) -> dict[str, Any]:
         """One entry of the list."""
@@ -70,17 +77,17 @@ class VoiceEndpoint:
         return {"object": "audio.voice", "created_at": self._voice(voice_id).created_at} | self.describe(self._voice(voice_id))
 
     async def add(self, request: Request) -> dict[str, Any]:
-        """Keep the voice that a form holds; whatever is refused leaves nothing behind.
+        """Keep the voice that a form holds; whatever is refused, or given up by the client, leaves nothing behind.
 
         Raises:
-            TTSError: Who asks may not, or the form, the name, the consent or the recording will not do.
+            TTSError: Who asks may not, too many ask, or the form, the name, the consent or the recording will not do.
+            ClientDisconnect: The client went.
         """
         require_owner(request, self._settings)
         async with read_voice_form(request) as form:
             name = clean_name(form.name)
             self._presets.check_new_name(name)
-            async with self._turn:
-                stored = await asyncio.to_thread(self._keep, form, name)
+            stored = await run_until_gone(self._keep(form, name), request.receive)
         await asyncio.to_thread(self._presets.refresh)
         request.state.facts["voice"] = stored.id
         return self.get(stored.id) | {"ref_text": stored.description.ref_text}
@@ -105,13 +112,29 @@ class VoiceEndpoint:
                 return voice
         raise NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices.")
 
-    def _keep(self, form: VoiceForm, name: str) -> StoredVoice:
-        try:
-            samples = read_recording_bytes(form.audio_sample.read())
-        except InvalidAudioError as error:
-            raise InvalidAudioError(error.message, param="audio_sample") from None
-        words = form.ref_text or _heard(samples)
-        return self._store.add(name, samples, words, form.consent)
+    def drain(self) -> None:
+        """Take no more recordings, and refuse those that wait."""
+        self._turns.close()
+
+    async def _keep(self, form: VoiceForm, name: str) -> StoredVoice:
+        async with self._turns.turn():
+            try:
+                samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.read()))
+            except InvalidAudioError as error:
+                raise InvalidAudioError(error.message, param="audio_sample") from None
+            words = form.ref_text or await _in_thread(lambda: _heard(samples))
+            return await _in_thread(lambda: self._store.add(name, samples, words, form.consent))
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """What `work` gives. A thread cannot be stopped, so its end is waited for even when nobody wants its result any more."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()  # seen, or asyncio would report it as lost
+        raise
 
 
 def _heard(samples: Samples) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -241,6 +242,27 @@ def test_a_client_that_goes_away_midway_leaves_nothing(running: RunningServer) -
         connection.sendall(head.encode() + form(NAME, CONSENT, (FILE[0], bytes(3 * MIB)), end=b""))
     running.wait_for(lambda _: "status=499" in running.log_text(), seconds=20)
     assert left_behind(running) == []
+    assert "Traceback" not in running.log_text()
+
+
+def test_recordings_that_nobody_waits_for_hold_nobody_up(running: RunningServer) -> None:
+    """Each would be listened to for seconds: one is, eight wait, more are refused, and none goes on once its client has gone."""
+    long = ffmpeg(wav(np.tile(soundfile.read(io.BytesIO(speech()))[0][:, 0], 25)[: 110 * RATE], 2 * RATE), "-c:a", "libopus", "-f", "ogg")
+    body = form(NAME, CONSENT, ('name="audio_sample"; filename="a.ogg"', long))
+    head = f"POST /v1/audio/voices HTTP/1.1\r\nHost: localhost\r\nContent-Type: {MULTIPART}\r\nContent-Length: {len(body)}\r\n\r\n"
+    before = running.log_text().count("status=499")
+    clients = [socket.create_connection(("127.0.0.1", running.port), timeout=60) for _ in range(12)]
+    for client in clients:
+        client.sendall(head.encode() + body)
+    refused, *_ = select.select(clients, [], [], 60)
+    assert b" 429 " in refused[0].recv(65_536)
+    for client in clients:
+        client.close()
+    running.wait_for(lambda _: running.log_text().count("status=499") - before >= 8, seconds=60)
+    added = add(running)
+    assert added.status_code == 200, added.text
+    httpx.delete(f"{running.url}/v1/audio/voices/{added.json()['id']}", timeout=30)
+    running.wait_for(lambda _: left_behind(running) == [], seconds=60)
     assert "Traceback" not in running.log_text()
 
 
