@@ -27,7 +27,7 @@ Usage: ./install.sh [--no-download]   install, or upgrade in place
        ./install.sh --restart         stop it in order, and start it again (after a change in .env)
        ./install.sh --logs            the last lines of its logs; goes on with them on a terminal
        ./install.sh --uninstall       remove the service; voices, logs and models stay
-       ./install.sh --render FOLDER   only write the service files, to look at them
+       ./install.sh --render FOLDER   write the service files to look at; start and install nothing
 
   --no-download   leave Sesame's model for later: the server fetches it by itself when it first runs.
 
@@ -162,14 +162,18 @@ start_on_mac() {
     fail "$FAILED" "launchd did not take the service. It needs you to be logged in at the Mac's own screen: a login over ssh alone has no $DOMAIN."
 }
 
-# The port is asked for before the running service is stopped: a mistake in .env must not end it.
-start_service() {
+# Asked before the running service is stopped: a mistake in .env must not end it.
+check_port() {
     local running=""
-    if on_mac; then step "launchd service $LABEL"; else step "systemd user unit $UNIT"; fi
     if loaded; then running="yes"; fi
     helper port ${running:+--running} || exit "$?"
+}
+
+start_service() {
+    if on_mac; then step "launchd service $LABEL"; else step "systemd user unit $UNIT"; fi
+    check_port
     if on_mac; then
-        if [ -n "$running" ]; then stop_on_mac; fi
+        if loaded; then stop_on_mac; fi
         helper render "$PLIST" || exit "$?"
         start_on_mac
     else
@@ -280,12 +284,13 @@ restart_service() {
     need_installed
     read_settings
     step "Restarting"
-    if ! on_mac; then
-        systemctl --user restart "$UNIT"
-    elif loaded; then
-        launchctl kickstart -k "$DOMAIN/$LABEL"
-    else
+    check_port
+    if on_mac; then
+        # Not `kickstart -k`: bootout is known to send SIGTERM and to wait for ExitTimeOut, so that nothing being spoken is cut off.
+        if loaded; then stop_on_mac; fi
         start_on_mac
+    else
+        systemctl --user restart "$UNIT"
     fi
     wait_for_health
     helper status

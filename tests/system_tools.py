@@ -76,10 +76,6 @@ def _launchctl(arguments: list[str]) -> int:
             return _NOT_LOADED
         _signal(state, signal.SIGTERM)
         return _IN_PROGRESS
-    elif command == "kickstart":
-        assert arguments[1] == "-k"
-        assert state
-        _signal(state, signal.SIGHUP)
     else:
         assert command == "enable"
     return 0

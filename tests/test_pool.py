@@ -127,6 +127,14 @@ def test_what_belongs_to_one_machine_is_not_changed_through_the_pool(pool: Pool)
         assert client.delete("/v1/audio/voices/x").status_code == 403
         assert client.post("/admin/reload").status_code == 404
         assert client.get("/metrics").status_code == 404
+        for method, disguised in (
+            ("POST", "/%61dmin/reload"),
+            ("GET", "/%6Detrics"),
+            ("DELETE", "/v1/audio/%76oices/x"),
+            ("POST", "/v1/audio/%73peech"),
+        ):
+            response = client.request(method, disguised)
+            assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
         assert client.get("/v1/audio/voices").status_code == 200
 
 

@@ -241,8 +241,10 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
 
     restarted = machine.install("--restart")
     assert restarted.returncode == 0, restarted.stdout + restarted.stderr
-    assert machine.calls("launchctl kickstart") == [f"launchctl kickstart -k gui/501/{LABEL}"]
-    assert machine.manager()["statuses"] == [0], "the server ended in order"
+    assert len(machine.calls("launchctl bootout")) == 2
+    assert machine.manager()["pid"] != second["pid"]
+    stopped = [line for line in (machine.cache_dir / "server.log").read_text().splitlines() if line.endswith(" stopped")]
+    assert len(stopped) == 2, "the server ended in order, both times"
 
     status = machine.install("--status")
     assert status.returncode == 0, status.stdout + status.stderr
