@@ -1,5 +1,5 @@
 # Two commands do everything: `make run` serves, `make test` tests. Both set up what they need first.
-# A machine without uv gets one in .uv/, through pip in a private environment; nothing outside this folder is touched.
+# A machine without uv gets one in .uv/, through pip in a private environment; outside this folder only caches are written.
 
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -43,7 +43,7 @@ def _lower(value: object) -> object:
 def csm_can_run() -> bool:
     """Whether this machine can run CSM-1B at a useful pace: Apple Silicon, or Linux with MLX's CUDA backend installed.
 
-    Measured on a Linux CPU: about 4 s for an 80 ms frame, 50 times slower than real time.
+    On a Linux CPU a frame of 80 ms takes about 4 s, 50 times slower than real time (measured at full size, random weights).
     """
     if sys.platform == "darwin":
         return platform.machine() == "arm64"

@@ -138,7 +138,7 @@ def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Calla
         app: The application.
         settings: SHUTDOWN_TIMEOUT bounds how long requests in progress may take to finish.
         bound: From `listen`.
-        on_stop: Called in a signal handler when the end begins.
+        on_stop: Called in the event loop when the end begins.
     """
     protocol, backlog = guarded_protocol()
     config = uvicorn.Config(
