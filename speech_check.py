@@ -108,7 +108,9 @@ def _recogniser() -> _Recogniser:
         return _faster_whisper()
     if sys.platform == "darwin":
         return _mlx_whisper()
-    raise ModelLoadError("VERIFY=whisper needs a recogniser: install it with `uv sync --inexact --extra verify`, or set VERIFY=off.", retry=False)
+    raise ModelLoadError(
+        "VERIFY=whisper needs a recogniser: install it with `uv sync --inexact --extra verify`, or set VERIFY=off.", retry=False
+    )
 
 
 def _faster_whisper() -> _Recogniser:

@@ -298,8 +298,8 @@ def faults(samples: list[Sample], tally: Tally) -> list[str]:
     found = [f"{len(tally.unexpected)} unexpected ends, the first: {tally.unexpected[0]}"] if tally.unexpected else []
     if last.children:
         found.append(f"{last.children} child processes are left")
-    # asyncio's helper threads come with the first requests and stay: up to one more than there are cores, plus four (its documentation).
-    if last.threads > first.threads + (os.cpu_count() or 1) + 5:
+    # Helper threads (server.py) come with the first requests and stay; the page's files have one or two of their own.
+    if last.threads > first.threads + 5:
         found.append(f"{last.threads} threads, {first.threads} at the start")
     if last.descriptors > first.descriptors + 5:
         found.append(f"{last.descriptors} descriptors are open, {first.descriptors} at the start")
