@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ class RunningServer:
         return dict(httpx.get(f"{self.url}/health", timeout=30).json())
 
     def log_text(self) -> str:
+        """What it has logged of all that it has answered: a request's line is written after its answer, but before the next one's."""
+        with suppress(httpx.HTTPError):
+            httpx.get(f"{self.url}/health", timeout=5)
         return self.log.read_text(errors="replace")
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = START_SECONDS) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 GOOD: dict[str, Any] = {"model": "m", "voice": "heart", "input": "Hi."}
 NUL, RIGHT_TO_LEFT, LONE = "\0", "\u202e\u2067\u200f", "\ud800"
-FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 texts = st.text(st.characters(codec=None), max_size=40) | st.text(
     "\0\u202e\u2067\u2066\u200f\u0301\ufe0f\u200d\ud83d\udc4d aé1", max_size=60

@@ -246,6 +246,8 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
     stopped = [line for line in (machine.cache_dir / "server.log").read_text().splitlines() if line.endswith(" stopped")]
     assert len(stopped) == 2, "the server ended in order, both times"
 
+    while not machine.answers("/health/ready"):
+        time.sleep(0.1)
     status = machine.install("--status")
     assert status.returncode == 0, status.stdout + status.stderr
     assert f"pid = {machine.manager()['pid']}" in status.stdout
