@@ -27,6 +27,15 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    """pydantic takes true for 1, which nobody means."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # noqa: TRY004 - what pydantic makes a fault of the field
+    return value
+
+
+_Number = BeforeValidator(_number)
+
 _EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
 
 
@@ -43,7 +52,7 @@ class SpeechRequest(BaseModel):
     response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_lower)] = Field(
         None, description="`mp3` unless DEFAULT_FORMAT says otherwise. `pcm` is 16-bit little-endian mono at 24 kHz and always streams."
     )
-    speed: float = Field(1.0, ge=0.25, le=4.0, allow_inf_nan=False, description="Pace; the pitch is kept.")
+    speed: Annotated[float, _Number] = Field(1.0, ge=0.25, le=4.0, allow_inf_nan=False, description="Pace; the pitch is kept.")
     instructions: str | None = Field(None, description="Accepted and not used.")
     stream: bool = Field(False, description="Send the sound while it is generated.")
     stream_format: Literal["audio", "sse"] | None = Field(
@@ -51,9 +60,13 @@ class SpeechRequest(BaseModel):
     )
     normalize: bool | None = Field(None, description="Read Markdown, URLs and emoji as a person would; NORMALIZE_TEXT when absent.")
     timestamps: bool = Field(False, description="Tell when each sentence starts and ends.")
-    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="The same text, voice and seed give the same samples.")
-    temperature: float | None = Field(None, ge=0.0, le=2.0, allow_inf_nan=False, description="The sampler's, in place of the voice's.")
-    top_k: int | None = Field(None, ge=1, le=2051, description="The sampler's, in place of the voice's.")
+    seed: Annotated[int | None, _Number] = Field(
+        None, ge=0, le=2**32 - 1, description="The same text, voice and seed give the same samples."
+    )
+    temperature: Annotated[float | None, _Number] = Field(
+        None, ge=0.0, le=2.0, allow_inf_nan=False, description="The sampler's, in place of the voice's."
+    )
+    top_k: Annotated[int | None, _Number] = Field(None, ge=1, le=2051, description="The sampler's, in place of the voice's.")
 
     @property
     def voice_name(self) -> str:
@@ -74,7 +87,7 @@ class SpeechRequest(BaseModel):
 
 
 # pydantic's names of faults after which it is enough to say what is allowed.
-_OUT_OF_BOUNDS = {"greater_than_equal", "less_than_equal", "finite_number", "literal_error"}
+_OUT_OF_BOUNDS = {"greater_than_equal", "less_than_equal", "finite_number", "literal_error", "value_error"}
 _KINDS = {"input": InvalidInputError, "voice": InvalidVoiceError, "response_format": InvalidFormatError}
 
 

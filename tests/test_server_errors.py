@@ -183,6 +183,14 @@ def test_settings_that_name_no_voice_are_told_and_are_not_the_callers_fault(make
     refused(post(server, voice="conversational"), 503, "model_not_ready", "voice")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("speed", True), ("temperature", False), ("top_k", True), ("seed", False), ("temperature", 3), ("seed", -1)]
+)
+def test_what_is_no_number_or_out_of_bounds_is_told_once_with_what_is_allowed(server: RunningServer, name: str, value: object) -> None:
+    told = refused(post(server, **{name: value}), 400, f"invalid_{name}", name)
+    assert f"'{name}'={value} is not valid. Allowed: " in told
+
+
 def test_the_official_client_does_not_wait_for_what_cannot_come(server: RunningServer) -> None:
     response = post(server, voice="conversational")
     assert int(response.headers["retry-after"]) > 60
