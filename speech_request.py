@@ -28,9 +28,9 @@ def _lower(value: object) -> object:
 
 
 def _number(value: object) -> object:
-    """pydantic takes true for 1, which nobody means."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")  # noqa: TRY004 - what pydantic makes a fault of the field
+    """A number, as JSON has them: pydantic takes true and "1" for one as well."""
+    if isinstance(value, bool | str):
+        raise ValueError("not a number")  # noqa: TRY004 - what pydantic makes a fault of the field
     return value
 
 
@@ -54,12 +54,14 @@ class SpeechRequest(BaseModel):
     )
     speed: Annotated[float, _Number] = Field(1.0, ge=0.25, le=4.0, allow_inf_nan=False, description="Pace; the pitch is kept.")
     instructions: str | None = Field(None, description="Accepted and not used.")
-    stream: bool = Field(False, description="Send the sound while it is generated.")
+    stream: bool = Field(False, strict=True, description="Send the sound while it is generated.")
     stream_format: Literal["audio", "sse"] | None = Field(
         None, description="`audio` streams bytes, `sse` server-sent events with base64 chunks."
     )
-    normalize: bool | None = Field(None, description="Read Markdown, URLs and emoji as a person would; NORMALIZE_TEXT when absent.")
-    timestamps: bool = Field(False, description="Tell when each sentence starts and ends.")
+    normalize: bool | None = Field(
+        None, strict=True, description="Read Markdown, URLs and emoji as a person would; NORMALIZE_TEXT when absent."
+    )
+    timestamps: bool = Field(False, strict=True, description="Tell when each sentence starts and ends.")
     seed: Annotated[int | None, _Number] = Field(
         None, ge=0, le=2**32 - 1, description="The same text, voice and seed give the same samples."
     )
