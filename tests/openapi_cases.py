@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import wave
 from typing import Any
 
 import numpy as np
 import schemathesis
+import soundfile
 from hypothesis import strategies as st
 
 
@@ -16,11 +16,7 @@ def _recording() -> bytes:
     seconds = np.arange(36_000) / 24_000
     samples = (8000 * np.sin(2 * np.pi * 220 * seconds) * (1 + np.sin(2 * np.pi * 3 * seconds)) / 2).astype("<i2")
     file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(24_000)
-        writer.writeframes(samples.tobytes())
+    soundfile.write(file, samples, 24_000, format="WAV")
     return file.getvalue()
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import wave
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import soundfile
 from conftest import RunningServer, start_server
 from listening import decode
 
@@ -212,11 +212,7 @@ def wave_bytes() -> bytes:
     """30 s of a sound, as WAV."""
     samples = (8000 * np.sin(np.arange(30 * 24_000) / 20)).astype("<i2")
     file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(24_000)
-        writer.writeframes(samples.tobytes())
+    soundfile.write(file, samples, 24_000, format="WAV")
     return file.getvalue()
 
 
