@@ -39,7 +39,7 @@ check: .venv/.dev-stamp
 
 # OpenClaw, OpenAI's libraries and others, for the tests that run them; about 1.6 GB. Without it those tests are skipped.
 clients: | $(UV)
-	UV=$(abspath $(UV)) clients/install.sh
+	UV=$(abspath $(UV)) tests/clients/install.sh
 
 bench: .venv/.dev-stamp
 	$(PY) benchmarks/speech.py
@@ -57,4 +57,4 @@ audit: .venv/.dev-stamp
 
 clean:
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results \
-		clients/.venv clients/.venv-wyoming clients/node_modules
+		tests/clients/.venv tests/clients/.venv-wyoming tests/clients/node_modules

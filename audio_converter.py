@@ -11,27 +11,9 @@ from types import TracebackType
 
 import numpy as np
 
-from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, Mark, mark_arguments
+from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, Samples, SyntheticTag, tag_arguments
 from errors import ConversionError
-from ffmpeg_process import STALL_TIMEOUT, ByteQueue, FfmpegProcess
-from ffmpeg_program import ffmpeg_version, find_ffmpeg
-from speech_model import Samples
-from temporary_files import clean_temporary_files, temporary_folder
-
-__all__ = [
-    "FORMATS",
-    "SAMPLE_RATE",
-    "AudioFormat",
-    "Converted",
-    "Mark",
-    "StreamEncoder",
-    "clean_temporary_files",
-    "convert",
-    "encoder_arguments",
-    "ffmpeg_version",
-    "find_ffmpeg",
-    "to_int16",
-]
+from ffmpeg import STALL_TIMEOUT, ByteQueue, FfmpegProcess, temporary_folder
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0  # OpenAI's range
 
@@ -83,7 +65,7 @@ def _tempo(speed: float) -> list[str]:
 
 
 def encoder_arguments(
-    fmt: AudioFormat, sample_rate: int, speed: float, mark: Mark | None, target: str, *, streamed: bool = False
+    fmt: AudioFormat, sample_rate: int, speed: float, tag: SyntheticTag | None, target: str, *, streamed: bool = False
 ) -> list[str]:
     """ffmpeg's arguments to make `fmt` of signed 16-bit samples from its standard input; `target` is the output's name.
 
@@ -92,7 +74,7 @@ def encoder_arguments(
     """
     source = ["-f", "s16le", "-ar", str(sample_rate // _RATE_DIVISOR), "-ac", "1", "-i", "pipe:0"]
     filters = ["-af", ",".join([f"asetrate={sample_rate}", *_tempo(speed)])]
-    result = ["-ar", str(SAMPLE_RATE), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *mark_arguments(fmt, mark)]
+    result = ["-ar", str(SAMPLE_RATE), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *tag_arguments(fmt, tag)]
     return [*source, *filters, *result, target]
 
 
@@ -120,7 +102,7 @@ async def convert(
     fmt: AudioFormat,
     *,
     speed: float = 1.0,
-    mark: Mark | None = None,
+    tag: SyntheticTag | None = None,
     stall_timeout: float = STALL_TIMEOUT,
 ) -> Converted:
     """A complete file whose headers are exact. Cancelled, it leaves neither a process nor a file.
@@ -130,7 +112,7 @@ async def convert(
         sample_rate: Of `samples`, in Hz.
         fmt: What to make of them.
         speed: From 0.25 to 4.0; the pitch stays.
-        mark: To be written into the file's metadata, where it has some.
+        tag: To be written into the file's metadata, where it has some.
         stall_timeout: Seconds without progress after which ffmpeg counts as hung.
 
     Raises:
@@ -146,7 +128,7 @@ async def convert(
     duration = len(pcm) / 2 / SAMPLE_RATE
     if fmt.name == "pcm":
         return Converted(pcm, duration)
-    return Converted(await _encode(pcm, fmt, mark, stall_timeout), duration)
+    return Converted(await _encode(pcm, fmt, tag, stall_timeout), duration)
 
 
 async def _at_speed(pcm: bytes, sample_rate: int, speed: float, stall_timeout: float) -> bytes:
@@ -158,11 +140,11 @@ async def _at_speed(pcm: bytes, sample_rate: int, speed: float, stall_timeout: f
     return changed
 
 
-async def _encode(pcm: bytes, fmt: AudioFormat, mark: Mark | None, stall_timeout: float) -> bytes:
+async def _encode(pcm: bytes, fmt: AudioFormat, tag: SyntheticTag | None, stall_timeout: float) -> bytes:
     """Encode into a file: a pipe cannot be sought in, and then no header could say how long the sound is."""
     with temporary_folder() as folder:
         file = folder / f"speech.{fmt.extension}"
-        await _run(encoder_arguments(fmt, SAMPLE_RATE, 1.0, mark, file.name), pcm, folder, stall_timeout)
+        await _run(encoder_arguments(fmt, SAMPLE_RATE, 1.0, tag, file.name), pcm, folder, stall_timeout)
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except OSError:
@@ -182,7 +164,7 @@ class StreamEncoder:
         fmt: What to encode to.
         sample_rate: Of the samples, in Hz.
         speed: From 0.25 to 4.0; the pitch stays.
-        mark: To be written into the metadata, where there is some.
+        tag: To be written into the metadata, where there is some.
         stall_timeout: Seconds without progress after which ffmpeg counts as hung.
 
     Raises:
@@ -195,11 +177,11 @@ class StreamEncoder:
         sample_rate: int,
         *,
         speed: float = 1.0,
-        mark: Mark | None = None,
+        tag: SyntheticTag | None = None,
         stall_timeout: float = STALL_TIMEOUT,
     ) -> None:
         self._format = fmt
-        self._arguments = encoder_arguments(fmt, sample_rate, speed, mark, "pipe:1", streamed=True)
+        self._arguments = encoder_arguments(fmt, sample_rate, speed, tag, "pipe:1", streamed=True)
         self._needs_ffmpeg = _needs_ffmpeg(fmt, sample_rate, speed)
         self._stall_timeout = stall_timeout
         self._process: FfmpegProcess | None = None

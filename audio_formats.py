@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Samples: TypeAlias = "NDArray[np.float32]"
+"""Mono audio: float32, shape (samples,), nominally within [-1, 1]."""
 
 SAMPLE_RATE = 24_000
 """Of everything that leaves the server, in Hz: what CSM and the built-in voice make, and what clients take raw PCM for."""
@@ -101,7 +109,7 @@ FORMATS: dict[str, AudioFormat] = {fmt.name: fmt for fmt in _TABLE}
 
 
 @dataclass(frozen=True)
-class Mark:
+class SyntheticTag:
     """Says in a file's metadata that a machine made the speech. It says nothing of the text.
 
     Attributes:
@@ -128,8 +136,8 @@ def _plain(name: str) -> str:
     return "".join(character for character in name if character.isprintable())[:64]
 
 
-def mark_arguments(fmt: AudioFormat, mark: Mark | None) -> list[str]:
-    """ffmpeg's output options for `mark`, where the container has room for it."""
-    if mark is None or not fmt.tagged:
+def tag_arguments(fmt: AudioFormat, tag: SyntheticTag | None) -> list[str]:
+    """ffmpeg's output options for `tag`, where the container has room for it."""
+    if tag is None or not fmt.tagged:
         return []
-    return ["-metadata", f"title={mark.title}", "-metadata", f"comment={mark.comment}"]
+    return ["-metadata", f"title={tag.title}", "-metadata", f"comment={tag.comment}"]

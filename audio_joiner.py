@@ -1,4 +1,4 @@
-"""Joins the sentence groups' samples into one utterance: silence at the edges trimmed, a set pause between, no click at the joints."""
+"""Joins the segments' samples into one utterance: silence at the edges trimmed, a set pause between, no click at the joints."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from speech_model import GroupChunk, Samples
+from audio_formats import Samples
+from speech_model import SegmentChunk
 
-# The level is watched in hops, counted from the group's first sample, so that chunk borders cannot matter.
+# The level is watched in hops, counted from the segment's first sample, so that chunk borders cannot matter.
 _HOP_SECONDS = 0.005
-# A hop is sound when its peak is above -60 dBFS and within 50 dB of the group's loudest hop so far. Measured on the built-in voice
+# A hop is sound when its peak is above -60 dBFS and within 50 dB of the segment's loudest hop so far. Measured on the built-in voice
 # (peaks at -9 to -13 dBFS): the final f, th, p and t of "cliff", "path", "map" and "cat" die away from -40 to -55 dBFS, its pauses lie
 # under -80. The second limit keeps a noisy recording's pauses, up to 50 dB under its speech, from counting as sound.
 _FLOOR = np.float32(10 ** (-60 / 20))
@@ -25,35 +26,35 @@ _FADE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class GroupMark:
-    """Where a group is heard.
+class SegmentTimestamp:
+    """Where a segment is heard.
 
     Attributes:
-        group: The group's index.
-        start: Seconds from the beginning of the joined audio to the group's first sample.
+        segment: The segment's index.
+        start: Seconds from the beginning of the joined audio to the segment's first sample.
         end: Seconds to the end of its last one; the pause follows.
     """
 
-    group: int
+    segment: int
     start: float
     end: float
 
 
-class GroupJoiner:
+class SegmentJoiner:
     """Takes a model's chunks in order and gives back the samples that may be played now.
 
-    Of the silence around each group up to 25 ms before and 70 ms behind the sound are kept; the pause counts what is kept, so the heard
-    gap is `pause_ms` (for a pause below 95 ms less is kept, but never less than 10 and 20 ms, so that no soft ending is cut). It is put in front of a group's first
-    sound: none comes before the first group or after the last, and a silent group adds nothing. The first and last 5 ms of a group are
+    Of the silence around each segment up to 25 ms before and 70 ms behind the sound are kept; the pause counts what is kept, so the heard
+    gap is `pause_ms` (for a pause below 95 ms less is kept, but never less than 10 and 20 ms, so that no soft ending is cut). It is put in front of a segment's first
+    sound: none comes before the first segment or after the last, and a silent segment adds nothing. The first and last 5 ms of a segment are
     faded with a raised cosine to zero, where the pause's digital silence begins. All samples together do not depend on how the
-    groups were cut into chunks. Held back are only the last 5 ms, an unfinished hop, and silence that may turn out to be the group's end.
+    segments were cut into chunks. Held back are only the last 5 ms, an unfinished hop, and silence that may turn out to be the segment's end.
 
     Args:
         sample_rate: Of the samples, in Hz.
-        pause_ms: The silence that is heard between two groups, in milliseconds.
+        pause_ms: The silence that is heard between two segments, in milliseconds.
 
     Attributes:
-        marks: Of each finished group that is heard, in order; exact to the sample.
+        timestamps: Of each finished segment that is heard, in order; exact to the sample.
     """
 
     def __init__(self, sample_rate: int, pause_ms: int) -> None:
@@ -66,85 +67,85 @@ class GroupJoiner:
         self._tail = int(sample_rate * max(_LEAST_TAIL_SECONDS, _TAIL_SECONDS * scale))
         self._played = 0
         self._silence_kept = 0  # at the end of what was played last
-        self._group = _Group()
-        self.marks: list[GroupMark] = []
+        self._segment = _Segment()
+        self.timestamps: list[SegmentTimestamp] = []
 
     @property
     def duration(self) -> float:
         """Seconds of audio given back so far."""
         return self._played / self._rate
 
-    def push(self, chunk: GroupChunk) -> Samples:
+    def push(self, chunk: SegmentChunk) -> Samples:
         """The samples that may be played after this chunk: float32, shape (n,), possibly empty."""
-        group = self._group
-        group.take(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
-        self._find_sound(group, ended=chunk.last)
-        if not group.sound_end:
-            group.forget(group.heard - self._head)
+        segment = self._segment
+        segment.take(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
+        self._find_sound(segment, ended=chunk.last)
+        if not segment.sound_end:
+            segment.forget(segment.heard - self._head)
             ready = np.zeros(0, np.float32)
-        elif group.begun:
-            ready = self._emit(group, ended=chunk.last)
+        elif segment.begun:
+            ready = self._emit(segment, ended=chunk.last)
         else:
-            ready = np.concatenate([self._begin(group), self._emit(group, ended=chunk.last)])
+            ready = np.concatenate([self._begin(segment), self._emit(segment, ended=chunk.last)])
         self._played += len(ready)
         if chunk.last:
-            self._finish(chunk.group, group)
+            self._finish(chunk.segment, segment)
         return ready
 
-    def _find_sound(self, group: _Group, *, ended: bool) -> None:
+    def _find_sound(self, segment: _Segment, *, ended: bool) -> None:
         """Look at the hops that are complete (at the end: at the rest as well) and note where sound begins and ends."""
-        count = (group.received - group.heard) // self._hop
-        new = group.pending[group.heard - group.base :]
+        count = (segment.received - segment.heard) // self._hop
+        new = segment.pending[segment.heard - segment.base :]
         peaks = np.abs(new[: count * self._hop]).reshape(count, self._hop).max(axis=1)
         if ended and len(new) > count * self._hop:
             peaks = np.append(peaks, np.abs(new[count * self._hop :]).max())
         if not len(peaks):
             return
-        loudest = np.maximum(np.maximum.accumulate(peaks), group.peak)
+        loudest = np.maximum(np.maximum.accumulate(peaks), segment.peak)
         sounding = np.flatnonzero(peaks > np.maximum(_FLOOR, loudest * _BELOW_PEAK))
         if len(sounding):
-            if not group.sound_end:
-                group.sound_start = group.heard + int(sounding[0]) * self._hop
-            group.sound_end = min(group.heard + (int(sounding[-1]) + 1) * self._hop, group.received)
-        group.peak = loudest[-1]
-        group.heard = min(group.heard + len(peaks) * self._hop, group.received)
+            if not segment.sound_end:
+                segment.sound_start = segment.heard + int(sounding[0]) * self._hop
+            segment.sound_end = min(segment.heard + (int(sounding[-1]) + 1) * self._hop, segment.received)
+        segment.peak = loudest[-1]
+        segment.heard = min(segment.heard + len(peaks) * self._hop, segment.received)
 
-    def _begin(self, group: _Group) -> Samples:
-        """The pause in front of a group whose first sound has come; leading silence is dropped."""
-        group.begun = True
-        group.start = group.sent = max(group.base, group.sound_start - self._head)
-        group.forget(group.start)
-        pause = 0 if not self.marks else max(0, self._pause - self._silence_kept - (group.sound_start - group.start))
-        group.position = self._played + pause
+    def _begin(self, segment: _Segment) -> Samples:
+        """The pause in front of a segment whose first sound has come; leading silence is dropped."""
+        segment.begun = True
+        segment.start = segment.sent = max(segment.base, segment.sound_start - self._head)
+        segment.forget(segment.start)
+        pause = 0 if not self.timestamps else max(0, self._pause - self._silence_kept - (segment.sound_start - segment.start))
+        segment.position = self._played + pause
         return np.zeros(pause, np.float32)
 
-    def _emit(self, group: _Group, *, ended: bool) -> Samples:
+    def _emit(self, segment: _Segment, *, ended: bool) -> Samples:
         """What is certain to be heard: all but the silence that may be the end, and the samples that may have to be faded out."""
         fade = len(self._fade_in)
-        end = min(group.sound_end + self._tail, group.received)
-        until = end if ended else max(group.sent, end - fade)
-        ready = group.pending[group.sent - group.base : until - group.base].copy()
-        offset = group.sent - group.start
+        end = min(segment.sound_end + self._tail, segment.received)
+        until = end if ended else max(segment.sent, end - fade)
+        ready = segment.pending[segment.sent - segment.base : until - segment.base].copy()
+        offset = segment.sent - segment.start
         if offset < fade:
             ready[: fade - offset] *= self._fade_in[offset : offset + len(ready)]
         if ended:
-            # `fade` samples were held back, unless the whole group is shorter than that.
+            # `fade` samples were held back, unless the whole segment is shorter than that.
             length = min(fade, len(ready))
             if length:
                 ready[-length:] *= self._fade_in[:length][::-1]
-            self._silence_kept = end - group.sound_end
-        group.sent = until
-        group.forget(until)
+            self._silence_kept = end - segment.sound_end
+        segment.sent = until
+        segment.forget(until)
         return ready
 
-    def _finish(self, index: int, group: _Group) -> None:
-        if group.begun:
-            self.marks.append(GroupMark(index, group.position / self._rate, self._played / self._rate))
-        self._group = _Group()
+    def _finish(self, index: int, segment: _Segment) -> None:
+        if segment.begun:
+            self.timestamps.append(SegmentTimestamp(index, segment.position / self._rate, self._played / self._rate))
+        self._segment = _Segment()
 
 
-class _Group:
-    """The group that is being received. All offsets count samples from its first one."""
+class _Segment:
+    """The segment that is being received. All offsets count samples from its first one."""
 
     def __init__(self) -> None:
         self.pending: NDArray[np.float32] = np.zeros(0, np.float32)  # received and not sent, from `base` on

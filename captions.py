@@ -7,14 +7,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from audio_joiner import GroupMark
+from audio_joiner import SegmentTimestamp
 
 _KEPT_ANSWERS = 64
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence group's text and when it is heard, in seconds from the start of the audio."""
+    """A segment's text and when it is heard, in seconds from the start of the audio."""
 
     group: int
     text: str
@@ -22,11 +22,16 @@ class Caption:
     end: float
 
 
-def captions_of(groups: Sequence[str], marks: Sequence[GroupMark], speed: float) -> list[Caption]:
+def captions_of(segments: Sequence[str], timestamps: Sequence[SegmentTimestamp], speed: float) -> list[Caption]:
     """The captions of an utterance, in the audio's own time: at double speed everything is heard in half of it."""
     return [
-        Caption(mark.group, " ".join(groups[mark.group].split()), round(mark.start / speed, 3), round(mark.end / speed, 3))
-        for mark in marks
+        Caption(
+            timestamp.segment,
+            " ".join(segments[timestamp.segment].split()),
+            round(timestamp.start / speed, 3),
+            round(timestamp.end / speed, 3),
+        )
+        for timestamp in timestamps
     ]
 
 

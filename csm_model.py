@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from config import Settings
-from model_source import find_model
-from speech_model import GroupChunk, Grouping, LoadProgress, ModelLoadError, SpeechOptions
+from csm_files import find_model
+from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
 from voice_presets import Voice
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLE_RATE = 24_000  # Mimi's
-_LONGEST_GROUP = 400  # characters; users report garbage beyond a sentence or two, and good results from 280 to 400
-_FIRST_GROUP = 120
+_LONGEST_SEGMENT = 400  # characters; users report garbage beyond a sentence or two, and good results from 280 to 400
+_FIRST_SEGMENT = 120
 
 
 class CsmModel:
@@ -35,8 +35,8 @@ class CsmModel:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.grouping = Grouping(
-            target=settings.group_characters, maximum=_LONGEST_GROUP, first=min(_FIRST_GROUP, settings.group_characters)
+        self.segment_lengths = SegmentLengths(
+            target=settings.group_characters, maximum=_LONGEST_SEGMENT, first=min(_FIRST_SEGMENT, settings.group_characters)
         )
         self._speaker: CsmSpeaker | None = None
         self._facts: dict[str, Any] = {}
@@ -87,9 +87,9 @@ class CsmModel:
         """Whether `text`, behind this voice's prompt, fits into the model's context."""
         return self._loaded().fits(text, voice)
 
-    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
-        """Say each group in turn, as `SpeechModel.speak`."""
-        return self._loaded().speak(groups, voice, options, cancelled)
+    def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
+        """Say each segment in turn, as `SpeechModel.speak`."""
+        return self._loaded().speak(segments, voice, options, cancelled)
 
     def info(self) -> dict[str, Any]:
         """Facts for `/health`; memory in GB (1e9 bytes), of all that MLX holds. Before a load only what MODEL_ID asks for."""

@@ -14,7 +14,7 @@ from mlx_audio.codec.models.mimi.mimi import Mimi, mimi_202407
 from mlx_audio.tts.models.sesame import sesame
 from mlx_audio.utils import apply_quantization
 
-from model_source import MIMI_REPO, TOKENIZER_REPO, ModelFiles
+from csm_files import MIMI_REPO, TOKENIZER_REPO, ModelFiles
 from speech_model import LoadProgress, ModelLoadError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from mlx_audio.tts.models.sesame import sesame
 from numpy.typing import NDArray
 
 from config import Settings
-from csm_batch import PromptTokens
+from csm_decoding import PromptTokens
 from errors import InternalError, InvalidAudioError
 from voice_presets import Voice
 

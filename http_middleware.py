@@ -29,7 +29,7 @@ from errors import (
     TTSError,
     shorten,
 )
-from speech_request import MAX_BODY_BYTES
+from schemas import MAX_BODY_BYTES
 
 logger = logging.getLogger("sesame_tts.request")
 
@@ -55,7 +55,7 @@ def error_response(error: TTSError) -> JSONResponse:
 class RequestLog:
     """Outermost: gives each request an id, answers with it, and logs one line when the answer is over.
 
-    The route adds its own facts to `scope["state"]["facts"]`; they come into the line as they are. Never the text, never a key.
+    The route adds its own facts to `scope["state"]["log_fields"]`; they come into the line as they are. Never the text, never a key.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -68,7 +68,7 @@ class RequestLog:
             return
         request_id = _request_id(Headers(scope=scope))
         state = scope.setdefault("state", {})
-        state["request_id"], state["facts"] = request_id, {}
+        state["request_id"], state["log_fields"] = request_id, {}
         status: dict[str, Any] = {"status": "aborted"}
         started = time.monotonic()
 
@@ -110,12 +110,12 @@ def _request_id(headers: Headers) -> str:
 def _log(scope: Scope, status: object, seconds: float) -> None:
     state = scope["state"]
     facts = {"id": state["request_id"], "method": scope["method"][:_LONGEST_METHOD], "path": shorten(scope["path"]), "status": status}
-    facts |= state["facts"] | {"seconds": f"{seconds:.3f}"}
+    facts |= state["log_fields"] | {"seconds": f"{seconds:.3f}"}
     level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
     logger.log(level, " ".join(f"{name}={value}" for name, value in facts.items()))
 
 
-class Gate:
+class AccessMiddleware:
     """Refuses, before anything is read: a foreign Host, a missing key, a body that is too large."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:

@@ -1,24 +1,193 @@
-"""A model and all that keeps it going: its thread, its turns, its loading in the background, and what is known of its state."""
+"""Runs one model: its thread, its request queue, loading, unloading, and status."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from errors import GenerationTimeoutError, ModelNotReadyError
-from model_worker import ModelWorker, WorkerLostError
+from errors import GenerationTimeoutError, ModelNotReadyError, QueueTimeoutError, RateLimitError, ShuttingDownError
 from speech_model import LoadProgress, ModelLoadError, SpeechModel
-from speech_turns import Turns
+
+_FIRST_GUESS_SECONDS = 5.0  # of one utterance, until some have been measured
+_WEIGHT_OF_LATEST = 0.3  # in the running mean of how long a turn takes
+
+
+class RequestQueue:
+    """Who speaks next.
+
+    Args:
+        limit: How many may wait; one more is refused.
+        timeout: How long one may wait, in seconds.
+    """
+
+    def __init__(self, limit: int, timeout: float) -> None:
+        self.active = 0
+        self.waiting = 0
+        self._limit = limit
+        self._timeout = timeout
+        self._semaphore = asyncio.Semaphore(1)
+        self._closed = asyncio.Event()
+        self._mean_seconds = _FIRST_GUESS_SECONDS
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[float]:
+        """Wait for the turn and hold it; the value is the time spent waiting, in seconds.
+
+        Raises:
+            RateLimitError: The queue is full.
+            QueueTimeoutError: The turn did not come in time.
+            ShuttingDownError: The server goes down.
+        """
+        started = time.monotonic()
+        await self._take()
+        self.active += 1
+        taken = time.monotonic()
+        try:
+            yield taken - started
+        finally:
+            self._mean_seconds += _WEIGHT_OF_LATEST * (time.monotonic() - taken - self._mean_seconds)
+            self.active -= 1
+            self._semaphore.release()
+
+    def close(self) -> None:
+        """Refuse everybody who waits, and everybody who still comes."""
+        self._closed.set()
+
+    def retry_after(self) -> int:
+        """In how many seconds, about, those who wait now will have been served, going by how long queue have taken."""
+        return max(1, math.ceil(self._mean_seconds * max(1, self.waiting)))
+
+    async def _take(self) -> None:
+        if self._closed.is_set():
+            raise _shutting_down()
+        if not self._semaphore.locked():
+            await self._semaphore.acquire()  # free: taken without waiting, so the bound on the queue does not apply
+            return
+        if self.waiting >= self._limit:
+            raise RateLimitError(
+                f"The queue is full: as many requests as may wait for their turn do ({self.waiting}). Try again in {self.retry_after()} s.",
+                headers={"Retry-After": str(self.retry_after())},
+            )
+        self.waiting += 1
+        try:
+            await self._acquire()
+        finally:
+            self.waiting -= 1
+
+    async def _acquire(self) -> None:
+        """Take the semaphore, unless time runs out or the server goes down.
+
+        `asyncio.wait_for` around `acquire` can lose a turn that comes at the same moment as the time-out (Python before 3.12), so the
+        two are waited for side by side and a turn that came after all is given back.
+        """
+        acquiring = asyncio.ensure_future(self._semaphore.acquire())
+        closing = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait({acquiring, closing}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._closed.is_set():
+                raise _shutting_down()
+            if not acquiring.done():
+                raise QueueTimeoutError(
+                    f"The request waited {self._timeout:g} s for its turn, the most that QUEUE_TIMEOUT allows. Try again later.",
+                    headers={"Retry-After": str(self.retry_after())},
+                )
+        except BaseException:
+            _give_back(acquiring, self._semaphore)
+            raise
+        finally:
+            closing.cancel()
+
+
+def _give_back(acquiring: asyncio.Future[Any], semaphore: asyncio.Semaphore) -> None:
+    if acquiring.done() and not acquiring.cancelled():
+        semaphore.release()
+    else:
+        acquiring.cancel()
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})
+
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 1.0
+
+
+class WorkerLostError(Exception):
+    """The thread has ended with jobs in line, which nobody will do now."""
+
+
+class ModelWorker:
+    """A thread that does one job after another, in the order in which they came.
+
+    MLX ties its streams and its random state to a thread (mlx 0.32: a model loaded on one thread raises "There is no Stream" on
+    another), so load, speech and close of a model share one. The thread is a daemon: a job that hangs in native code, which nothing
+    can interrupt, must not keep the process from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"model-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are still done."""
+        return self._thread.is_alive()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` when those before it are done; the future holds what it returns or raises."""
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    async def do(self, job: Callable[[], T]) -> T:
+        """Run `job` and wait for what it returns or raises.
+
+        Raises:
+            WorkerLostError: The thread ended before the job did.
+        """
+        future = asyncio.wrap_future(self.submit(job))
+        try:
+            while not future.done() and self.alive:
+                await asyncio.wait({future}, timeout=_LOOK_SECONDS)
+            if not future.done():
+                raise WorkerLostError
+            return future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """End the thread after the jobs that are already in line."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = job()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del item, job, future  # or the last utterance's samples would live until the next one
+
 
 logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
-T = TypeVar("T")
 
 _FIRST_RETRY_SECONDS = 30.0
 _LONGEST_RETRY_SECONDS = 1800.0
@@ -59,7 +228,7 @@ class ModelHost:
 
     Args:
         create: Makes the model, unloaded. Called again when a hung model has to be left behind.
-        turns: The model's queue.
+        queue: The model's queue.
         disabled: Why the model is switched off, if it is.
         stall_seconds: A job without a sign of life for longer than this is given up.
         idle_seconds: The model is unloaded after so long without work; 0 keeps it for ever.
@@ -69,7 +238,7 @@ class ModelHost:
     def __init__(
         self,
         create: Callable[[], SpeechModel],
-        turns: Turns,
+        queue: RequestQueue,
         *,
         disabled: str | None = None,
         stall_seconds: float,
@@ -77,7 +246,7 @@ class ModelHost:
         after_load: Callable[[SpeechModel], None] = lambda _: None,
     ) -> None:
         self.model = create()
-        self.turns = turns
+        self.queue = queue
         self.state: State = "disabled" if disabled else "loading"
         self.error: str | None = disabled
         self.progress: LoadProgress | None = None
@@ -179,7 +348,7 @@ class ModelHost:
             progress = self.progress
             fraction = progress.done / progress.total if progress.done is not None and progress.total else None
             facts["progress"] = {"stage": progress.stage, "done": progress.done, "total": progress.total, "fraction": fraction}
-        return facts | self.model.info() | {"active": self.turns.active, "waiting": self.turns.waiting}
+        return facts | self.model.info() | {"active": self.queue.active, "waiting": self.queue.waiting}
 
     def _percent(self) -> str:
         progress = self.progress
@@ -245,12 +414,12 @@ class ModelHost:
             if asked:
                 return
             idle = time.monotonic() - self._last_work
-            if self.state == "ready" and idle >= self._idle_seconds and not self.turns.active:
+            if self.state == "ready" and idle >= self._idle_seconds and not self.queue.active:
                 await self._unload()
                 logger.info("model %s: unloaded after %.0f s without work", self.model.id, idle)
 
     async def _unload(self) -> None:
-        async with self.turns.turn():
+        async with self.queue.slot():
             try:
                 await self._worker.do(self.model.close)
             except Exception:

@@ -24,16 +24,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import captions
-import logs
-from api_document import complete_document
-from audio_converter import clean_temporary_files, ffmpeg_version, find_ffmpeg
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
-from http_middleware import DOCS_FILES, Gate, RequestLog, error_response, is_owner, require_owner
-from metrics import Metrics
+from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
+from http_middleware import DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
+from monitoring import Metrics, configure_logging
+from schemas import SpeechRequest, complete_document, explain
 from server_process import listen, serve
-from speech_endpoint import SpeechEndpoint
-from speech_request import SpeechRequest, explain
+from speech_routes import SpeechEndpoint
 from tts_engine import TTSEngine
 from voice_presets import VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices, voice_routes
@@ -128,8 +126,8 @@ class Server:
             "max_input_length": self.settings.max_input_length,
             "skipped_presets": [asdict(skipped) for skipped in self.presets.skipped()],
             "queue": {
-                "active": sum(host.turns.active for host in self.engine.hosts.values()),
-                "waiting": sum(host.turns.waiting for host in self.engine.hosts.values()),
+                "active": sum(host.queue.active for host in self.engine.hosts.values()),
+                "waiting": sum(host.queue.waiting for host in self.engine.hosts.values()),
                 "limit": self.settings.max_queue,
             },
             "setting_faults": self.setting_faults(),
@@ -248,7 +246,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.playground:
         _add_page(app)
     _add_error_handlers(app, server)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
@@ -343,7 +341,7 @@ def main() -> int:
     except SettingsError as error:
         print(f"sesame-tts: {error}", file=sys.stderr)
         return 2
-    logs.configure(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
+    configure_logging(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
     app = create_app(settings)
     host, port = bound.getsockname()[:2]
     here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - what to type into a browser, not what to bind to

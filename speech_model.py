@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from voice_presets import Voice
-
-Samples = NDArray[np.float32]
-"""Mono audio: float32, shape (samples,), nominally within [-1, 1]."""
+from audio_formats import Samples
+from voice_presets import Voice
 
 
 @dataclass(frozen=True)
@@ -24,7 +18,7 @@ class SpeechOptions:
         seed: Of the utterance's own random stream: the same text, voice and seed give the same samples.
         temperature: The sampler's temperature, in place of the preset's.
         top_k: The sampler's top-k, in place of the preset's.
-        streamed: Somebody listens while it is generated, so the first group's samples are wanted as they come.
+        streamed: Somebody listens while it is generated, so the first segment's samples are wanted as they come.
     """
 
     seed: int
@@ -34,21 +28,21 @@ class SpeechOptions:
 
 
 @dataclass(frozen=True)
-class GroupChunk:
-    """Some samples of one sentence group.
+class SegmentChunk:
+    """Some samples of one segment.
 
-    Chunks come in the text's order: all of group 0, then all of group 1. Each group ends with exactly one chunk whose `last` is true
+    Chunks come in the text's order: all of segment 0, then all of segment 1. Each segment ends with exactly one chunk whose `last` is true
     (its samples may be empty).
 
     Attributes:
-        group: The group's index among those that were asked for.
+        segment: The segment's index among those that were asked for.
         samples: float32, shape (n,), at the model's sample rate.
-        last: No more of this group follows.
-        retries: How often the group was generated again (told with the last chunk).
-        word_error_rate: What a recogniser made of the group, where one was asked (told with the last chunk).
+        last: No more of this segment follows.
+        retries: How often the segment was generated again (told with the last chunk).
+        word_error_rate: What a recogniser made of the segment, where one was asked (told with the last chunk).
     """
 
-    group: int
+    segment: int
     samples: Samples
     last: bool
     retries: int = 0
@@ -56,13 +50,13 @@ class GroupChunk:
 
 
 @dataclass(frozen=True)
-class Grouping:
+class SegmentLengths:
     """How long a text a model says well in one go, in characters.
 
     Attributes:
         target: Sentences are packed together up to this length.
         maximum: A single sentence longer than this is broken at a clause, else at a word.
-        first: The target of the first group, shorter so that sound starts early.
+        first: The target of the first segment, shorter so that sound starts early.
     """
 
     target: int
@@ -90,7 +84,7 @@ class SpeechModel(Protocol):
 
     id: str
     sample_rate: int
-    grouping: Grouping
+    segment_lengths: SegmentLengths
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
         """Make the model ready to speak.
@@ -108,8 +102,8 @@ class SpeechModel(Protocol):
     def fits(self, text: str, voice: Voice) -> bool:
         """Whether `text`, behind this voice's prompt, fits into the model's context."""
 
-    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
-        """Say each group in turn.
+    def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
+        """Say each segment in turn.
 
         `cancelled` is asked at least once a frame; when it says yes, the iterator ends at once, without a last chunk.
         Closing the iterator has the same effect.

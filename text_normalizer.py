@@ -1,4 +1,4 @@
-"""Makes a text speakable: what a reader sees as form (Markdown, HTML, links, emoji) goes, what a listener can hear stays."""
+"""Makes a text normalize_text: what a reader sees as form (Markdown, HTML, links, emoji) goes, what a listener can hear stays."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def has_speech(text: str) -> bool:
     return _SPEECH.search(text) is not None
 
 
-def speakable(text: str) -> str:
+def normalize_text(text: str) -> str:
     """`text` as it should be spoken: paragraphs of plain sentences, parted by blank lines; empty if nothing can be said.
 
     - Markdown's marks go and their words stay; list items, headings and table rows become sentences (cells parted by commas), a full

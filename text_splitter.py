@@ -1,4 +1,4 @@
-"""Cuts a text into groups of sentences that a model can say well, without losing or doubling a character."""
+"""Cuts a text into segments of sentences that a model can say well, without losing or doubling a character."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import takewhile
 import regex
 import sentencex
 
-from speech_model import Grouping
+from speech_model import SegmentLengths
 
 # A list item's mark: a single line break in front of it ends the line before. Other single line breaks are only wrapping.
 _LIST_MARK = re.compile(r"(?:[-*+•‣◦▪●–—]|[(\[]?(?:[0-9]{1,3}|[A-Za-z])[.)\]])[ \t]")
@@ -45,35 +45,35 @@ _WORD_EDGE = regex.compile(r"(?w)\b")
 _CLUSTER = regex.compile(r"\X")
 
 
-def always(_group: str) -> bool:
-    """Every group fits: for a model without a limit of its own."""
+def always(_segment: str) -> bool:
+    """Every segment fits: for a model without a limit of its own."""
     return True
 
 
-def split_text(text: str, grouping: Grouping, fits: Callable[[str], bool] = always) -> list[str]:
-    """`text` as groups to be spoken one after another; joined they are `text` again, to the character.
+def split_text(text: str, segment_lengths: SegmentLengths, fits: Callable[[str], bool] = always) -> list[str]:
+    """`text` as segments to be spoken one after another; joined they are `text` again, to the character.
 
-    Sentences are found by sentencex (its English rules, and the terminators of other scripts) and packed up to `grouping.target`
-    characters, the first group up to `grouping.first`; the end of a paragraph closes a group that is at least half full. A sentence
-    longer than `grouping.maximum` is halved at a clause's punctuation, else between two words. Where there is no space at all (Chinese,
+    Sentences are found by sentencex (its English rules, and the terminators of other scripts) and packed up to `segment_lengths.target`
+    characters, the first segment up to `segment_lengths.first`; the end of a paragraph closes a segment that is at least half full. A sentence
+    longer than `segment_lengths.maximum` is halved at a clause's punctuation, else between two words. Where there is no space at all (Chinese,
     Thai, one endless word) the cut falls at Unicode's word edges, else between two grapheme clusters, so that no accent and no emoji
-    comes apart; only a single cluster that is itself too long is cut inside. Lengths do not count the whitespace around a group, which
-    stays with the group before it. No group is blank unless the text is; no text gives no group.
+    comes apart; only a single cluster that is itself too long is cut inside. Lengths do not count the whitespace around a segment, which
+    stays with the segment before it. No segment is blank unless the text is; no text gives no segment.
 
     Args:
         text: Any string.
-        grouping: The lengths, in characters. With a target of 1 each sentence is a group of its own.
-        fits: Whether the model can take a group at all. One that does not fit is halved until it does, or is a single character.
+        segment_lengths: The lengths, in characters. With a target of 1 each sentence is a segment of its own.
+        fits: Whether the model can take a segment at all. One that does not fit is halved until it does, or is a single character.
     """
     if not text.strip():
         return [text] if text else []
     pieces: list[str] = []
     closing: list[bool] = []  # whether a paragraph ends behind the piece
     for sentence, ends_paragraph in _sentences(text):
-        parts = list(_parts(sentence, lambda part: _size(part) <= grouping.maximum and fits(part)))
+        parts = list(_parts(sentence, lambda part: _size(part) <= segment_lengths.maximum and fits(part)))
         pieces += parts
         closing += [False] * (len(parts) - 1) + [ends_paragraph]
-    return _pack(pieces, closing, grouping, fits)
+    return _pack(pieces, closing, segment_lengths, fits)
 
 
 def _size(part: str) -> int:
@@ -218,22 +218,24 @@ def _nearest(middle: int, ends: Iterable[int], first: int, last: int) -> int | N
 # --- Packing ---
 
 
-def _pack(pieces: list[str], closing: list[bool], grouping: Grouping, fits: Callable[[str], bool]) -> list[str]:
-    """`pieces` glued together in order, as many a group as its target holds."""
-    groups: list[str] = []
-    group = ""
+def _pack(pieces: list[str], closing: list[bool], segment_lengths: SegmentLengths, fits: Callable[[str], bool]) -> list[str]:
+    """`pieces` glued together in order, as many a segment as its target holds."""
+    segments: list[str] = []
+    segment = ""
     full = False
     for piece, closes in zip(pieces, closing, strict=True):
-        limit = min(grouping.target if groups else grouping.first, grouping.maximum)
-        if group and (full or _size(group + piece) > limit or not fits(group + piece)):
-            groups.append(group)
-            group = ""
-            limit = min(grouping.target, grouping.maximum)
-        group += piece
-        full = closes and _size(group) * 2 >= limit
-    groups.append(group)
-    if len(groups) > 2 and _size(groups[-1]) * 4 < grouping.target:  # a few words alone are said worse than behind their sentence
-        joined = groups[-2] + groups[-1]
-        if _size(joined) <= grouping.maximum and fits(joined):
-            groups[-2:] = [joined]
-    return groups
+        limit = min(segment_lengths.target if segments else segment_lengths.first, segment_lengths.maximum)
+        if segment and (full or _size(segment + piece) > limit or not fits(segment + piece)):
+            segments.append(segment)
+            segment = ""
+            limit = min(segment_lengths.target, segment_lengths.maximum)
+        segment += piece
+        full = closes and _size(segment) * 2 >= limit
+    segments.append(segment)
+    if (
+        len(segments) > 2 and _size(segments[-1]) * 4 < segment_lengths.target
+    ):  # a few words alone are said worse than behind their sentence
+        joined = segments[-2] + segments[-1]
+        if _size(joined) <= segment_lengths.maximum and fits(joined):
+            segments[-2:] = [joined]
+    return segments

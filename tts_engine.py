@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
-from audio_joiner import GroupJoiner, GroupMark
-from builtin_voice import BuiltinVoice
+from audio_formats import Samples
+from audio_joiner import SegmentJoiner, SegmentTimestamp
 from config import Settings
 from csm_model import CsmModel
 from errors import InsufficientMemoryError, InternalError, InvalidInputError, TTSError
-from model_host import Heartbeat, ModelHost
-from speech_model import Samples, SpeechModel, SpeechOptions
-from speech_turns import Turns
-from text_normalizer import has_speech, speakable
+from hibari_model import HibariModel
+from model_host import Heartbeat, ModelHost, RequestQueue
+from speech_model import SpeechModel, SpeechOptions
+from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 from voice_presets import Voice, VoicePresetManager
 
@@ -38,10 +38,10 @@ class Utterance:
         generation_time: Seconds the model has worked on it.
         first_audio_time: Seconds from the turn to the first samples.
         audio_seconds: Of sound so far.
-        retries: Groups that were generated again.
-        word_error_rate: The worst group's, where a recogniser listened.
-        groups: The text as it was split.
-        marks: When each group starts and ends, in seconds.
+        retries: Segments that were generated again.
+        word_error_rate: The worst segment's, where a recogniser listened.
+        segments: The text as it was split.
+        timestamps: When each segment starts and ends, in seconds.
     """
 
     def __init__(self, voice: Voice, sample_rate: int, seed: int) -> None:
@@ -54,14 +54,14 @@ class Utterance:
         self.audio_seconds = 0.0
         self.retries = 0
         self.word_error_rate: float | None = None
-        self.groups: list[str] = []
-        self.marks: list[GroupMark] = []
+        self.segments: list[str] = []
+        self.timestamps: list[SegmentTimestamp] = []
         self._heartbeat = Heartbeat()
         # Unbounded in form, bounded in fact: an utterance ends, at MAX_INPUT_LENGTH characters at the latest. A bound below its length
         # would let a slow reader hold the model, which is the one thing this buffer is for.
         self._buffer: asyncio.Queue[Samples | BaseException | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
-        self._has_turn = False
+        self._has_slot = False
         self._begun = asyncio.Event()
         self._failure: BaseException | None = None
 
@@ -72,7 +72,7 @@ class Utterance:
             TTSError: It did not come: the queue was full, or the wait too long.
         """
         await self._begun.wait()
-        if not self._has_turn and self._failure:
+        if not self._has_slot and self._failure:
             raise self._failure
 
     async def __aiter__(self) -> AsyncIterator[Samples]:
@@ -92,7 +92,7 @@ class Utterance:
         self._heartbeat.stop()
         if self._task is None:
             return
-        if not self._has_turn:
+        if not self._has_slot:
             self._task.cancel()
         await asyncio.wait({self._task})
 
@@ -110,10 +110,10 @@ class TTSEngine:
         self._presets = presets
         off = None if settings.csm_enabled else _why_disabled(settings)
         self._hosts: dict[str, ModelHost] = {
-            "hibari": ModelHost(BuiltinVoice, self._new_turns(), stall_seconds=settings.generation_timeout, after_load=self._warm_up),
+            "hibari": ModelHost(HibariModel, self._new_queue(), stall_seconds=settings.generation_timeout, after_load=self._warm_up),
             "csm-1b": ModelHost(
                 lambda: CsmModel(settings),
-                self._new_turns(),
+                self._new_queue(),
                 disabled=off,
                 stall_seconds=settings.generation_timeout,
                 idle_seconds=settings.idle_unload_seconds,
@@ -144,7 +144,7 @@ class TTSEngine:
     def drain(self) -> None:
         """Take no new work: who waits is told so, who has the turn may finish."""
         for host in self._hosts.values():
-            host.turns.close()
+            host.queue.close()
 
     def reload(self) -> None:
         """Load models again that failed to load."""
@@ -180,10 +180,10 @@ class TTSEngine:
             InvalidInputError: Nothing in it can be said.
         """
         if self._settings.normalize_text if normalize is None else normalize:
-            text = speakable(text)
+            text = normalize_text(text)
         if not has_speech(text):
             raise InvalidInputError(
-                "'input' has nothing that can be said: it holds no letter and no digit once marks are removed.", param="input"
+                "'input' has nothing that can be said: it holds no letter and no digit once timestamps are removed.", param="input"
             )
         return text
 
@@ -208,8 +208,8 @@ class TTSEngine:
         """Wait for the turn, speak, give the turn on; whatever happens reaches the utterance's reader."""
         end: BaseException | None = None
         try:
-            async with host.turns.turn() as waited:
-                utterance._has_turn = True
+            async with host.queue.slot() as waited:
+                utterance._has_slot = True
                 utterance.queue_time = waited
                 utterance._begun.set()
                 emit = _emitter(utterance, asyncio.get_running_loop())
@@ -236,11 +236,11 @@ class TTSEngine:
     ) -> None:
         """The whole of one utterance, on the model's thread."""
         heartbeat, voice = utterance._heartbeat, utterance.voice
-        groups = split_text(text, model.grouping, lambda group: model.fits(group, voice))
-        joiner = GroupJoiner(model.sample_rate, self._settings.pause_ms)
-        utterance.groups, utterance.marks = groups, joiner.marks
+        segments = split_text(text, model.segment_lengths, lambda segment: model.fits(segment, voice))
+        joiner = SegmentJoiner(model.sample_rate, self._settings.pause_ms)
+        utterance.segments, utterance.timestamps = segments, joiner.timestamps
         finished = 0
-        stream = model.speak(groups, voice, options, heartbeat.cancelled)
+        stream = model.speak(segments, voice, options, heartbeat.cancelled)
         for chunk in stream:
             emit(joiner.push(chunk))
             if chunk.last:
@@ -250,8 +250,8 @@ class TTSEngine:
                     utterance.word_error_rate = max(utterance.word_error_rate or 0.0, chunk.word_error_rate)
         if heartbeat.stopped:
             return
-        if finished != len(groups):
-            raise InternalError(f"The model spoke {finished} of {len(groups)} parts of the text.")
+        if finished != len(segments):
+            raise InternalError(f"The model spoke {finished} of {len(segments)} parts of the text.")
         if not utterance.audio_seconds:
             raise InvalidInputError(f"Voice '{voice.preset.name}' cannot say this text: no sound came of it.", param="input")
 
@@ -263,8 +263,8 @@ class TTSEngine:
         await self._hosts["hibari"].settled()
         self._hosts["csm-1b"].start()
 
-    def _new_turns(self) -> Turns:
-        return Turns(self._settings.max_queue, self._settings.queue_timeout)
+    def _new_queue(self) -> RequestQueue:
+        return RequestQueue(self._settings.max_queue, self._settings.queue_timeout)
 
 
 def new_seed() -> int:

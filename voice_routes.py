@@ -1,27 +1,177 @@
-"""The voices over HTTP: listing them, adding one from a recording, deleting it."""
+"""Voices over HTTP: list, add from a recording, delete."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
+import regex
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from audio_formats import Samples
 from config import Settings
-from errors import ForbiddenError, InvalidAudioError, InvalidRequestError, NotFoundError
+from errors import BodyTooLargeError, ForbiddenError, InvalidAudioError, InvalidRequestError, NotFoundError, StorageError
 from http_middleware import require_owner
+from model_host import RequestQueue
 from recordings import read_recording_bytes
-from speech_model import ModelLoadError, Samples
-from speech_response import run_until_gone
-from speech_turns import Turns
+from speech_model import ModelLoadError
+from speech_routes import run_until_gone
 from tts_engine import TTSEngine
-from voice_form import VoiceForm, clean_words, read_voice_form
 from voice_presets import Voice, VoicePresetManager
-from voice_store import StoredVoice, VoiceStore, clean_name
+from voice_store import MAX_NAME, MAX_WORDS, StoredVoice, VoiceStore, clean_name
+
+MAX_SAMPLE_BYTES = 10 << 20
+"""OpenAI's limit for a recording."""
+
+_MAX_CONSENT = 200
+_REFUSALS = frozenset({"", "false", "no", "0", "off", "f", "n", "none", "null", "undefined"})
+_WORD = regex.compile(r"[\p{L}\p{N}]")
+_INVISIBLE = regex.compile(r"[\p{Z}\p{C}]+")
+
+
+@dataclass(frozen=True)
+class VoiceForm:
+    """What a form holds.
+
+    Attributes:
+        name: As it was sent.
+        consent: A word for yes, or the id of a consent.
+        ref_text: The recording's words; empty where they were not sent.
+        audio_sample: The recording, at its beginning.
+    """
+
+    name: str
+    consent: str
+    ref_text: str
+    audio_sample: BinaryIO
+
+    OPENAPI: ClassVar[dict[str, Any]] = {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["name", "audio_sample", "consent"],
+                        "properties": {
+                            "name": {
+                                "type": "string",
+                                "minLength": 1,
+                                "maxLength": MAX_NAME,
+                                "example": "Grandmother",
+                                "description": "What the voice is called.",
+                            },
+                            "audio_sample": {
+                                "type": "string",
+                                "format": "binary",
+                                "description": "1 to 60 s of speech as WAV, MP3, M4A, FLAC, Ogg, Opus or WebM; up to 10 MiB.",
+                            },
+                            "consent": {
+                                "type": "string",
+                                "minLength": 1,
+                                "maxLength": _MAX_CONSENT,
+                                "example": "true",
+                                "description": "`true`, or the id of a consent: the speaker agrees. Kept with the date.",
+                            },
+                            "ref_text": {
+                                "type": "string",
+                                "maxLength": MAX_WORDS,
+                                "example": "These are the words that I say in the recording.",
+                                "description": "The words of the recording, exactly as spoken. Where a recogniser is installed, they may be left out.",
+                            },
+                        },
+                    }
+                }
+            },
+        }
+    }
+
+
+@asynccontextmanager
+async def read_voice_form(request: Request) -> AsyncIterator[VoiceForm]:
+    """The form of a request. Its recording, kept in a nameless temporary file, is gone when the context ends.
+
+    Raises:
+        InvalidRequestError: Something is missing, twice there, or of the wrong kind.
+        BodyTooLargeError: The recording is.
+        StorageError: There is no room for a temporary file.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise _bad_form("The body must be a form, sent as multipart/form-data.")
+    try:
+        form = await request.form(max_files=2, max_fields=20)
+    except HTTPException as error:
+        raise _bad_form(f"The form cannot be read: {error.detail}") from None
+    except OSError as error:
+        logger.error("a form cannot be kept while it is read: %s", error.strerror)  # noqa: TRY400 - the cause is all there is to know
+        raise StorageError("The server has no room for a temporary file.") from None
+    try:
+        yield _checked(form)
+    finally:
+        await form.close()
+
+
+def clean_words(text: str) -> str:
+    """`text` with single spaces and nothing invisible; empty when no word is in it."""
+    cleaned = _INVISIBLE.sub(" ", text).strip()
+    return cleaned if _WORD.search(cleaned) else ""
+
+
+def _checked(form: FormData) -> VoiceForm:
+    name = _text(form, "name", MAX_NAME)
+    consent = _text(form, "consent", _MAX_CONSENT)
+    if consent.lower() in _REFUSALS:
+        raise _bad_field("consent", "'consent' must be 'true', or the id of a consent: a voice may be used only if its speaker agrees.")
+    words = clean_words(_text(form, "ref_text", MAX_WORDS)) if "ref_text" in form else ""
+    return VoiceForm(name, consent, words, _sample(form))
+
+
+def _only(form: FormData, field: str) -> str | UploadFile:
+    values = form.getlist(field)
+    if not values:
+        raise _bad_field(field, f"'{field}' is missing, or the form ends before it does.")
+    if len(values) > 1:
+        raise _bad_field(field, f"'{field}' is there {len(values)} times.")
+    return values[0]
+
+
+def _text(form: FormData, field: str, longest: int) -> str:
+    value = _only(form, field)
+    if not isinstance(value, str):
+        raise _bad_field(field, f"'{field}' must be a text, not a file.")
+    if len(value.strip()) > longest:
+        raise _bad_field(field, f"'{field}' has {len(value.strip())} characters; at most {longest} are allowed.")
+    return value.strip()
+
+
+def _sample(form: FormData) -> BinaryIO:
+    value = _only(form, "audio_sample")
+    if isinstance(value, str):
+        raise _bad_field("audio_sample", "'audio_sample' must be a file: send it with a file name.")
+    if not value.size:
+        raise InvalidAudioError("The recording is empty.", param="audio_sample")
+    if value.size > MAX_SAMPLE_BYTES:
+        raise BodyTooLargeError(
+            f"The recording has {value.size} bytes; at most {MAX_SAMPLE_BYTES} (10 MiB) are allowed.", param="audio_sample"
+        )
+    return value.file
+
+
+def _bad_field(field: str, message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, param=field, code=f"invalid_{field}")
+
+
+def _bad_form(message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, code="invalid_form")
+
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +200,7 @@ class VoiceEndpoint:
         self._store = store
         self._engine = engine
         # One recording at a time: each may take tens of MB, and all of a core while its words are being heard.
-        self._turns = Turns(_MOST_WAITING, settings.queue_timeout)
+        self._queue = RequestQueue(_MOST_WAITING, settings.queue_timeout)
 
     def describe(self, voice: Voice) -> dict[str, Any]:
         """One entry of the list."""
@@ -89,7 +239,7 @@ class VoiceEndpoint:
             self._presets.check_new_name(name)
             stored = await run_until_gone(self._keep(form, name), request.receive)
         await asyncio.to_thread(self._presets.refresh)
-        request.state.facts["voice"] = stored.id
+        request.state.log_fields["voice"] = stored.id
         return self.get(stored.id) | {"ref_text": stored.description.ref_text}
 
     async def delete(self, voice_id: str, request: Request) -> dict[str, Any]:
@@ -114,10 +264,10 @@ class VoiceEndpoint:
 
     def drain(self) -> None:
         """Take no more recordings, and refuse those that wait."""
-        self._turns.close()
+        self._queue.close()
 
     async def _keep(self, form: VoiceForm, name: str) -> StoredVoice:
-        async with self._turns.turn():
+        async with self._queue.slot():
             try:
                 samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.read()))
             except InvalidAudioError as error:
@@ -143,11 +293,11 @@ def _heard(samples: Samples) -> str:
     Raises:
         InvalidRequestError: There is no recogniser, or it heard none.
     """
-    from speech_check import SpeechCheck  # a recogniser is large, and seldom needed: loaded for this once, then let go
+    from transcription import Recognizer  # a recogniser is large, and seldom needed: loaded for this once, then let go
 
     needed = "'ref_text' is missing: the words of the recording, exactly as spoken."
     try:
-        words = clean_words(SpeechCheck().transcribe(samples))
+        words = clean_words(Recognizer().transcribe(samples))
     except ModelLoadError as error:
         logger.info("no recogniser for a recording without words: %s", error.message)
         raise InvalidRequestError(

@@ -23,9 +23,8 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from audio_converter import to_int16
-from audio_formats import SAMPLE_RATE
+from audio_formats import SAMPLE_RATE, Samples
 from errors import ConflictError, InvalidRequestError, NotFoundError, StorageError, shorten
-from speech_model import Samples
 
 logger = logging.getLogger(__name__)
 

@@ -35,11 +35,9 @@ from mlx_audio.lm.sample_utils import make_sampler  # noqa: E402
 from mlx_audio.tts.models.sesame import Model  # noqa: E402
 from mlx_audio.tts.models.sesame.sesame import Segment  # noqa: E402
 
-from csm_batch import FrameBatch  # noqa: E402
-from csm_codec import CodecDecoder  # noqa: E402
+from csm_decoding import CodecDecoder, FrameBatch, RowSampler  # noqa: E402
 from csm_generation import CsmSpeaker  # noqa: E402
 from csm_prompts import PromptStore  # noqa: E402
-from csm_sampler import RowSampler  # noqa: E402
 from speech_model import SpeechOptions  # noqa: E402
 
 FRAME_MS = 80
@@ -98,21 +96,21 @@ class Engines:
         self.speaker = CsmSpeaker(self.model, self.prompts, settings)
         self.words = self.prompts._words_of("conversational_a")
 
-    def stock(self, groups: list[str], frames: int, *, stream: bool = False) -> Marks:
+    def stock(self, segments: list[str], frames: int, *, stream: bool = False) -> Marks:
         with marked(self.stock_model) as marks:
             prompt: Segment = self.stock_model.prepare_prompt(self.words, 0, str(self.recording), 24_000)
             sampler = make_sampler(temp=0.9, top_k=50)
             for result in self.stock_model.generate(
-                groups, context=[prompt], sampler=sampler, max_audio_length_ms=frames * FRAME_MS, stream=stream
+                segments, context=[prompt], sampler=sampler, max_audio_length_ms=frames * FRAME_MS, stream=stream
             ):
                 np.array(result.audio)
                 marks.first_sound = marks.first_sound or marks.now()
         return marks
 
-    def ours(self, groups: list[str], frames: int, *, stream: bool = False) -> Marks:
+    def ours(self, segments: list[str], frames: int, *, stream: bool = False) -> Marks:
         voice = csm_loading.voice(max_audio_length_ms=frames * FRAME_MS)
         with marked(self.model) as marks:
-            for _ in self.speaker.speak(groups, voice, SpeechOptions(1, streamed=stream), lambda: False):
+            for _ in self.speaker.speak(segments, voice, SpeechOptions(1, streamed=stream), lambda: False):
                 marks.first_sound = marks.first_sound or marks.now()
         return marks
 
@@ -120,7 +118,7 @@ class Engines:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20, help="how often each engine is asked for the same short line")
-    parser.add_argument("--frames", type=int, default=8, help="frames that each group of the long text gets")
+    parser.add_argument("--frames", type=int, default=8, help="frames that each segment of the long text gets")
     options = parser.parse_args()
     print("Seconds of processor time." if ON_CPU else "Seconds.")
     for codec in ("tiny codec", "full-size Mimi"):
@@ -141,7 +139,7 @@ def row(what: str, stock: float, ours: float, unit: str = "s") -> None:
 
 
 def short_requests(engines: Engines, count: int) -> None:
-    """The same short line again and again, one frame each, by turns, so that what else the machine does hits both engines."""
+    """The same short line again and again, one frame each, by queue, so that what else the machine does hits both engines."""
     pairs = [(engines.stock(["Good morning."], 1), engines.ours(["Good morning."], 1)) for _ in range(count)]
     lengths = [int(model._audio_tokenizer.decoder_cache[0].offset) for model in (engines.stock_model, engines.model)]
     tenth = pairs[7:12] or pairs[1:]
@@ -208,7 +206,7 @@ def codec_alone(engines: Engines, frames: int = 16) -> None:
 
 
 def long_text(engines: Engines, frames: int) -> None:
-    """1500 characters in five groups from end to end, and the memory that MLX took for it."""
+    """1500 characters in five segments from end to end, and the memory that MLX took for it."""
     marks: list[Marks] = []
     memory: list[float] = []
     for speak in (engines.stock, engines.ours):
@@ -217,7 +215,7 @@ def long_text(engines: Engines, frames: int) -> None:
         before = mx.get_active_memory()
         marks.append(speak(GROUPS, frames))
         memory.append((mx.get_peak_memory() - before) / 1e6)
-    row(f"1500 characters, 5 groups of {frames} frames, total", marks[0].total, marks[1].total)
+    row(f"1500 characters, 5 segments of {frames} frames, total", marks[0].total, marks[1].total)
     row("its peak memory beyond the weights", memory[0], memory[1], "MB")
 
 
@@ -234,7 +232,7 @@ def cancellation(engines: Engines) -> None:
 
     voice = csm_loading.voice(max_audio_length_ms=8000)
     list(engines.speaker.speak(GROUPS, voice, SpeechOptions(1), cancelled))
-    print(f"| from a cancellation to the end, 5 groups | not possible | {(clock() - stopped) * 1000:.1f} ms | |", flush=True)
+    print(f"| from a cancellation to the end, 5 segments | not possible | {(clock() - stopped) * 1000:.1f} ms | |", flush=True)
 
 
 def timed(work: Callable[[], None]) -> float:

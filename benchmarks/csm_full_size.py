@@ -1,6 +1,6 @@
 """Loads a checkpoint of CSM-1B's real size (random weights, float32, 6.2 GB on disk) and prints what that costs in time and memory.
 
-`uv run --group dev python benchmarks/csm_full_size.py`: needs 7 GB of disk in TMPDIR and 5 GB of memory, and removes its files.
+`uv run --segment dev python benchmarks/csm_full_size.py`: needs 7 GB of disk in TMPDIR and 5 GB of memory, and removes its files.
 """
 
 from __future__ import annotations

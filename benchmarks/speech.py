@@ -30,7 +30,9 @@ from hibari import Hibari
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from audio_converter import FORMATS, find_ffmpeg, to_int16  # noqa: E402 - the project's folder comes first
+from audio_converter import to_int16  # noqa: E402 - the project's folder comes first
+from audio_formats import FORMATS  # noqa: E402 - the project's folder comes first
+from ffmpeg import find_ffmpeg  # noqa: E402 - the project's folder comes first
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody minds at all."
 TEN = " ".join(

@@ -187,7 +187,7 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def fetch(settings: Settings, _: argparse.Namespace) -> int:
     """Fetch what is missing of Sesame's model, and say how far it is. Stopped at any point, the next run goes on from there."""
-    from model_source import find_model
+    from csm_files import find_model
 
     try:
         files = find_model(settings.model_id, _Progress(sys.stdout.isatty()).report)

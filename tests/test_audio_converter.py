@@ -26,12 +26,14 @@ import pytest
 import soundfile
 from mutagen.aac import AAC
 
-from audio_converter import FORMATS, AudioFormat, Mark, StreamEncoder, clean_temporary_files, convert, find_ffmpeg, to_int16
+from audio_converter import StreamEncoder, convert, to_int16
+from audio_formats import FORMATS, AudioFormat, SyntheticTag
 from errors import ConversionError
+from ffmpeg import clean_temporary_files, find_ffmpeg
 
 RATE = 24_000
 SENTENCE = "She opened the window and looked at the quiet garden."
-MARK = Mark("csm-1b", "heart")
+MARK = SyntheticTag("csm-1b", "heart")
 # What a format cannot say about its length: ADTS AAC's padding, and a piped MP3's.
 STREAM_PADDING = {"mp3": 0.08, "aac": 0.15}
 
@@ -115,7 +117,7 @@ def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 @every_format
 def test_a_complete_file_says_exactly_how_long_it_is(fmt: AudioFormat) -> None:
     samples = speech()
-    converted = asyncio.run(convert(samples, RATE, fmt, mark=MARK))
+    converted = asyncio.run(convert(samples, RATE, fmt, tag=MARK))
     assert converted.duration == len(samples) / RATE
     padding = 0.15 if fmt.name == "aac" else 0.0
     assert len(samples) / RATE <= listening.duration(converted.data, fmt.name) <= len(samples) / RATE + padding
@@ -155,7 +157,7 @@ def test_the_words_of_a_sentence_come_out_of_a_file_and_of_a_stream(fmt: AudioFo
 @every_format
 def test_the_first_bytes_leave_while_more_is_being_spoken(fmt: AudioFormat) -> None:
     async def first() -> bytes:
-        async with StreamEncoder(fmt, RATE, mark=MARK) as encoder:
+        async with StreamEncoder(fmt, RATE, tag=MARK) as encoder:
             pieces, data = aiter_of(encoder), b""
             await encoder.write(tone(0.24))
             while playable(data, fmt) < 0.08:
@@ -243,7 +245,7 @@ def metadata(data: bytes, streamed: bool) -> str:
 @pytest.mark.parametrize("name", ["mp3", "opus", "flac", "wav"])
 def test_a_file_says_that_its_speech_is_synthetic(name: str, streamed: bool) -> None:
     fmt = FORMATS[name]
-    data = asyncio.run(stream(tone(1), fmt, mark=MARK)) if streamed else asyncio.run(convert(tone(1), RATE, fmt, mark=MARK)).data
+    data = asyncio.run(stream(tone(1), fmt, tag=MARK)) if streamed else asyncio.run(convert(tone(1), RATE, fmt, tag=MARK)).data
     found = metadata(data, streamed) if name != "opus" else repr(mutagen.File(io.BytesIO(data)).tags)
     assert "Synthetic speech" in found
     assert "model csm-1b, voice heart" in found
@@ -257,7 +259,7 @@ def test_without_a_mark_nothing_is_said(fmt: AudioFormat) -> None:
 
 
 def test_a_strange_voice_name_cannot_spoil_the_mark() -> None:
-    data = asyncio.run(convert(tone(0.2), RATE, FORMATS["flac"], mark=Mark("hibari", "-y\0\n;=日本" + "x" * 5000))).data
+    data = asyncio.run(convert(tone(0.2), RATE, FORMATS["flac"], tag=SyntheticTag("hibari", "-y\0\n;=日本" + "x" * 5000))).data
     comment = mutagen.File(io.BytesIO(data)).tags["description"][0]
     assert "voice -y;=日本xxx" in comment
     assert len(comment) < 200
@@ -348,7 +350,9 @@ def test_an_ffmpeg_that_vanishes_is_replaced_by_the_next_one(fake_ffmpeg: Callab
 def test_without_any_ffmpeg_only_pcm_is_there_until_one_is_installed(tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, numpy as np
-from audio_converter import FORMATS, convert, ffmpeg_version, find_ffmpeg
+from audio_converter import convert
+from audio_formats import FORMATS
+from ffmpeg import ffmpeg_version, find_ffmpeg
 from errors import ConversionError
 sound = np.ones(2400, np.float32) / 2
 assert find_ffmpeg() is None and ffmpeg_version() is None
@@ -439,7 +443,9 @@ def test_a_reader_that_never_reads_holds_nobody() -> None:
 
 
 def test_what_a_killed_server_left_is_cleaned_and_what_is_in_use_is_not(scratch: Path) -> None:
-    script = "import os, signal, temporary_files as t\nwith t.temporary_folder() as f:\n (f / 'speech.mp3').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+    script = (
+        "import os, signal, ffmpeg as t\nwith t.temporary_folder() as f:\n (f / 'speech.mp3').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+    )
     killed = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent.parent, env={"TMPDIR": str(scratch)}, timeout=60, check=False
     )

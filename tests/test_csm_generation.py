@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
 from cpu_convolution import speed_up
-from csm_batch import BATCH_POSITIONS, CONTEXT, FrameBatch, memory_errors
-from csm_codec import CodecDecoder, block_length
+from csm_decoding import BATCH_POSITIONS, CONTEXT, CodecDecoder, FrameBatch, RowSampler, attempt_seed, block_length, memory_errors
 from csm_prompts import PromptStore
-from csm_sampler import RowSampler, attempt_seed
 from errors import InputTooLongError, InsufficientMemoryError, InternalError
-from speech_model import GroupChunk, SpeechOptions
+from speech_model import SegmentChunk, SpeechOptions
 
 TEXTS = ["Hello there.", "A rather different and longer text, you see.", "Third.", "And a fourth one, of middling length."]
 EIGHT = [*TEXTS, "Five", "Six, at last.", "The seventh is the longest of them all, by far, by far.", "8"]
-# By the first capital of the text: how a group goes. The prompts' own words contain none of these letters.
+# By the first capital of the text: how a segment goes. The prompts' own words contain none of these letters.
 SCRIPT = {
     "": [ends_after(1)],
     "L": [ends_after(3)],
@@ -112,15 +110,15 @@ def say(
     model: Model,
     recordings: Path,
     folder: Path,
-    groups: Sequence[str],
+    segments: Sequence[str],
     ms: int = 160,
     streamed: bool = False,
     seed: int = 3,
     **values: object,
-) -> list[GroupChunk]:
+) -> list[SegmentChunk]:
     speaker = csm_loading.speaker(model, recordings, folder, **values)
     options = SpeechOptions(seed, streamed=streamed)
-    return list(speaker.speak(groups, csm_loading.voice(max_audio_length_ms=ms), options, lambda: False))
+    return list(speaker.speak(segments, csm_loading.voice(max_audio_length_ms=ms), options, lambda: False))
 
 
 def frames_of(
@@ -144,7 +142,7 @@ def stock(model: Model, recordings: Path, prompts: PromptStore, text: str, tempe
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_one_group_is_what_stock_generate_says_with_the_same_seed(
+def test_one_segment_is_what_stock_generate_says_with_the_same_seed(
     recordings: Path, model: Model, untouched: Model, folder: Path, temperature: float
 ) -> None:
     speaker = csm_loading.speaker(model, recordings, folder, guard="off")
@@ -160,7 +158,7 @@ def test_each_row_of_a_batch_is_what_that_text_gives_alone(
     recordings: Path, model: Model, folder: Path, texts: list[str], temperature: float
 ) -> None:
     prompts = csm_loading.speaker(model, recordings, folder)._prompts
-    seeds = [attempt_seed(11, group, 0) for group in range(len(texts))]
+    seeds = [attempt_seed(11, segment, 0) for segment in range(len(texts))]
     together = frames_of(model, prompts, texts, seeds, temperature, 3)
     assert len({row.tobytes() for row in together}) > len(texts) / 2  # the text makes a difference
     for text, seed, row in zip(texts, seeds, together, strict=True):
@@ -198,7 +196,7 @@ def test_the_sampler_draws_with_each_rows_own_stream() -> None:
 
 def test_the_seed_is_the_utterances_own_for_the_first_attempt_only() -> None:
     assert attempt_seed(5, 0, 0) == 5
-    assert len({attempt_seed(5, group, attempt) for group in range(9) for attempt in range(3)}) == 27
+    assert len({attempt_seed(5, segment, attempt) for segment in range(9) for attempt in range(3)}) == 27
     assert attempt_seed(-1, 0, 0) == 2**64 - 1
     RowSampler([attempt_seed(-1, 0, 0), attempt_seed(2**70, 3, 2)], 0.9, 50)
 
@@ -216,9 +214,9 @@ def test_the_same_seed_gives_the_same_samples_at_every_request_and_leaves_the_co
     assert not np.array_equal(said[0], say(model, recordings, folder, TEXTS[:1], ms=80, guard="off", seed=4)[0].samples)
 
 
-def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, recordings: Path, folder: Path) -> None:
+def test_segments_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, recordings: Path, folder: Path) -> None:
     chunks = say(scripted, recordings, folder, ["L.", "one.", "  ", "two."], ms=800)
-    assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last, chunk.retries) for chunk in chunks] == [
+    assert [(chunk.segment, len(chunk.samples) // FRAME, chunk.last, chunk.retries) for chunk in chunks] == [
         (0, 3, True, 0),
         (1, 1, True, 0),
         (2, 0, True, 0),
@@ -230,7 +228,7 @@ def test_groups_come_in_the_texts_order_though_rows_end_when_they_end(scripted: 
 def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted: Model, recordings: Path, folder: Path) -> None:
     complete = say(scripted, recordings, folder, ["L.", "one."], ms=800)
     streamed = say(scripted, recordings, folder, ["L.", "one."], ms=800, streamed=True)
-    assert [(chunk.group, len(chunk.samples) // FRAME, chunk.last) for chunk in streamed] == [
+    assert [(chunk.segment, len(chunk.samples) // FRAME, chunk.last) for chunk in streamed] == [
         (0, 2, False),
         (0, 1, False),
         (0, 0, True),
@@ -240,7 +238,7 @@ def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted
     np.testing.assert_array_equal(streamed[3].samples, complete[1].samples)
 
 
-def test_a_streamed_answer_begins_with_its_first_group_alone_and_has_the_others_side_by_side(
+def test_a_streamed_answer_begins_with_its_first_segment_alone_and_has_the_others_side_by_side(
     recordings: Path, model: Model, folder: Path, frames_computed: list[int]
 ) -> None:
     say(model, recordings, folder, TEXTS, ms=80, guard="off", streamed=True)
@@ -315,7 +313,7 @@ def test_closing_the_iterator_ends_it(recordings: Path, model: Model, folder: Pa
 
 def test_an_empty_text_is_no_work(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
     chunks = say(model, recordings, folder, ["", " \n"], streamed=True)
-    assert [(chunk.group, len(chunk.samples), chunk.last) for chunk in chunks] == [(0, 0, True), (1, 0, True)]
+    assert [(chunk.segment, len(chunk.samples), chunk.last) for chunk in chunks] == [(0, 0, True), (1, 0, True)]
     assert not frames_computed
 
 
@@ -327,19 +325,19 @@ def test_a_batch_holds_no_more_than_it_may(recordings: Path, model: Model, folde
 def test_batches_stay_within_the_context(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
     speaker = csm_loading.speaker(model, recordings, folder, guard="off", max_batch=32)
     voice = csm_loading.voice(max_audio_length_ms=90_000)
-    group = speaker._group(0, "Hi.", voice)
-    positions = len(group.prompt[0]) + group.budget
-    assert len(speaker._next_batch([group] * 32)) == BATCH_POSITIONS // positions < 32
+    segment = speaker._segment(0, "Hi.", voice)
+    positions = len(segment.prompt[0]) + segment.budget
+    assert len(speaker._next_batch([segment] * 32)) == BATCH_POSITIONS // positions < 32
     long = "word " * 280
     assert not speaker.fits(long, voice)
     assert speaker.fits("Hi.", voice)
     with pytest.raises(InputTooLongError):
         list(speaker.speak(["word " * 500], voice, SpeechOptions(1), lambda: False))
-    tight = speaker._group(0, long, voice)
+    tight = speaker._segment(0, long, voice)
     assert len(tight.prompt[0]) + tight.budget == CONTEXT
 
 
-def test_a_group_that_never_ends_is_said_again_and_then_used_as_it_is(
+def test_a_segment_that_never_ends_is_said_again_and_then_used_as_it_is(
     scripted: Model, recordings: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -409,7 +407,7 @@ def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Mod
 def test_nothing_silence_and_not_a_number_are_never_played(
     scripted: Model, recordings: Path, folder: Path, text: str, attempts: int, streamed: bool
 ) -> None:
-    with pytest.raises(InternalError, match=rf"sentence group 1 .* {attempts} attempt"):
+    with pytest.raises(InternalError, match=rf"segment 1 .* {attempts} attempt"):
         say(scripted, recordings, folder, [text], ms=80, streamed=streamed, max_retries=attempts - 1)
 
 
@@ -418,7 +416,7 @@ def test_not_a_number_is_not_played_without_the_guard_either(scripted: Model, re
         say(scripted, recordings, folder, ["X."], ms=80, guard="off")
 
 
-def test_a_streamed_group_that_breaks_after_it_was_heard_is_an_error(scripted: Model, recordings: Path, folder: Path) -> None:
+def test_a_streamed_segment_that_breaks_after_it_was_heard_is_an_error(scripted: Model, recordings: Path, folder: Path) -> None:
     speaker = csm_loading.speaker(scripted, recordings, folder)
     stream = speaker.speak(["Y."], csm_loading.voice(max_audio_length_ms=240), SpeechOptions(1, streamed=True), lambda: False)
     assert np.isfinite(next(stream).samples).all()

@@ -22,10 +22,10 @@ from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from small_hub import COMMIT, WEIGHT_BYTES, SmallHub, write_small_repositories
 
-import hub_download
+import csm_files
 from config import Settings
+from csm_files import ModelFiles, find_model
 from csm_model import CsmModel
-from model_source import ModelFiles, find_model
 from speech_model import LoadProgress, ModelLoadError
 
 # The load itself is a matter of a second; the libraries that it imports are not, on two busy cores.
@@ -187,7 +187,7 @@ def test_a_file_that_the_hub_refuses_is_explained(
 
 
 def test_a_hub_that_takes_connections_and_says_nothing_is_given_up(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_download, "_LIST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(csm_files, "_LIST_TIMEOUT_SECONDS", 0.5)
     hub.silent_after = 0
     error = failure()
     assert "cannot be reached" in error.message

@@ -12,8 +12,8 @@ import tiny_csm
 from csm_loading import settings, voice
 
 import csm_network
+from csm_files import find_model
 from csm_model import CsmModel
-from model_source import find_model
 from speech_model import LoadProgress, SpeechOptions
 
 FRAME = 1920  # samples

@@ -56,13 +56,13 @@ def speak(server: RunningServer, text: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=240)
 
 
-def test_a_group_that_ends_by_itself_is_taken_as_it_is(guarded: RunningServer) -> None:
+def test_a_segment_that_ends_by_itself_is_taken_as_it_is(guarded: RunningServer) -> None:
     response = speak(guarded, "hello.")
     assert response.headers["x-retries"] == "0"
     assert 0 < decode(response.content, "wav")[0].size <= 3 * FRAME
 
 
-def test_a_group_that_never_ends_is_said_again_then_cut_at_its_budget(guarded: RunningServer) -> None:
+def test_a_segment_that_never_ends_is_said_again_then_cut_at_its_budget(guarded: RunningServer) -> None:
     response = speak(guarded, "N hello.")
     assert response.headers["x-retries"] == "2"
     assert 0 < decode(response.content, "wav")[0].size <= CAP_FRAMES * FRAME
@@ -70,7 +70,7 @@ def test_a_group_that_never_ends_is_said_again_then_cut_at_its_budget(guarded: R
     assert "retries=2" in guarded.log_text()
 
 
-def test_a_group_that_comes_out_right_at_a_later_attempt_is_played_whole(guarded: RunningServer) -> None:
+def test_a_segment_that_comes_out_right_at_a_later_attempt_is_played_whole(guarded: RunningServer) -> None:
     for seed in range(40):
         response = speak(guarded, "R hello.", seed=seed)
         assert response.status_code == 200 or "3 attempt(s)" in response.json()["error"]["message"]
@@ -81,13 +81,13 @@ def test_a_group_that_comes_out_right_at_a_later_attempt_is_played_whole(guarded
     assert "too short" in guarded.log_text() or "empty" in guarded.log_text()
 
 
-def test_a_group_that_runs_on_is_cut_at_its_last_pause(guarded: RunningServer) -> None:
+def test_a_segment_that_runs_on_is_cut_at_its_last_pause(guarded: RunningServer) -> None:
     response = speak(guarded, "U hello.", voice="long")
     assert response.headers["x-retries"] == "2"
     assert 0 < decode(response.content, "wav")[0].size <= 4 * FRAME
 
 
-def test_a_group_that_is_too_short_every_time_is_played_all_the_same(guarded: RunningServer) -> None:
+def test_a_segment_that_is_too_short_every_time_is_played_all_the_same(guarded: RunningServer) -> None:
     response = speak(guarded, "hello and so on and on and on and on and on and on.")
     assert response.headers["x-retries"] == "2"
     assert 0 < decode(response.content, "wav")[0].size <= 3 * FRAME

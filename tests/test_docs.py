@@ -11,7 +11,7 @@ from conftest import PROJECT, RunningServer
 
 import errors
 from errors import TTSError
-from speech_request import SpeechRequest
+from schemas import SpeechRequest
 
 README = (PROJECT / "README.md").read_text()
 DOCUMENTS = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("upstream/*.md")])

@@ -16,12 +16,11 @@ import tiny_csm
 from conftest import RunningServer
 from listening import decode, transcribe, word_error_rate
 
-from builtin_voice import BuiltinVoice
 from config import Settings
 from errors import GenerationTimeoutError, InternalError, InvalidInputError
-from model_host import Heartbeat, ModelHost
-from speech_model import GroupChunk, LoadProgress, ModelLoadError, SpeechOptions
-from speech_turns import Turns
+from hibari_model import HibariModel
+from model_host import Heartbeat, ModelHost, RequestQueue
+from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SpeechOptions
 from tts_engine import TTSEngine, Utterance
 from voice_presets import Voice, VoicePresetManager
 
@@ -57,8 +56,8 @@ def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
         return utterance
 
     utterance = with_engine(work, tmp_path)
-    assert utterance.groups == ["Good morning. ", "It is a quarter past seven, and the kettle is on."]
-    assert [mark.group for mark in utterance.marks] == [0, 1]
+    assert utterance.segments == ["Good morning. ", "It is a quarter past seven, and the kettle is on."]
+    assert [timestamp.segment for timestamp in utterance.timestamps] == [0, 1]
     assert utterance.generation_time > 0
 
 
@@ -75,16 +74,16 @@ def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp
 
 def test_closing_an_utterance_frees_the_turn_for_the_next(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
-        voice, turns = presets.resolve("heart"), engine.hosts["hibari"].turns
+        voice, queue = presets.resolve("heart"), engine.hosts["hibari"].queue
         running = engine.speak(TEXT * 60, voice, SpeechOptions(seed=1))
         waiting = engine.speak(TEXT, voice, SpeechOptions(seed=1))
         async for _ in running:
             break
-        assert (turns.active, turns.waiting) == (1, 1)
+        assert (queue.active, queue.waiting) == (1, 1)
         await waiting.aclose()
-        assert (turns.active, turns.waiting) == (1, 0)
+        assert (queue.active, queue.waiting) == (1, 0)
         await running.aclose()
-        assert (turns.active, turns.waiting) == (0, 0)
+        assert (queue.active, queue.waiting) == (0, 0)
         assert running.audio_seconds < 60
         assert (await engine.speak("Next.", voice, SpeechOptions(seed=1)).samples()).size > 0
 
@@ -104,17 +103,17 @@ def test_texts_with_nothing_to_say_are_refused(tmp_path: Path) -> None:
     with_engine(work, tmp_path)
 
 
-class FaultyVoice(BuiltinVoice):
+class FaultyVoice(HibariModel):
     """The built-in voice with a fault that a test sets off, as a broken model would have it."""
 
     def __init__(self, fault: Callable[[], None]) -> None:
         super().__init__()
         self._fault = fault
 
-    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
-        for chunk in super().speak(groups, voice, options, cancelled):
+    def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
+        for chunk in super().speak(segments, voice, options, cancelled):
             yield chunk
-            if "fault" in groups[chunk.group]:
+            if "fault" in segments[chunk.segment]:
                 self._fault()
 
 
@@ -123,7 +122,9 @@ def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: 
 
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
         await engine.hosts["hibari"].close()
-        host = ModelHost(lambda: FaultyVoice(fault), Turns(5, 30), stall_seconds=stall_seconds, after_load=lambda model: model.warm_up([]))
+        host = ModelHost(
+            lambda: FaultyVoice(fault), RequestQueue(5, 30), stall_seconds=stall_seconds, after_load=lambda model: model.warm_up([])
+        )
         engine.hosts["hibari"] = host
         host.start()
         await host.settled()
@@ -132,7 +133,7 @@ def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: 
         with pytest.raises(expected):
             await spoiled.samples()
         await host.settled()
-        assert (host.turns.active, host.turns.waiting) == (0, 0)
+        assert (host.queue.active, host.queue.waiting) == (0, 0)
         assert host.ready
         assert (await engine.speak("All is well again.", voice, SpeechOptions(seed=1)).samples()).size > 0
 
@@ -161,7 +162,7 @@ def test_a_hung_model_is_left_behind_and_loaded_anew(tmp_path: Path) -> None:
     with_faulty(lambda: time.sleep(next(hangs, 0)), GenerationTimeoutError, tmp_path, stall_seconds=1.0)
 
 
-class FailingLoad(BuiltinVoice):
+class FailingLoad(HibariModel):
     """Fails to load as often as it is told to."""
 
     def __init__(self, failures: list[BaseException]) -> None:
@@ -178,7 +179,7 @@ class FailingLoad(BuiltinVoice):
 def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
     async def scenario() -> None:
         failures: list[BaseException] = [ModelLoadError("The disk is full: free 7 GB."), ValueError("?"), MemoryError()]
-        host = ModelHost(lambda: FailingLoad(failures), Turns(5, 30), stall_seconds=60)
+        host = ModelHost(lambda: FailingLoad(failures), RequestQueue(5, 30), stall_seconds=60)
         host.start()
         for told in ("The disk is full: free 7 GB.", "unforeseen way (ValueError)", "not enough memory"):
             await host.settled()
@@ -195,13 +196,13 @@ def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
 
 def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
     async def scenario() -> None:
-        host = ModelHost(BuiltinVoice, Turns(5, 30), stall_seconds=60, idle_seconds=0.2)
+        host = ModelHost(HibariModel, RequestQueue(5, 30), stall_seconds=60, idle_seconds=0.2)
         host.start()
         await host.settled()
         while host.state != "unloaded":
             await asyncio.sleep(0.05)
         assert host.ready
-        async with host.turns.turn():
+        async with host.queue.slot():
             rate = await host.run(lambda model: model.sample_rate, Heartbeat())
         assert rate == 24_000
         assert str(host.state) == "ready"  # mypy believes it unloaded still
@@ -212,7 +213,7 @@ def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
 
 @pytest.fixture(scope="module")
 def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Settings for a server whose CSM is the tiny checkpoint: a few frames of noise a group, so nothing is judged."""
+    """Settings for a server whose CSM is the tiny checkpoint: a few frames of noise a segment, so nothing is judged."""
     presets = tmp_path_factory.mktemp("presets")
     tiny = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 240}
     (presets / "tiny.json").write_text(json.dumps(tiny))
@@ -279,7 +280,7 @@ def test_the_requests_sampler_reaches_csm(csm_server: RunningServer) -> None:
     assert speak(csm_server, seed=1, top_k=1).content == speak(csm_server, seed=2, top_k=1).content
 
 
-def test_a_long_text_becomes_one_capped_group_after_another(csm_server: RunningServer) -> None:
+def test_a_long_text_becomes_one_capped_segment_after_another(csm_server: RunningServer) -> None:
     text = " ".join(f"This is sentence number {number}, and it is long enough to matter." for number in range(12))
     response = speak(csm_server, input=text, timestamps=True)
     captions = httpx.get(f"{csm_server.url}{response.headers['x-timestamps']}").json()["captions"]

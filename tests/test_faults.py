@@ -25,8 +25,8 @@ import uvicorn
 from conftest import PROJECT, RunningServer, clean_environment, free_port
 
 from config import Settings
-from http_connections import GuardedProtocol
 from server import create_app
+from server_process import GuardedProtocol
 
 BODY: dict[str, Any] = {"model": "m", "voice": "heart", "input": "This is said in spite of it all."}
 STREAMED = BODY | {"stream": True}

@@ -9,10 +9,9 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from builtin_voice import BuiltinVoice
 from errors import GenerationTimeoutError
-from model_host import Heartbeat, ModelHost
-from speech_turns import Turns
+from hibari_model import HibariModel
+from model_host import Heartbeat, ModelHost, RequestQueue
 
 # The threads are to die, and Python says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -24,13 +23,13 @@ def doom(host: ModelHost) -> None:
 
 
 async def rate(host: ModelHost) -> int:
-    async with host.turns.turn():
+    async with host.queue.slot():
         return await host.run(lambda model: model.sample_rate, Heartbeat())
 
 
 def with_host(work: Callable[[ModelHost], Coroutine[None, None, None]], idle_seconds: float = 0) -> None:
     async def scenario() -> None:
-        host = ModelHost(BuiltinVoice, Turns(5, 30), stall_seconds=600, idle_seconds=idle_seconds)
+        host = ModelHost(HibariModel, RequestQueue(5, 30), stall_seconds=600, idle_seconds=idle_seconds)
         host.start()
         try:
             await work(host)

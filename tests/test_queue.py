@@ -1,4 +1,4 @@
-"""Turns: order, bounds, and clients that go away at any moment."""
+"""RequestQueue: order, bounds, and clients that go away at any moment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from conftest import RunningServer
 
 from errors import QueueTimeoutError, RateLimitError, ShuttingDownError
-from speech_turns import Turns
+from model_host import RequestQueue
 
 SENTENCE = "One after another they all come in their turn. "
 LONG = SENTENCE * 80  # about 3 minutes of speech, some seconds of work
@@ -30,10 +30,10 @@ def idle(health: dict[str, Any]) -> bool:
 
 def test_turns_come_in_the_order_of_asking() -> None:
     async def scenario() -> list[int]:
-        turns, order = Turns(limit=50, timeout=10), []
+        queue, order = RequestQueue(limit=50, timeout=10), []
 
         async def one(number: int) -> None:
-            async with turns.turn():
+            async with queue.slot():
                 order.append(number)
                 await asyncio.sleep(0)
 
@@ -45,20 +45,20 @@ def test_turns_come_in_the_order_of_asking() -> None:
 
 def test_one_too_many_is_refused_and_told_when_to_come_again() -> None:
     async def scenario() -> RateLimitError:
-        turns = Turns(limit=2, timeout=10)
+        queue = RequestQueue(limit=2, timeout=10)
 
         async def hold() -> None:
-            async with turns.turn():
+            async with queue.slot():
                 await asyncio.sleep(0.2)
 
         tasks = [asyncio.create_task(hold()) for _ in range(3)]
         await asyncio.sleep(0.05)
-        assert (turns.active, turns.waiting) == (1, 2)
+        assert (queue.active, queue.waiting) == (1, 2)
         with pytest.raises(RateLimitError) as refused:
-            async with turns.turn():
+            async with queue.slot():
                 pass
         await asyncio.gather(*tasks)
-        assert (turns.active, turns.waiting) == (0, 0)
+        assert (queue.active, queue.waiting) == (0, 0)
         return refused.value
 
     assert int(asyncio.run(scenario()).headers["Retry-After"]) >= 1
@@ -66,12 +66,12 @@ def test_one_too_many_is_refused_and_told_when_to_come_again() -> None:
 
 def test_waiting_has_an_end_and_costs_no_turn() -> None:
     async def scenario() -> None:
-        turns = Turns(limit=5, timeout=0.05)
-        async with turns.turn():
+        queue = RequestQueue(limit=5, timeout=0.05)
+        async with queue.slot():
             with pytest.raises(QueueTimeoutError, match="QUEUE_TIMEOUT"):
-                async with turns.turn():
+                async with queue.slot():
                     pass
-        async with turns.turn() as waited:
+        async with queue.slot() as waited:
             assert waited < 0.05
 
     asyncio.run(scenario())
@@ -79,10 +79,10 @@ def test_waiting_has_an_end_and_costs_no_turn() -> None:
 
 def test_cancelled_waiters_never_keep_a_turn() -> None:
     async def scenario() -> None:
-        turns, generator = Turns(limit=100, timeout=10), random.Random(1)
+        queue, generator = RequestQueue(limit=100, timeout=10), random.Random(1)
 
         async def one() -> None:
-            async with turns.turn():
+            async with queue.slot():
                 await asyncio.sleep(0.001)
 
         for _ in range(40):
@@ -91,7 +91,7 @@ def test_cancelled_waiters_never_keep_a_turn() -> None:
             for task in generator.sample(tasks, 5):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            assert (turns.active, turns.waiting) == (0, 0)
+            assert (queue.active, queue.waiting) == (0, 0)
         await asyncio.wait_for(one(), 1)
 
     asyncio.run(scenario())
@@ -99,15 +99,15 @@ def test_cancelled_waiters_never_keep_a_turn() -> None:
 
 def test_closing_tells_those_who_wait_and_lets_the_active_finish() -> None:
     async def scenario() -> None:
-        turns = Turns(limit=5, timeout=10)
-        async with turns.turn():
-            waiting = asyncio.create_task(turns.turn().__aenter__())
+        queue = RequestQueue(limit=5, timeout=10)
+        async with queue.slot():
+            waiting = asyncio.create_task(queue.slot().__aenter__())
             await asyncio.sleep(0.01)
-            turns.close()
+            queue.close()
             with pytest.raises(ShuttingDownError):
                 await waiting
         with pytest.raises(ShuttingDownError):
-            async with turns.turn():
+            async with queue.slot():
                 pass
 
     asyncio.run(scenario())

@@ -173,7 +173,7 @@ def test_a_single_sentence_needs_no_bar(server: RunningServer, tmp_path: Path) -
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
-    """CSM on the tiny checkpoint, whose groups are two frames of sound; one voice, because each costs a warm-up."""
+    """CSM on the tiny checkpoint, whose segments are two frames of sound; one voice, because each costs a warm-up."""
     (tmp_path / "presets").mkdir()
     for preset in ({"name": "tiny", "voice_key": "conversational_a"}, {"name": "heart", "model": "hibari", "voice_key": "heart"}):
         (tmp_path / "presets" / f"{preset['name']}.json").write_text(json.dumps(preset))

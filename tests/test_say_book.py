@@ -14,7 +14,7 @@ from conftest import RunningServer
 from listening import decode, duration, transcribe, word_error_rate
 from saying import captions_in, said, sentences_of, started, wait_until
 
-from reading import cut, readable, sentences
+from say_reading import cut, readable, sentences
 
 MakeServer = Callable[..., RunningServer]
 _WHO = ("The old sailor", "A quiet teacher", "My neighbour", "The young painter", "Our captain", "The tall gardener")

@@ -13,7 +13,7 @@ from conftest import RunningServer
 from listening import ffmpeg, listen, transcribe, word_error_rate
 from saying import add_player, family, refused, said, started, wait_until
 
-from audio_player import last_pause
+from say_output import last_pause
 
 TEXT = "The kettle is on, and the tea will be ready soon. Please bring the good cups from the kitchen."
 LONG = " ".join(f"This is sentence number {number} of a long story." for number in range(300))

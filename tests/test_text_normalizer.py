@@ -9,8 +9,8 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speech_model import Grouping
-from text_normalizer import has_speech, speakable
+from speech_model import SegmentLengths
+from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 
 MARKS = [
@@ -98,7 +98,7 @@ documents = st.lists(block, min_size=1, max_size=5).map("\n\n".join)
 @settings(max_examples=500, deadline=None)
 @given(any_text)
 def test_any_string_becomes_clean_text(text: str) -> None:
-    said = speakable(text)
+    said = normalize_text(text)
     assert said == "" or has_speech(said)
     assert not regex.search(r"[[\p{Cc}\p{Cs}\p{Co}\p{Cn}\p{Default_Ignorable_Code_Point}]--[\n\u200c\u200d]]", said, flags=regex.V1)
     assert not regex.search(r"\p{Emoji_Presentation}", said)
@@ -109,7 +109,7 @@ def test_any_string_becomes_clean_text(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(documents)
 def test_markdown_loses_its_marks_and_no_word(text: str) -> None:
-    said = speakable(text)
+    said = normalize_text(text)
     words = regex.findall(r"\b\p{L}{2,}|4096", regex.sub(r"https://\S+?\)", "", text))
     assert regex.findall(r"\b\p{L}{2,}|4096", said) == words
     assert not regex.search(r"[*_~`#>|\[\]]", said)
@@ -118,8 +118,8 @@ def test_markdown_loses_its_marks_and_no_word(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(documents, any_text.filter(lambda text: "\\" not in text and "&" not in text)))
 def test_its_own_result_comes_back_unchanged(text: str) -> None:
-    said = speakable(text)
-    assert speakable(said) == said
+    said = normalize_text(text)
+    assert normalize_text(said) == said
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_its_own_result_comes_back_unchanged(text: str) -> None:
     ],
 )
 def test_plain_text_stays_as_it_is(text: str) -> None:
-    assert speakable(text) == text
+    assert normalize_text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_plain_text_stays_as_it_is(text: str) -> None:
     ],
 )
 def test_blocks_become_sentences(text: str, said: str) -> None:
-    assert speakable(text) == said
+    assert normalize_text(text) == said
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_blocks_become_sentences(text: str, said: str) -> None:
     ],
 )
 def test_of_links_the_text_or_the_host_is_said(text: str, said: str) -> None:
-    assert speakable(text) == said
+    assert normalize_text(text) == said
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_of_links_the_text_or_the_host_is_said(text: str, said: str) -> None:
     ],
 )
 def test_code_is_read_where_it_says_something(text: str, said: str) -> None:
-    assert speakable(text) == said
+    assert normalize_text(text) == said
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_code_is_read_where_it_says_something(text: str, said: str) -> None:
     ],
 )
 def test_html_goes_and_its_text_stays(text: str, said: str) -> None:
-    assert speakable(text) == said
+    assert normalize_text(text) == said
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_html_goes_and_its_text_stays(text: str, said: str) -> None:
     ],
 )
 def test_pictures_and_invisible_characters_go(text: str, said: str) -> None:
-    assert speakable(text) == said
+    assert normalize_text(text) == said
 
 
 @pytest.mark.parametrize(
@@ -250,13 +250,13 @@ def test_pictures_and_invisible_characters_go(text: str, said: str) -> None:
     ],
 )
 def test_text_with_nothing_to_say_becomes_empty(text: str) -> None:
-    assert speakable(text) == ""
+    assert normalize_text(text) == ""
 
 
 @pytest.mark.parametrize("text", ["a", "7", "字", "ท", "½", "%", "&", "x = 1", "Ⅳ", "٣"])
 def test_letters_digits_and_named_symbols_of_any_script_are_speech(text: str) -> None:
     assert has_speech(text)
-    assert speakable(text) == text
+    assert normalize_text(text) == text
 
 
 UNITS = [
@@ -288,16 +288,16 @@ UNITS = [
 @pytest.mark.parametrize("unit", UNITS)
 def test_marks_by_the_thousand_neither_raise_nor_hang(unit: str) -> None:
     # Before stray brackets were dropped, 4096 of them took two seconds in the parser, and as many emoji twenty in one expression.
-    speakable((unit * 20_000)[:20_000])
+    normalize_text((unit * 20_000)[:20_000])
 
 
 def test_what_is_deeply_nested_is_still_said() -> None:
-    assert speakable("> " * 500 + "word") == "word."
-    assert speakable("- " * 500 + "word") == "word."
-    assert speakable("[" * 500 + "word" + "]" * 500).strip("[]") == "word"
+    assert normalize_text("> " * 500 + "word") == "word."
+    assert normalize_text("- " * 500 + "word") == "word."
+    assert normalize_text("[" * 500 + "word" + "]" * 500).strip("[]") == "word"
 
 
 def test_the_splitter_sees_each_block_as_sentences_of_its_own() -> None:
     text = "# Plan\n\nWe go.\nThen we rest\n\n1. Pack\n2. Leave\n\n| a | b |\n|---|---|\n| c | d |"
-    groups = split_text(speakable(text), Grouping(target=1, maximum=400, first=1))
-    assert [group.strip() for group in groups] == ["Plan.", "We go.", "Then we rest", "1. Pack.", "2. Leave.", "a, b.", "c, d."]
+    segments = split_text(normalize_text(text), SegmentLengths(target=1, maximum=400, first=1))
+    assert [segment.strip() for segment in segments] == ["Plan.", "We go.", "Then we rest", "1. Pack.", "2. Leave.", "a, b.", "c, d."]

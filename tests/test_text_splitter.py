@@ -7,11 +7,11 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speech_model import Grouping
+from speech_model import SegmentLengths
 from text_splitter import split_text
 
-ONE_SENTENCE = Grouping(target=1, maximum=400, first=1)
-CSM = Grouping(target=320, maximum=400, first=120)
+ONE_SENTENCE = SegmentLengths(target=1, maximum=400, first=1)
+CSM = SegmentLengths(target=320, maximum=400, first=120)
 
 SEEDS = [
     "a",
@@ -59,42 +59,42 @@ any_text = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=300),
     st.lists(st.sampled_from(SEEDS), max_size=120).map("".join),
 )
-groupings = st.tuples(st.integers(1, 60), st.integers(1, 80), st.integers(1, 60)).map(lambda n: Grouping(*n))
+segment_lengths = st.tuples(st.integers(1, 60), st.integers(1, 80), st.integers(1, 60)).map(lambda n: SegmentLengths(*n))
 
 
 def sentences(text: str) -> list[str]:
-    groups = split_text(text, ONE_SENTENCE)
-    assert "".join(groups) == text
-    return [group.strip() for group in groups]
+    segments = split_text(text, ONE_SENTENCE)
+    assert "".join(segments) == text
+    return [segment.strip() for segment in segments]
 
 
 @settings(max_examples=400, deadline=None)
-@given(any_text, groupings)
-def test_groups_joined_are_the_text_again(text: str, grouping: Grouping) -> None:
-    groups = split_text(text, grouping)
-    assert "".join(groups) == text
+@given(any_text, segment_lengths)
+def test_segments_joined_are_the_text_again(text: str, segment_lengths: SegmentLengths) -> None:
+    segments = split_text(text, segment_lengths)
+    assert "".join(segments) == text
     if text.strip():
-        assert all(group.strip() for group in groups)
+        assert all(segment.strip() for segment in segments)
     else:
-        assert groups == ([text] if text else [])
+        assert segments == ([text] if text else [])
 
 
 @settings(max_examples=200, deadline=None)
-@given(any_text, groupings)
-def test_no_group_is_longer_than_the_maximum_unless_it_is_one_character(text: str, grouping: Grouping) -> None:
-    for group in split_text(text, grouping):
-        assert len(group.strip()) <= max(grouping.maximum, 1) or not text.strip()
+@given(any_text, segment_lengths)
+def test_no_segment_is_longer_than_the_maximum_unless_it_is_one_character(text: str, segment_lengths: SegmentLengths) -> None:
+    for segment in split_text(text, segment_lengths):
+        assert len(segment.strip()) <= max(segment_lengths.maximum, 1) or not text.strip()
 
 
 @settings(max_examples=200, deadline=None)
 @given(any_text, st.integers(1, 40))
-def test_groups_are_halved_until_the_model_can_take_them(text: str, tokens: int) -> None:
-    def fits(group: str) -> bool:
-        return len(group.strip().encode("utf-8", "surrogatepass")) <= tokens
+def test_segments_are_halved_until_the_model_can_take_them(text: str, tokens: int) -> None:
+    def fits(segment: str) -> bool:
+        return len(segment.strip().encode("utf-8", "surrogatepass")) <= tokens
 
-    groups = split_text(text, CSM, fits)
-    assert "".join(groups) == text
-    assert all(fits(group) or len(group.strip()) == 1 for group in groups)
+    segments = split_text(text, CSM, fits)
+    assert "".join(segments) == text
+    assert all(fits(segment) or len(segment.strip()) == 1 for segment in segments)
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,8 +103,8 @@ def test_groups_are_halved_until_the_model_can_take_them(text: str, tokens: int)
     st.integers(8, 30),
 )
 def test_a_text_without_spaces_is_cut_between_grapheme_clusters(text: str, maximum: int) -> None:
-    groups = split_text(text, Grouping(target=1, maximum=maximum, first=1))
-    assert [cluster for group in groups for cluster in regex.findall(r"\X", group)] == regex.findall(r"\X", text)
+    segments = split_text(text, SegmentLengths(target=1, maximum=maximum, first=1))
+    assert [cluster for segment in segments for cluster in regex.findall(r"\X", segment)] == regex.findall(r"\X", text)
 
 
 @pytest.mark.parametrize(
@@ -156,70 +156,70 @@ def test_blank_lines_and_list_items_end_a_sentence_and_wrapped_lines_do_not() ->
     assert sentences(text) == ["A title", "A line that\nis wrapped\r\ntwice", "- one", "* two", "1. three", "2) four", "last"]
 
 
-def test_whitespace_stays_with_the_group_before_it() -> None:
+def test_whitespace_stays_with_the_segment_before_it() -> None:
     assert split_text("  Hi. \n\n You. ", ONE_SENTENCE) == ["  Hi. \n\n ", "You. "]
     assert split_text(" \n ", ONE_SENTENCE) == [" \n "]
     assert split_text("", ONE_SENTENCE) == []
 
 
-def test_sentences_are_packed_to_the_target_and_the_first_group_is_shorter() -> None:
+def test_sentences_are_packed_to_the_target_and_the_first_segment_is_shorter() -> None:
     text = "This sentence has forty characters in it. " * 30
-    groups = split_text(text, CSM)
-    assert [len(group.strip()) for group in groups[:2]] == [83, 293]
-    assert all(len(group.strip()) <= CSM.target for group in groups)
-    assert all(group.strip().endswith(".") for group in groups)
+    segments = split_text(text, CSM)
+    assert [len(segment.strip()) for segment in segments[:2]] == [83, 293]
+    assert all(len(segment.strip()) <= CSM.target for segment in segments)
+    assert all(segment.strip().endswith(".") for segment in segments)
 
 
-def test_a_paragraph_ends_its_group_when_the_group_is_half_full_and_short_ones_are_packed() -> None:
+def test_a_paragraph_ends_its_segment_when_the_segment_is_half_full_and_short_ones_are_packed() -> None:
     long = "This sentence has forty characters in it. " * 5
-    text = f"{long}\n\n{long}\n\n- One.\n- Two.\n- Three.\n- Four is the last one of the list, and somewhat longer than the others, to be a group."
-    groups = split_text(text, Grouping(target=320, maximum=400, first=320))
-    assert [group.split()[0] for group in groups] == ["This", "This", "-"]
+    text = f"{long}\n\n{long}\n\n- One.\n- Two.\n- Three.\n- Four is the last one of the list, and somewhat longer than the others, to be a segment."
+    segments = split_text(text, SegmentLengths(target=320, maximum=400, first=320))
+    assert [segment.split()[0] for segment in segments] == ["This", "This", "-"]
 
 
-def test_a_few_last_words_join_the_group_before() -> None:
+def test_a_few_last_words_join_the_segment_before() -> None:
     text = "This sentence has forty characters in it. " * 7 + "This sentence has forty characters in it. " * 7 + "Good bye then."
-    assert split_text(text, Grouping(target=294, maximum=400, first=294))[-1].strip().endswith("Good bye then.")
+    assert split_text(text, SegmentLengths(target=294, maximum=400, first=294))[-1].strip().endswith("Good bye then.")
     middle = "This sentence has forty characters in it. " * 21 + "Good bye then."
-    groups = split_text(middle, Grouping(target=294, maximum=400, first=294))
-    assert len(groups) == 3
-    assert groups[-1].endswith("it. Good bye then.")
+    segments = split_text(middle, SegmentLengths(target=294, maximum=400, first=294))
+    assert len(segments) == 3
+    assert segments[-1].endswith("it. Good bye then.")
 
 
 def test_a_long_sentence_breaks_at_its_clauses() -> None:
     text = "when the rain had stopped at last, " * 20 + "we went home."
-    groups = split_text(text, CSM)
-    assert all(group.strip().endswith((",", "home.")) for group in groups)
-    assert all(len(group) <= CSM.maximum for group in groups)
+    segments = split_text(text, CSM)
+    assert all(segment.strip().endswith((",", "home.")) for segment in segments)
+    assert all(len(segment) <= CSM.maximum for segment in segments)
 
 
 def test_numbers_and_times_are_no_clauses() -> None:
     text = "we counted 1,234,567 of them at 10:30 and " * 20
     assert all("1,234,567" in part or "," not in part for part in split_text(text, CSM))
-    assert not any(group.strip().endswith((",", ":")) for group in split_text(text, CSM))
+    assert not any(segment.strip().endswith((",", ":")) for segment in split_text(text, CSM))
 
 
 def test_without_clauses_a_long_sentence_breaks_between_words() -> None:
     words = [f"word{number}" for number in range(300)]
-    groups = split_text(" ".join(words), CSM)
-    assert [word for group in groups for word in group.split()] == words
+    segments = split_text(" ".join(words), CSM)
+    assert [word for segment in segments for word in segment.split()] == words
 
 
 def test_a_long_quotation_breaks_at_the_sentences_inside() -> None:
     text = "He said: “" + "This is one of many sentences in the quotation. " * 20 + "End.” And left."
-    assert all(regex.search(r"[.][”]?$", group.strip()) for group in split_text(text, CSM))
+    assert all(regex.search(r"[.][”]?$", segment.strip()) for segment in split_text(text, CSM))
 
 
 def test_chinese_without_spaces_breaks_at_its_commas_and_keeps_latin_words_whole() -> None:
     commas = "我们今天去北京看朋友，" * 60
-    assert all(group.endswith("，") for group in split_text(commas, CSM))
+    assert all(segment.endswith("，") for segment in split_text(commas, CSM))
     mixed = "我喜欢Python编程" * 60
-    assert all(group.count("Python") * len("Python") == len(regex.findall("[A-Za-z]", group)) for group in split_text(mixed, CSM))
+    assert all(segment.count("Python") * len("Python") == len(regex.findall("[A-Za-z]", segment)) for segment in split_text(mixed, CSM))
 
 
 def test_one_endless_word_is_cut_into_even_parts() -> None:
-    groups = split_text("a" * 4000, CSM)
-    assert {len(group) for group in groups} == {250}
+    segments = split_text("a" * 4000, CSM)
+    assert {len(segment) for segment in segments} == {250}
 
 
 @pytest.mark.parametrize(

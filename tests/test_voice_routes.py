@@ -347,14 +347,14 @@ def test_csm_speaks_with_an_added_voice_and_to_the_end_although_it_is_deleted_me
         assert np.abs(samples).max() > 0.01
         assert [path.suffix for path in folder.iterdir() if path.suffix not in {".wav", ".json"}] == [".codes"]
         codes = sorted((server.cache_dir / "prompts").iterdir())
-        text = " ".join(f"This is sentence number {number}, and it is long enough to be a group." for number in range(3))
+        text = " ".join(f"This is sentence number {number}, and it is long enough to be a segment." for number in range(3))
         with client.stream("POST", "/v1/audio/speech", json=speak | {"input": text, "response_format": "pcm"}) as streamed:
             pieces = streamed.iter_raw()
             received = len(next(pieces))
             assert httpx.delete(f"{server.url}/v1/audio/voices/{voice}", timeout=60).json()["deleted"] is True
             assert not folder.exists()
             received += sum(len(piece) for piece in pieces)
-        assert received >= 2 * int(3 * 3 * 0.08 * RATE)  # three groups of three frames, 16 bit
+        assert received >= 2 * int(3 * 3 * 0.08 * RATE)  # three segments of three frames, 16 bit
         refusal(client.post("/v1/audio/speech", json=speak | {"input": "Hi."}), 400, "invalid_voice", "voice")
     assert sorted((server.cache_dir / "prompts").iterdir()) == codes
     assert not list((server.cache_dir / "voices").glob("*voice*"))

@@ -137,7 +137,7 @@ def scripted_weights(script: Script) -> dict[str, Array]:
 def _write_letters(weights: dict[str, Array], letters: Sequence[str]) -> None:
     """Layer 0's first head: a choosing frame reads the letter's flag from wherever in the text it stands, all others read nothing.
 
-    The directions are the pairs of the head's dimensions that rotary embedding turns slowest (under 0.001 rad in 2048 positions).
+    The directions are the pairs of the head's dimensions that rotary embedding queue slowest (under 0.001 rad in 2048 positions).
     """
     text = weights["text_embeddings.weight"]
     text[:] = 0

@@ -1,4 +1,4 @@
-"""The guard: how long a text may take to say, and whether what a model said can be it."""
+"""Checks the quality of a CSM segment: frame budgets, faults, and repairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from speech_model import Samples
+from audio_formats import Samples
 
 SAMPLE_RATE = 24_000
 FRAME_MS = 80  # of CSM's codec: 12.5 frames a second
@@ -64,7 +64,7 @@ _SENTENCE_MARK = regex.compile(r"[.!?…。！？]+(?=\s|$)|[。！？\n]")
 
 
 class Fault(enum.Enum):
-    """What can be wrong with a spoken group; the value is its weight when the best of several attempts is chosen.
+    """What can be wrong with a spoken segment; the value is its weight when the best of several attempts is chosen.
 
     Words that are missing are worse than words too many.
     """
@@ -86,7 +86,7 @@ class Fault(enum.Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at saying a group.
+    """One try at saying a segment.
 
     Attributes:
         samples: float32, shape (n,), 24 kHz.

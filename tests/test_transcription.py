@@ -12,8 +12,8 @@ import pytest
 import tiny_csm
 import tiny_whisper
 
-from speech_check import SpeechCheck
 from speech_model import ModelLoadError
+from transcription import Recognizer
 
 HEARD = "the rain has stopped"
 
@@ -45,7 +45,7 @@ def test_the_word_error_rate_of_real_speech() -> None:
 
     text = "In 1984, seventy-seven thousand people came; the harbour wasn't ready."
     samples = np.asarray(Hibari()(text, seed=1), np.float32).reshape(-1)
-    check = SpeechCheck()
+    check = Recognizer()
     right, wrong = check.word_error_rate(text, samples), check.word_error_rate("Something that nobody has said at all today.", samples)
     assert right is not None
     assert right <= 0.2
@@ -63,7 +63,7 @@ def test_on_a_mac_mlx_audios_own_whisper_listens(
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     noise = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
     with tiny_csm.activated(tiny_whisper.build(tmp_path, HEARD)):
-        check = SpeechCheck()
+        check = Recognizer()
         assert check.transcribe(noise) == HEARD
         assert check.word_error_rate("The rain has stopped.", noise) == 0
         assert check.word_error_rate("The rain had not stopped.", noise) == 2 / 5
@@ -75,11 +75,11 @@ def test_on_a_mac_mlx_audios_own_whisper_listens(
 def test_a_whisper_that_cannot_write_words_is_refused_when_it_is_loaded(mac: None, tmp_path: Path) -> None:
     checkpoint = tiny_whisper.build(tmp_path, HEARD, processor=False)
     with tiny_csm.activated(checkpoint), pytest.raises(ModelLoadError, match="VERIFY=off") as caught:
-        SpeechCheck()
+        Recognizer()
     assert "Processor not found" in str(caught.value.__cause__)
 
 
 def test_without_any_recogniser_it_is_said_how_to_get_one(no_faster_whisper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(ModelLoadError, match="--extra verify"):
-        SpeechCheck()
+        Recognizer()

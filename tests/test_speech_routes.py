@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Message, Scope
 
-from speech_response import SpeechStream
+from speech_routes import SpeechStream
 
 PIECES = 2000
 
@@ -35,7 +35,7 @@ async def _pieces_made_for_a_client_that_goes_after(taken: int) -> int:
     async def close() -> None:
         pass
 
-    scope: Scope = {"type": "http", "state": {"facts": {}}}
+    scope: Scope = {"type": "http", "state": {"log_fields": {}}}
     await SpeechStream(body(), close, headers={}, media_type="audio/pcm")(scope, receive, send)
     return made
 

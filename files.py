@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all: written under another name beside its place, and moved there at the end."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 

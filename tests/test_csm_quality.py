@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from speech_guard import (
+from audio_formats import Samples
+from csm_quality import (
     FRAME_MS,
     SAMPLE_RATE,
     Attempt,
@@ -18,7 +19,6 @@ from speech_guard import (
     shortest_seconds,
     silent,
 )
-from speech_model import Samples
 
 LONG = (
     "The harbour was quiet that morning, and nobody spoke. Then a boat came in, slowly, with all its lamps lit, as if it were still night."
@@ -74,7 +74,7 @@ def test_nothing_at_all_is_empty() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_single_sample_that_is_no_number_spoils_a_group(speech: dict[str, Samples], value: float) -> None:
+def test_a_single_sample_that_is_no_number_spoils_a_segment(speech: dict[str, Samples], value: float) -> None:
     samples = speech[LONG].copy()
     samples[7] = value
     assert judge(LONG, samples, ended=True) == (Fault.NOT_FINITE,)

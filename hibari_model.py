@@ -1,4 +1,4 @@
-"""The built-in voice: hibari's default voice, whole inside its wheel, so that a fresh clone speaks at once and offline."""
+"""The built-in voice: hibari, which ships inside its wheel and needs no download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from speech_model import GroupChunk, Grouping, LoadProgress, ModelLoadError, SpeechOptions
+from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
 from voice_presets import Voice
 
 # Measured: of Latin, Greek and Cyrillic letters hibari makes some sound, of all others none.
@@ -21,14 +21,14 @@ _NUMBER = re.compile(r"\d[\d,]*")
 _LONGEST_NUMBER = 36  # digits: hibari counts to decillions
 
 
-class BuiltinVoice:
+class HibariModel:
     """hibari behind the shape of a `SpeechModel`."""
 
     id = "hibari"
     sample_rate = 24_000
-    # One sentence a group: the voice says sentences one at a time anyway, and each is out after some 50 ms. It has no context to
+    # One sentence a segment: the voice says sentences one at a time anyway, and each is out after some 50 ms. It has no context to
     # overflow, but longer than 400 phonemes it breaks a sentence itself, so we break it first, where our own pause rules hold.
-    grouping = Grouping(target=1, maximum=320, first=1)
+    segment_lengths = SegmentLengths(target=1, maximum=320, first=1)
 
     def __init__(self) -> None:
         self._voice: Any = None
@@ -68,14 +68,14 @@ class BuiltinVoice:
         """Always: this voice has no context to overflow."""
         return True
 
-    def speak(self, groups: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[GroupChunk]:
-        """Say each group; the noise in the voice is seeded by the utterance's seed and the group's index."""
-        for index, group in enumerate(groups):
-            for samples in self._voice.stream(_sayable(group), seed=[options.seed, index]):
+    def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
+        """Say each segment; the noise in the voice is seeded by the utterance's seed and the segment's index."""
+        for index, segment in enumerate(segments):
+            for samples in self._voice.stream(_sayable(segment), seed=[options.seed, index]):
                 if cancelled():
                     return
-                yield GroupChunk(index, samples, last=False)
-            yield GroupChunk(index, np.zeros(0, np.float32), last=True)
+                yield SegmentChunk(index, samples, last=False)
+            yield SegmentChunk(index, np.zeros(0, np.float32), last=True)
 
     def info(self) -> dict[str, Any]:
         """Facts for `/health`."""
