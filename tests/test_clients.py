@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from client_programs import CLIENTS, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
-from conftest import RunningServer
+from conftest import PROJECT, RunningServer
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 DOCUMENTED_SENTENCE = "Hello! This is my own voice server."
@@ -188,7 +188,7 @@ def test_every_block_of_the_document_is_run_by_a_test() -> None:
 
 
 def test_the_document_names_the_versions_that_are_installed() -> None:
-    text = (CLIENTS.parent / "docs" / "CLIENTS.md").read_text()
+    text = (PROJECT / "docs" / "CLIENTS.md").read_text()
     packages = json.loads((CLIENTS / "package.json").read_text())
     assert f"| OpenClaw | {packages['dependencies']['openclaw']} |" in text
     assert f"| `openai` for Node | {packages['dependencies']['openai']} |" in text
