@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from errors import GenerationTimeoutError, ModelNotReadyError, QueueTimeoutError, RateLimitError, ShuttingDownError
@@ -297,7 +297,7 @@ class ModelHost:
         if self.ready:
             return
         if self.state == "loading":
-            stage = f" ({self.progress.stage}{self._percent()})" if self.progress else ""
+            stage = f" ({self.progress})" if self.progress else ""
             raise self._not_ready(f"is still loading{stage}. {advice}", _LOADING_RETRY_SECONDS)
         what = "is switched off" if self.state == "disabled" else "could not be loaded"
         raise self._not_ready(f"{what}: {self.error} {advice}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
@@ -345,14 +345,8 @@ class ModelHost:
         if self.state == "failed":
             facts["next_try_seconds"] = self.next_try_seconds()
         if self.state == "loading" and self.progress:
-            progress = self.progress
-            fraction = progress.done / progress.total if progress.done is not None and progress.total else None
-            facts["progress"] = {"stage": progress.stage, "done": progress.done, "total": progress.total, "fraction": fraction}
+            facts["progress"] = asdict(self.progress) | {"fraction": self.progress.fraction}
         return facts | self.model.info() | {"active": self.queue.active, "waiting": self.queue.waiting}
-
-    def _percent(self) -> str:
-        progress = self.progress
-        return f", {progress.done / progress.total:.0%}" if progress and progress.done is not None and progress.total else ""
 
     async def _keep_loaded(self) -> None:
         """Load, and load again: after failures with growing pauses, when asked to, and on demand once unloaded."""
@@ -461,8 +455,7 @@ class _ProgressReporter:
         if progress.stage == self._logged_stage and now - self._logged_at < _PROGRESS_LOG_SECONDS:
             return
         self._logged_at, self._logged_stage = now, progress.stage
-        amount = f" {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB" if progress.done is not None and progress.total else ""
-        logger.info("model %s: %s%s", self._host.model.id, progress.stage, amount)
+        logger.info("model %s: %s", self._host.model.id, progress)
 
 
 async def _wait_event(event: asyncio.Event, timeout: float | None) -> bool:

@@ -66,17 +66,26 @@ class SegmentLengths:
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far a load has come.
+    """The progress of a load.
 
     Attributes:
-        stage: What is being done, in words ("downloading model.safetensors", "reading weights").
-        done: Bytes fetched so far, where bytes are fetched.
-        total: Bytes to fetch, where known.
+        stage: The current step, in words ("downloading model.safetensors", "reading weights").
+        done: Bytes downloaded so far; None outside a download.
+        total: Bytes to download; None outside a download.
     """
 
     stage: str
     done: int | None = None
     total: int | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """The part that is done, from 0 to 1; None where it is unknown."""
+        return self.done / self.total if self.done is not None and self.total else None
+
+    def __str__(self) -> str:
+        """Return the progress as people read it: "downloading model.safetensors, 40% of 3100 MB"."""
+        return self.stage if self.fraction is None else f"{self.stage}, {self.fraction:.0%} of {(self.total or 0) / 1e6:.0f} MB"
 
 
 class SpeechModel(Protocol):
