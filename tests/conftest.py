@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ hypothesis_settings.load_profile("ours")
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
+_LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES"}
 
 
 def free_port() -> int:
@@ -41,11 +47,80 @@ def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:
     return inherited | defaults | {name: str(value) for name, value in settings.items()}
 
 
+class ForkedProcess:
+    """A server forked by `server_forker.py`, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._exit_file = folder / f"exit-{pid}"
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self._exit_file.exists():
+            self.returncode = int(self._exit_file.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + timeout if timeout is not None else math.inf
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("server.py", timeout or 0)
+            time.sleep(0.005)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ServerForker:
+    """The client of `server_forker.py`, one a test process."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("server_forker.py"))]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._lock = threading.Lock()
+
+    def start(self, environment: dict[str, str], log: Path) -> ForkedProcess:
+        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent)}
+        with self._lock:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return ForkedProcess(json.loads(self._process.stdout.readline())["pid"], log.parent)
+
+    def close(self) -> None:
+        with self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
+
+@cache
+def server_forker() -> ServerForker:
+    """Started at the first server, ended with the test run."""
+    return ServerForker()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_forker_ends() -> Iterator[None]:
+    yield
+    if server_forker.cache_info().currsize:
+        server_forker().close()
+
+
 @dataclass
 class RunningServer:
     """A server process under test."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     port: int
     cache_dir: Path
     log: Path
@@ -96,20 +171,23 @@ class RunningServer:
 
 
 def start_server(folder: Path, **settings: object) -> RunningServer:
-    """A server with these settings (by their environment names), its files in `folder`; not waited for."""
+    """A server with these settings (by their environment names), its files in `folder`; not waited for.
+
+    It is forked, unless a setting is for the dynamic loader, which reads it before Python runs.
+    """
     port = int(str(settings.pop("PORT", free_port())))
     cache_dir = folder / "cache"
     log = folder / "stderr.log"
-    with log.open("ab") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "server.py"],
-            cwd=PROJECT,
-            env=clean_environment(cache_dir, PORT=port, **settings),
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-        )
+    environment = clean_environment(cache_dir, PORT=port, **settings)
+    process = server_forker().start(environment, log) if not _LOADER_SETTINGS & settings.keys() else _run_program(environment, log)
     return RunningServer(process, port, cache_dir, log, dict(settings))
+
+
+def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "server.py"], cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,101 @@
+"""A process that has imported the server already and forks one server per request: a start then takes a fraction of a second.
+
+Every server is a real process with its own environment, working directory, log and signals; only Python's imports are shared.
+`conftest.start_server` talks to it through its standard input and output: one JSON object a line each way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+_EXITS = "exit-{pid}"
+
+
+def main() -> None:
+    """Answer requests `{"env", "cwd", "log", "exits"}` with `{"pid"}` until standard input ends, then end all servers."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import hibari  # noqa: F401 - the slowest imports of a start
+    import onnxruntime  # noqa: F401
+
+    import server  # noqa: F401
+
+    requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
+    folders: dict[int, Path] = {}
+
+    def reap(*_: object) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            folder = folders.pop(pid, None)
+            if folder is not None:
+                _write(folder / _EXITS.format(pid=pid), str(os.waitstatus_to_exitcode(status)))
+
+    signal.signal(signal.SIGCHLD, reap)
+    _serve(requests, answers, folders)
+    for pid in list(folders):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _serve(requests: TextIO, answers: TextIO, folders: dict[int, Path]) -> None:
+    for line in requests:
+        request = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its folder is known before it can end
+        pid = os.fork()
+        if pid == 0:
+            _run_server(request)
+        folders[pid] = Path(request["exits"])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        answers.write(json.dumps({"pid": pid}) + "\n")
+        answers.flush()
+
+
+def _run_server(request: dict[str, str | dict[str, str]]) -> NoReturn:
+    """Become a server, as `python server.py` would be one with this environment."""
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        log = os.open(str(request["log"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.closerange(3, 256)
+        os.environ.clear()
+        os.environ.update(request["env"])  # type: ignore[arg-type]
+        os.chdir(str(request["cwd"]))
+        sys.argv = ["server.py"]
+        tempfile.tempdir = None  # TMPDIR may be another one
+        import logging
+
+        from server import main as serve
+
+        status = serve()
+        logging.shutdown()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.rename(path)
+
+
+if __name__ == "__main__":
+    main()
