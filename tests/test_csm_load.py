@@ -201,7 +201,7 @@ def test_a_hub_that_falls_silent_within_a_file_is_given_up_and_asked_again(
     monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits a second before each of its own retries
     hub.silent_after = 50_000
     error = failure()
-    assert "What has been fetched is kept" in error.message
+    assert "What has been downloaded is kept" in error.message
     assert error.retry
     hub.silent_after = None
     assert find_model(tiny_csm.SESAME, ignore).source == tiny_csm.SESAME
@@ -351,7 +351,7 @@ def test_the_weights_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"model\.safetensors of sesame/csm-1b is damaged or not whole") as caught:
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors of sesame/csm-1b is damaged or incomplete") as caught:
         load(tiny_csm.build(truncated=True), tiny_csm.SESAME, tmp_path)
     assert not caught.value.retry
 
