@@ -212,9 +212,9 @@ def _own_voices(settings: Settings) -> list[dict[str, Any]]:
             "name": voice.name,
             "model": voice.preset.model,
             "description": voice.preset.description,
-            "aliases": presets.aliases_of(voice.id),
+            "aliases": presets.catalog.aliases_of(voice),
         }
-        for voice in presets.voices()
+        for voice in presets.catalog.voices
     ]
 
 

@@ -408,7 +408,7 @@ class LocalSpeaker:
         from voice_store import VoiceStore
 
         presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(settings.cache_dir / "voices"))
-        self._voice = presets.resolve(voice)
+        self._voice = presets.catalog.resolve(voice)
         self.voice = self._voice.id
         self.model: str = self._voice.preset.model
         if self.model == "hibari":

@@ -87,7 +87,7 @@ class Server:
     def default_ready(self) -> bool:
         """Whether the default voice can speak."""
         try:
-            return self.engine.host(self.presets.resolve(self.settings.default_voice)).ready
+            return self.engine.host(self.presets.catalog.resolve(self.settings.default_voice)).ready
         except TTSError:
             return False
 
@@ -95,9 +95,9 @@ class Server:
         """Settings that name a voice there is not. Not an end to the start: presets come and go while the server runs."""
         named = {"DEFAULT_VOICE": self.settings.default_voice, "FALLBACK_VOICE": self.settings.fallback_voice}
         return [
-            f"{setting}={shorten(voice)} is no voice. Available voices: {', '.join(self.presets.names())}."
+            f"{setting}={shorten(voice)} is no voice. Available voices: {', '.join(self.presets.catalog.names())}."
             for setting, voice in named.items()
-            if voice and not self.presets.knows(voice)
+            if voice and not self.presets.catalog.knows(voice)
         ]
 
     def status(self) -> Literal["ok", "loading", "degraded"]:
@@ -121,10 +121,10 @@ class Server:
             "models": models,
             "ffmpeg": ffmpeg is not None,
             "ffmpeg_version": ffmpeg_version(),
-            "voices": self.presets.names(),
+            "voices": self.presets.catalog.names(),
             "default_voice": self.settings.default_voice,
             "max_input_length": self.settings.max_input_length,
-            "skipped_presets": [asdict(skipped) for skipped in self.presets.skipped()],
+            "skipped_presets": [asdict(skipped) for skipped in self.presets.catalog.skipped],
             "queue": {
                 "active": sum(host.queue.active for host in self.engine.hosts.values()),
                 "waiting": sum(host.queue.waiting for host in self.engine.hosts.values()),
@@ -305,7 +305,7 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         return error_response(error)
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(explain(error.errors()[0], server.presets.names()))
+        return error_response(explain(error.errors()[0], server.presets.catalog.names()))
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(_from_http(request, error))

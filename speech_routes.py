@@ -191,7 +191,7 @@ class SpeechEndpoint:
             TTSError: What is wrong.
         """
         body.check_length(self._settings.max_input_length)
-        voice = self._voice(self._presets.resolve(body.voice_name))
+        voice = self._voice(self._presets.catalog.resolve(body.voice_name))
         text = self._engine.prepare_text(body.input, normalize=body.normalize)
         audio_format = FORMATS[body.response_format or self._settings.default_format]
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
@@ -217,7 +217,7 @@ class SpeechEndpoint:
     def _fallback(self) -> Voice | None:
         """FALLBACK_VOICE, where it is set, known and ready; a fault of this setting is not the caller's, who gets the first refusal."""
         try:
-            fallback = self._presets.resolve(self._settings.fallback_voice)
+            fallback = self._presets.catalog.resolve(self._settings.fallback_voice)
             self._engine.check_ready(fallback)
         except TTSError:
             return None

@@ -167,7 +167,7 @@ class TTSEngine:
         Raises:
             ModelNotReadyError: The voice's model is loading, failed or switched off.
         """
-        voices = self._presets.voices()
+        voices = self._presets.catalog.voices
         ready = [other.preset.name for other in voices if self.host(other).ready]
         loading = [other.preset.name for other in voices if self.host(other).state == "loading"]
         advice = f"Voice '{ready[0]}' is ready." if ready else f"Voice '{loading[0]}' is being loaded." if loading else "No voice is ready."
@@ -257,7 +257,7 @@ class TTSEngine:
 
     def _warm_up(self, model: SpeechModel) -> None:
         # The owner's voices only: people may have added a hundred, and one that is deleted at this moment must not fail the load.
-        model.warm_up([voice for voice in self._presets.voices() if voice.preset.model == model.id and not voice.uploaded])
+        model.warm_up([voice for voice in self._presets.catalog.voices if voice.preset.model == model.id and not voice.uploaded])
 
     async def _start_csm(self) -> None:
         await self._hosts["hibari"].settled()

@@ -6,9 +6,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -173,60 +172,48 @@ class Voice:
 
 @dataclass(frozen=True)
 class SkippedPreset:
-    """A preset file that could not be used, and why."""
+    """A preset file that cannot be used, and the reason."""
 
     file: str
     reason: str
 
 
-@dataclass
-class _Catalogue:
-    voices: dict[str, Voice] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    given_names: dict[str, str] = field(default_factory=dict)
-    skipped: list[SkippedPreset] = field(default_factory=list)
-
-
-class VoicePresetManager:
-    """The voices there are, by id, name and alias. Safe to use from several threads.
+class VoiceCatalog:
+    """An immutable snapshot of all voices, looked up by id, name and alias.
 
     Args:
-        presets_dir: The folder of the preset files.
-        default_voice: The voice that OpenAI's voice names reach unless a preset claims them.
-        added: The voices that people added.
+        voices: Added voices come after presets, the oldest first.
+        skipped: The preset files that cannot be used.
+        default_voice: The voice that OpenAI's voice names select unless a preset claims them.
+
+    Attributes:
+        voices: Presets sorted by name, then added voices sorted by name.
+        skipped: The preset files that cannot be used.
     """
 
-    def __init__(self, presets_dir: Path, default_voice: str, added: VoiceStore | None = None) -> None:
-        self._presets_dir = presets_dir
-        self._default_voice = default_voice
-        self._added = added
-        self._catalogue = _Catalogue()
-        self._verdicts = RecordingVerdicts()
-        self._signature: object = ()
-        self._reading = threading.Lock()
+    def __init__(self, voices: Sequence[Voice] = (), skipped: Sequence[SkippedPreset] = (), default_voice: str = "") -> None:
+        self.voices = tuple(sorted(voices, key=lambda voice: (voice.uploaded, voice.name)))
+        self.skipped = tuple(skipped)
+        self._by_id = {voice.id: voice for voice in voices}
+        self._by_alias = {alias: voice for voice in voices for alias in voice.preset.aliases}
+        self._by_given_name = {name_key(voice.name): voice for voice in voices if voice.uploaded}
+        self._default = self._find(default_voice)
 
-    def changed(self) -> bool:
-        """Whether a file was added, changed or removed since the voices were read. Takes well under a millisecond."""
-        try:
-            return self._signature != (*self._files(), self._verdicts.signature_now())
-        except OSError:  # nobody can look now: the voices that are known stay
-            return False
+    def names(self) -> list[str]:
+        """Return the voices' names, in the order of `voices`."""
+        return [voice.name for voice in self.voices]
 
-    def refresh(self) -> None:
-        """Read again what has changed. Blocks while a new recording is decoded: for worker threads."""
-        with self._reading:
-            self._read_if_changed()
+    def get(self, voice_id: str) -> Voice | None:
+        """Return the voice with this id; names and aliases do not count."""
+        return self._by_id.get(voice_id)
 
     def resolve(self, name: str) -> Voice:
-        """The voice that `name` stands for: an id, a preset's name, an alias, or what somebody called an added voice.
+        """Return the voice for `name`: an id, a preset's name, an alias, or the name of an added voice.
 
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        with self._latest() as catalogue:
-            voice = _find(catalogue, name)
-            if voice is None and name in OPENAI_VOICES:
-                voice = _find(catalogue, self._default_voice)
+        voice = self._find(name) or (self._default if name in OPENAI_VOICES else None)
         if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
@@ -234,88 +221,99 @@ class VoicePresetManager:
         return voice
 
     def knows(self, name: str) -> bool:
-        """Whether `resolve` finds a voice."""
-        try:
-            self.resolve(name)
-        except InvalidVoiceError:
-            return False
-        return True
+        """Return whether `resolve` finds a voice."""
+        return self._find(name) is not None or (self._default is not None and name in OPENAI_VOICES)
 
-    def names(self) -> list[str]:
-        """The voices' names, in the order of `voices`."""
-        return [voice.name for voice in self.voices()]
-
-    def voices(self) -> list[Voice]:
-        """The voices: presets sorted by name, then added ones."""
-        with self._latest() as catalogue:
-            return sorted(catalogue.voices.values(), key=lambda voice: (voice.uploaded, voice.name))
-
-    def aliases_of(self, voice_id: str) -> list[str]:
-        """The other names that reach a voice, OpenAI's among them."""
-        catalogue = self._catalogue  # of voices that were just listed: looking at the files again for each of them would add up
-        own = {alias for alias, target in catalogue.aliases.items() if target == voice_id}
-        default = _find(catalogue, self._default_voice)
-        if default is not None and default.id == voice_id:
-            own |= {alias for alias in OPENAI_VOICES if _find(catalogue, alias) is None}
-        return sorted(own)
-
-    def skipped(self) -> list[SkippedPreset]:
-        """The preset files that could not be used."""
-        with self._latest() as catalogue:
-            return catalogue.skipped
+    def aliases_of(self, voice: Voice) -> list[str]:
+        """Return the other names that select a voice, sorted; for the default voice these include OpenAI's."""
+        aliases = set(voice.preset.aliases)
+        if voice is self._default:
+            aliases.update(name for name in OPENAI_VOICES if self._find(name) is None)
+        return sorted(aliases)
 
     def check_new_name(self, name: str) -> None:
-        """Refuse a name for an added voice that reaches another voice already, however it is written.
+        """Refuse a name for an added voice that already selects another voice, ignoring case.
 
         Raises:
-            ConflictError: It is a preset's, an alias, or one of OpenAI's.
+            ConflictError: It is the name of a preset, an alias, or one of OpenAI's names.
         """
-        with self._latest() as catalogue:
-            names = {name_key(known) for known in (*catalogue.voices, *catalogue.aliases, *OPENAI_VOICES)}
-        if name_key(name) in names:
+        if name_key(name) in {name_key(known) for known in (*self._by_id, *self._by_alias, *OPENAI_VOICES)}:
             raise name_taken(name)
 
-    @contextmanager
-    def _latest(self) -> Iterator[_Catalogue]:
-        """The voices as they are now; as they were, while another thread is reading what has changed."""
-        if self._reading.acquire(blocking=False):
-            try:
-                self._read_if_changed()
-            finally:
-                self._reading.release()
-        yield self._catalogue
+    def _find(self, name: str) -> Voice | None:
+        """Presets and their aliases come first, so that an added voice never replaces one."""
+        return self._by_id.get(name) or self._by_alias.get(name) or self._by_given_name.get(name_key(name))
 
-    def _read_if_changed(self) -> None:
-        if not self.changed():
-            return
-        files = self._files()  # taken before reading: what changes meanwhile is read again
-        self._catalogue = self._read()
-        self._signature = (*files, self._verdicts.signature())
+
+class VoicePresetManager:
+    """Reads all voices and keeps the latest snapshot of them. Thread-safe.
+
+    Args:
+        presets_dir: The folder of the preset files.
+        default_voice: The voice that OpenAI's voice names select unless a preset claims them.
+        added: The voices that people added.
+    """
+
+    def __init__(self, presets_dir: Path, default_voice: str, added: VoiceStore | None = None) -> None:
+        self._presets_dir = presets_dir
+        self._default_voice = default_voice
+        self._added = added
+        self._catalog = VoiceCatalog()
+        self._verdicts = RecordingVerdicts()
+        self._signature: object = None  # nothing has been read yet
+        self._reading = threading.Lock()
+
+    @property
+    def catalog(self) -> VoiceCatalog:
+        """The latest snapshot. The first access reads the voices; after that only `refresh` does."""
+        return self.refresh() if self._signature is None else self._catalog
+
+    def changed(self) -> bool:
+        """Return whether a file was added, changed or removed since the last snapshot. Takes well under a millisecond."""
+        try:
+            return self._signature != (*self._files(), self._verdicts.signature_now())
+        except OSError:  # the files cannot be examined now: keep the known voices
+            return False
+
+    def refresh(self) -> VoiceCatalog:
+        """Read the voices again if a file has changed. Blocks while a new recording is decoded: call it from a worker thread."""
+        with self._reading:
+            if self.changed():
+                files = self._files()  # taken before reading, so that a later change is noticed next time
+                self._catalog = self._read()
+                self._signature = (*files, self._verdicts.signature())
+            return self._catalog
 
     def _files(self) -> tuple[object, object]:
         return _signature(self._presets_dir), self._added and self._added.signature()
 
-    def _read(self) -> _Catalogue:
-        catalogue = _Catalogue()
+    def _read(self) -> VoiceCatalog:
+        presets, skipped = self._read_presets()
+        if not presets:
+            logger.warning("no usable preset in %s", self._presets_dir)
+        added = [_added_voice(stored) for stored in self._added.voices()] if self._added else []
+        return VoiceCatalog([*presets, *added], skipped, self._default_voice)
+
+    def _read_presets(self) -> tuple[list[Voice], list[SkippedPreset]]:
+        voices: list[Voice] = []
+        skipped: list[SkippedPreset] = []
+        owners: dict[str, str] = {}  # each name and alias so far, and the preset it belongs to
         recordings: list[Path] = []
         for path in sorted(self._presets_dir.glob("*.json")):
             try:
-                voice = Voice(read_preset(path), path.parent)
-                if voice.preset.ref_audio is not None:
-                    recordings.append(voice.folder / voice.preset.ref_audio)
+                preset = read_preset(path)
+                if preset.ref_audio is not None:
+                    recordings.append(path.parent / preset.ref_audio)
                     self._check_recording(recordings[-1])
-                _add(catalogue, voice)
+                _check_names(preset, owners)
             except ValueError as error:
-                catalogue.skipped.append(SkippedPreset(path.name, str(error)))
+                skipped.append(SkippedPreset(path.name, str(error)))
                 logger.warning("preset %s is skipped: %s", path.name, error)
+            else:
+                voices.append(Voice(preset, path.parent))
+                owners.update(dict.fromkeys((preset.name, *preset.aliases), preset.name))
         self._verdicts.keep(recordings)
-        if not catalogue.voices:
-            logger.warning("no usable preset in %s", self._presets_dir)
-        for stored in self._added.voices() if self._added else ():
-            voice = _added_voice(stored)
-            catalogue.voices[voice.id] = voice
-            catalogue.given_names[name_key(voice.name)] = voice.id
-        return catalogue
+        return voices, skipped
 
     def _check_recording(self, path: Path) -> None:
         fault = self._verdicts.fault(path)
@@ -323,12 +321,12 @@ class VoicePresetManager:
             raise ValueError(f"ref_audio: {fault[0].lower()}{fault[1:]}")
 
 
-def _find(catalogue: _Catalogue, name: str) -> Voice | None:
-    """Presets and their aliases come first: what somebody sends never takes their place."""
-    for voice_id in (name, catalogue.aliases.get(name), catalogue.given_names.get(name_key(name))):
-        if voice_id in catalogue.voices:
-            return catalogue.voices[voice_id]
-    return None
+def _check_names(preset: VoicePreset, owners: Mapping[str, str]) -> None:
+    for key, name in (("name", preset.name), *(("aliases", alias) for alias in preset.aliases)):
+        owner = owners.get(name)
+        if owner is not None:
+            what = "the name of another preset" if owner == name else f"an alias of {shorten(owner)}"
+            raise ValueError(f"{key}: {shorten(name)} is already {what}")
 
 
 def _added_voice(stored: StoredVoice) -> Voice:
@@ -340,7 +338,7 @@ def _added_voice(stored: StoredVoice) -> Voice:
 
 
 def _signature(folder: Path) -> object:
-    """What changes when a preset, or a recording beside one, does: names, sizes, times of last change, inodes."""
+    """Return what changes when a preset, or a recording beside one, does: names, sizes, modification times, inodes."""
     try:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
@@ -349,23 +347,3 @@ def _signature(folder: Path) -> object:
             raise
         return None
     return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
-
-
-def _add(catalogue: _Catalogue, voice: Voice) -> None:
-    """Put a voice among the others.
-
-    Raises:
-        ValueError: Its name or an alias is taken.
-    """
-    preset = voice.preset
-    if preset.name in catalogue.voices:
-        raise ValueError(f"name: {shorten(preset.name)} is already the name of another preset")
-    if preset.name in catalogue.aliases:
-        raise ValueError(f"name: {shorten(preset.name)} is already an alias of {shorten(catalogue.aliases[preset.name])}")
-    for alias in preset.aliases:
-        if alias in catalogue.voices:
-            raise ValueError(f"aliases: {shorten(alias)} is already the name of another preset")
-        if alias in catalogue.aliases:
-            raise ValueError(f"aliases: {shorten(alias)} already belongs to {shorten(catalogue.aliases[alias])}")
-    catalogue.voices[preset.name] = voice
-    catalogue.aliases.update(dict.fromkeys(preset.aliases, preset.name))

@@ -7,10 +7,10 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar
 
 import regex
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -25,7 +25,7 @@ from recordings import read_recording_bytes
 from speech_model import ModelLoadError
 from speech_routes import run_until_gone
 from tts_engine import TTSEngine
-from voice_presets import Voice, VoicePresetManager
+from voice_presets import Voice, VoiceCatalog, VoicePresetManager
 from voice_store import MAX_NAME, MAX_WORDS, StoredVoice, VoiceStore, clean_name
 
 MAX_SAMPLE_BYTES = 10 << 20
@@ -210,13 +210,13 @@ class VoiceEndpoint:
             "description": voice.preset.description,
             "model": voice.preset.model,
             "ready": self._engine.host(voice).ready,
-            "aliases": self._presets.aliases_of(voice.id),
+            "aliases": self._presets.catalog.aliases_of(voice),
             "uploaded": voice.uploaded,
         }
 
     def list(self) -> dict[str, Any]:
         """All voices."""
-        return {"voices": [self.describe(voice) for voice in self._presets.voices()]}
+        return {"voices": [self.describe(voice) for voice in self._presets.catalog.voices]}
 
     def get(self, voice_id: str) -> dict[str, Any]:
         """One voice, by its id alone.
@@ -236,7 +236,7 @@ class VoiceEndpoint:
         require_owner(request, self._settings)
         async with read_voice_form(request) as form:
             name = clean_name(form.name)
-            self._presets.check_new_name(name)
+            self._presets.catalog.check_new_name(name)
             stored = await run_until_gone(self._keep(form, name), request.receive)
         await asyncio.to_thread(self._presets.refresh)
         request.state.log_fields["voice"] = stored.id
@@ -250,17 +250,18 @@ class VoiceEndpoint:
             NotFoundError: There is none.
         """
         require_owner(request, self._settings)
-        if any(voice.id == voice_id and not voice.uploaded for voice in self._presets.voices()):
+        voice = self._presets.catalog.get(voice_id)
+        if voice is not None and not voice.uploaded:
             raise ForbiddenError("This voice is a preset of the server's owner, not one that was added here: it is removed with its file.")
         await asyncio.to_thread(self._store.delete, voice_id)
         await asyncio.to_thread(self._presets.refresh)
         return {"id": voice_id, "object": "audio.voice", "deleted": True}
 
     def _voice(self, voice_id: str) -> Voice:
-        for voice in self._presets.voices():
-            if voice.id == voice_id:
-                return voice
-        raise NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices.")
+        voice = self._presets.catalog.get(voice_id)
+        if voice is None:
+            raise NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices.")
+        return voice
 
     def drain(self) -> None:
         """Take no more recordings, and refuse those that wait."""
@@ -308,11 +309,14 @@ def _heard(samples: Samples) -> str:
     return words
 
 
-async def fresh_voices(request: Request) -> None:
-    """Before a request is served: read voices that have changed on disk, in a thread, as a recording may have to be decoded."""
+async def fresh_voices(request: Request) -> VoiceCatalog:
+    """Return the voices as they are on disk now. Changes are read in a thread, because a recording may have to be decoded."""
     presets: VoicePresetManager = request.app.state.server.presets
-    if presets.changed():
-        await asyncio.to_thread(presets.refresh)
+    return await asyncio.to_thread(presets.refresh) if presets.changed() else presets.catalog
+
+
+FreshVoices = Annotated[VoiceCatalog, Depends(fresh_voices)]
+"""The parameter of a route that uses the voices. FastAPI calls the dependency once a request."""
 
 
 @voice_routes.get("/audio/voices", summary="The voices")

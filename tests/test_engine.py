@@ -47,7 +47,7 @@ def with_engine(work: Callable[[TTSEngine, VoicePresetManager], Coroutine[Any, A
 
 def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> Utterance:
-        utterance = engine.speak(TEXT, presets.resolve("heart"), SpeechOptions(seed=1))
+        utterance = engine.speak(TEXT, presets.catalog.resolve("heart"), SpeechOptions(seed=1))
         samples = await utterance.samples()
         assert samples.dtype == np.float32
         assert samples.ndim == 1
@@ -63,7 +63,7 @@ def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
 
 def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
-        voice = presets.resolve("heart")
+        voice = presets.catalog.resolve("heart")
         first = await engine.speak("Hello.", voice, SpeechOptions(seed=9)).samples()
         for seed in range(98):
             await engine.speak("Something in between.", voice, SpeechOptions(seed=seed)).samples()
@@ -74,7 +74,7 @@ def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp
 
 def test_closing_an_utterance_frees_the_turn_for_the_next(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
-        voice, queue = presets.resolve("heart"), engine.hosts["hibari"].queue
+        voice, queue = presets.catalog.resolve("heart"), engine.hosts["hibari"].queue
         running = engine.speak(TEXT * 60, voice, SpeechOptions(seed=1))
         waiting = engine.speak(TEXT, voice, SpeechOptions(seed=1))
         async for _ in running:
@@ -128,7 +128,7 @@ def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: 
         engine.hosts["hibari"] = host
         host.start()
         await host.settled()
-        voice = presets.resolve("heart")
+        voice = presets.catalog.resolve("heart")
         spoiled = engine.speak("A good sentence. A fault is here. And another.", voice, SpeechOptions(seed=1))
         with pytest.raises(expected):
             await spoiled.samples()

@@ -28,22 +28,23 @@ def manager(folder: Path, default: str = "mine") -> VoicePresetManager:
 
 def test_the_shipped_presets_are_the_users_and_the_built_in_voice() -> None:
     presets = VoicePresetManager(PROJECT / "presets", "conversational")
-    assert presets.names() == ["conversational", "conversational_b", "heart"]
-    assert presets.skipped() == []
-    first = presets.resolve("conversational").preset
+    assert presets.refresh().names() == ["conversational", "conversational_b", "heart"]
+    assert presets.catalog.skipped == ()
+    first = presets.refresh().resolve("conversational").preset
     assert (first.voice_key, first.speaker_id, first.temperature, first.top_k, first.max_audio_length_ms) == ("conversational_a", 0, 0.9, 50, 90_000)  # fmt: skip
-    assert presets.resolve("conversational_b").preset.speaker_id == 1
-    assert presets.resolve("heart").preset.model == "hibari"
+    assert presets.refresh().resolve("conversational_b").preset.speaker_id == 1
+    assert presets.refresh().resolve("heart").preset.model == "hibari"
 
 
 def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_path: Path) -> None:
     presets = manager(tmp_path)
     write(tmp_path, "other.json", GOOD | {"name": "other", "aliases": ["coral"]})
-    assert presets.resolve("coral").preset.name == "other"
-    assert {presets.resolve(name).preset.name for name in OPENAI_VOICES if name != "coral"} == {"mine"}
-    assert presets.aliases_of("other") == ["coral"]
-    assert "alloy" in presets.aliases_of("mine")
-    assert "coral" not in presets.aliases_of("mine")
+    voices = presets.refresh()
+    assert voices.resolve("coral").preset.name == "other"
+    assert {voices.resolve(name).preset.name for name in OPENAI_VOICES if name != "coral"} == {"mine"}
+    assert voices.aliases_of(voices.resolve("other")) == ["coral"]
+    assert "alloy" in voices.aliases_of(voices.resolve("mine"))
+    assert "coral" not in voices.aliases_of(voices.resolve("mine"))
 
 
 @pytest.mark.parametrize(("content", "reason"), [
@@ -72,8 +73,8 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
 def test_a_bad_file_is_skipped_with_its_reason_and_the_others_load(tmp_path: Path, content: object, reason: str) -> None:
     presets = manager(tmp_path)
     write(tmp_path, "zz-bad.json", content)
-    assert presets.names() == ["mine"]
-    (skipped,) = presets.skipped()
+    assert presets.refresh().names() == ["mine"]
+    (skipped,) = presets.catalog.skipped
     assert skipped.file == "zz-bad.json"
     assert reason in skipped.reason
     assert str(tmp_path) not in skipped.reason
@@ -82,44 +83,57 @@ def test_a_bad_file_is_skipped_with_its_reason_and_the_others_load(tmp_path: Pat
 def test_a_name_may_not_be_anothers_alias_whichever_file_comes_first(tmp_path: Path) -> None:
     presets = manager(tmp_path)
     write(tmp_path, "aa-first.json", GOOD | {"name": "first", "aliases": ["mine"]})
-    assert presets.names() == ["first"]
-    assert "already an alias of 'first'" in presets.skipped()[0].reason
+    assert presets.refresh().names() == ["first"]
+    assert "already an alias of 'first'" in presets.catalog.skipped[0].reason
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD | {"name": "marked"}).encode())
-    assert manager(tmp_path).names() == ["marked", "mine"]
+    assert manager(tmp_path).catalog.names() == ["marked", "mine"]
 
 
 def test_files_that_cannot_be_read_as_text_are_skipped(tmp_path: Path) -> None:
     presets = manager(tmp_path)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "folder.json").mkdir()
-    assert presets.names() == ["mine"]
-    assert {skipped.file for skipped in presets.skipped()} == {"binary.json", "folder.json"}
+    assert presets.refresh().names() == ["mine"]
+    assert {skipped.file for skipped in presets.catalog.skipped} == {"binary.json", "folder.json"}
 
 
 def test_changes_in_the_folder_are_seen_at_once(tmp_path: Path) -> None:
     presets = manager(tmp_path)
-    assert presets.names() == ["mine"]
+    assert presets.refresh().names() == ["mine"]
     write(tmp_path, "new.json", GOOD | {"name": "new"})
-    assert presets.names() == ["mine", "new"]
+    assert presets.refresh().names() == ["mine", "new"]
     write(tmp_path, "new.json", GOOD | {"name": "newer"})
-    assert presets.names() == ["mine", "newer"]
+    assert presets.refresh().names() == ["mine", "newer"]
     (tmp_path / "new.json").unlink()
-    assert presets.names() == ["mine"]
+    assert presets.refresh().names() == ["mine"]
+
+
+def test_a_snapshot_stays_as_it_is_and_is_read_at_first_use(tmp_path: Path) -> None:
+    presets = manager(tmp_path)
+    first = presets.catalog
+    assert first.names() == ["mine"]
+    write(tmp_path, "new.json", GOOD | {"name": "new"})
+    assert presets.changed()
+    assert presets.catalog is first
+    assert presets.refresh().names() == ["mine", "new"]
+    assert first.names() == ["mine"]
+    assert not first.knows("new")
+    assert presets.refresh() is presets.catalog
 
 
 def test_a_folder_that_goes_away_leaves_no_voice_and_no_crash(tmp_path: Path) -> None:
     folder = tmp_path / "presets"
     folder.mkdir()
     presets = manager(folder)
-    assert presets.names() == ["mine"]
+    assert presets.refresh().names() == ["mine"]
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(InvalidVoiceError, match="Available voices: none"):
-        presets.resolve("mine")
+        presets.refresh().resolve("mine")
     (tmp_path / "elsewhere").rename(folder)
-    assert presets.resolve("mine").preset.name == "mine"
+    assert presets.refresh().resolve("mine").preset.name == "mine"
 
 
 @given(content=st.binary(max_size=200) | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(lambda value: json.dumps(value).encode()))  # fmt: skip
@@ -127,5 +141,5 @@ def test_no_content_of_a_file_breaks_the_others(tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("presets")
     presets = manager(folder)
     (folder / "any.json").write_bytes(content)
-    assert presets.names() == ["mine"]
-    assert len(presets.skipped()) == 1
+    assert presets.refresh().names() == ["mine"]
+    assert len(presets.catalog.skipped) == 1

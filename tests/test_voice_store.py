@@ -238,41 +238,41 @@ def test_no_other_folder_can_be_deleted(tmp_path: Path, voice_id: str) -> None:
 
 def test_added_voices_are_reached_by_id_and_by_name(tmp_path: Path) -> None:
     presets = manager(tmp_path)
-    assert presets.names() == ["mine"]
+    assert presets.refresh().names() == ["mine"]
     voice_id = add(store(tmp_path), "José")  # another store on the same folder, as another process has it
-    assert presets.names() == ["mine", "José"]
+    assert presets.refresh().names() == ["mine", "José"]
     for name in (voice_id, "José", "josé", "Jose\u0301"):
-        voice = presets.resolve(name)
+        voice = presets.refresh().resolve(name)
         assert (voice.id, voice.name, voice.uploaded, voice.preset.model) == (voice_id, "José", True, "csm-1b")
     assert (voice.folder / (voice.preset.ref_audio or "")).is_file()
     assert voice.preset.ref_text == "These are the words."
-    assert presets.aliases_of(voice_id) == []
+    assert presets.catalog.aliases_of(presets.catalog.resolve(voice_id)) == []
     store(tmp_path).delete(voice_id)
-    assert presets.names() == ["mine"]
+    assert presets.refresh().names() == ["mine"]
     with pytest.raises(InvalidVoiceError):
-        presets.resolve("José")
+        presets.refresh().resolve("José")
 
 
 def test_added_voices_never_take_the_place_of_a_preset(tmp_path: Path) -> None:
     presets = manager(tmp_path)
     for name in ("mine", "MINE", "own", *OPENAI_VOICES, "Alloy"):
         with pytest.raises(ConflictError):
-            presets.check_new_name(name)
-    presets.check_new_name("Anna")
+            presets.catalog.check_new_name(name)
+    presets.catalog.check_new_name("Anna")
     voice_id = add(store(tmp_path), "Anna")
     manager(tmp_path, {"Anna": BUILT_IN})  # the owner takes the name later
-    assert not presets.resolve("Anna").uploaded
-    assert presets.resolve(voice_id).uploaded
+    assert not presets.refresh().resolve("Anna").uploaded
+    assert presets.refresh().resolve(voice_id).uploaded
 
 
 def test_an_added_voice_can_be_the_default(tmp_path: Path) -> None:
     presets = manager(tmp_path, default="Anna")
     with pytest.raises(InvalidVoiceError):
-        presets.resolve("alloy")
-    presets.check_new_name("Anna")
+        presets.refresh().resolve("alloy")
+    presets.catalog.check_new_name("Anna")
     voice_id = add(store(tmp_path), "Anna")
-    assert presets.resolve("alloy").id == voice_id
-    assert presets.aliases_of(voice_id) == sorted(OPENAI_VOICES)
+    assert presets.refresh().resolve("alloy").id == voice_id
+    assert presets.catalog.aliases_of(presets.catalog.resolve(voice_id)) == sorted(OPENAI_VOICES)
 
 
 def ref(path: str) -> dict[str, Any]:
@@ -293,8 +293,8 @@ def test_presets_with_a_recording_that_will_not_do_are_skipped_with_the_reason(t
     write_tone(folder / "good.wav")
     files = ["silent", "long", "short", "text", "missing", "good", "no\x00name"]
     presets = manager(tmp_path, {file.replace("\x00", ""): ref(f"{file}.wav") for file in files})
-    assert presets.names() == ["good", "mine"]
-    reasons = {skipped.file: skipped.reason for skipped in presets.skipped()}
+    assert presets.refresh().names() == ["good", "mine"]
+    reasons = {skipped.file: skipped.reason for skipped in presets.catalog.skipped}
     expected = {"silent": "silent", "long": "more than 60 s", "short": "0.50 s", "text": "cannot be read as sound", "missing": "is not there", "noname": "is not there"}  # fmt: skip
     assert set(reasons) == {f"{name}.json" for name in expected}
     for name, reason in expected.items():
@@ -319,17 +319,17 @@ def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monke
     write_tone(folder / "a.wav")
     write_tone(folder / "below" / "b.wav", level=0.0)
     presets = manager(tmp_path, {"a": ref("a.wav"), "b": ref("below/b.wav"), "c": ref("a.wav")})
-    assert presets.names() == ["a", "c", "mine"]
+    assert presets.refresh().names() == ["a", "c", "mine"]
     assert runs() == 2
     manager(tmp_path, {"other": BUILT_IN})
     add(store(tmp_path), "Anna")
-    assert presets.names() == ["a", "c", "mine", "other", "Anna"]
+    assert presets.refresh().names() == ["a", "c", "mine", "other", "Anna"]
     assert runs() == 2
     write_tone(folder / "below" / "b.wav", seconds=1.7)
     assert presets.changed()
     presets.refresh()
     assert not presets.changed()
-    assert presets.names() == ["a", "b", "c", "mine", "other", "Anna"]
+    assert presets.refresh().names() == ["a", "b", "c", "mine", "other", "Anna"]
     assert runs() == 3
     (folder / "a.wav").unlink()
-    assert presets.names() == ["b", "mine", "other", "Anna"]
+    assert presets.refresh().names() == ["b", "mine", "other", "Anna"]
