@@ -1,4 +1,4 @@
-"""What every HTTP request passes through: its id and log line, the check of its Host, its size, and its key."""
+"""Middleware and checks for every HTTP request: request id, log line, Host, API key, body size, client disconnect."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import re
 import socket
 import time
 import uuid
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,29 +34,36 @@ from schemas import MAX_BODY_BYTES
 
 logger = logging.getLogger("sesame_tts.request")
 
-# A recording is 10 MiB at most; its form's other fields and boundaries fit into one more.
-MAX_UPLOAD_BYTES = 11 << 20
+T = TypeVar("T")
+
+CLIENT_CLOSED = 499
+"""Nginx's status for a client that disconnected before the answer. Only the log shows it."""
+
+DOCS_FILES = "/docs-files"
+"""Path of the files that `/docs` loads."""
+
+# A recording has at most 10 MiB; 1 MiB more is enough for the form's other fields and boundaries.
+_MAX_UPLOAD_BYTES = 11 << 20
 _UPLOAD_PATHS = ("/v1/audio/voices", "/audio/voices")
 
-_UNFORESEEN = "The server failed in an unforeseen way. Its log has the details, under this request's id."
+_UNEXPECTED = "Unexpected server error. The server's log has the details under this request's id."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LONGEST_METHOD = 16  # of those there are; a made-up one may have 64 KiB
+_LOGGED_METHOD_CHARACTERS = 16  # a client can send a method of 64 KiB
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
-DOCS_FILES = "/docs-files"
 _OPEN_PREFIXES = ("/playground/", f"{DOCS_FILES}/")
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
 
 
 def error_response(error: TTSError) -> JSONResponse:
-    """The envelope of an error, as a response."""
+    """Return an error as a response with OpenAI's error envelope."""
     return JSONResponse(error.envelope(), error.status, headers=error.headers)
 
 
 class RequestLog:
-    """Outermost: gives each request an id, answers with it, and logs one line when the answer is over.
+    """The outermost middleware: sets `X-Request-Id`, logs one line after each answer, and turns unexpected exceptions into status 500.
 
-    The route adds its own facts to `scope["state"]["log_fields"]`; they come into the line as they are. Never the text, never a key.
+    Routes add log fields to `scope["state"]["log_fields"]`. They are logged unchanged and must not contain a text or a key.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -87,36 +95,14 @@ class RequestLog:
         except Exception as error:
             _log_failure(request_id, error)
             if status["status"] != "aborted":
-                raise  # the only way to break off a response that has begun; uvicorn then closes the connection
-            await error_response(InternalError(_UNFORESEEN))(scope, receive, send_with_id)
+                raise  # uvicorn then closes the connection, which is the only way to report an error after the response has started
+            await error_response(InternalError(_UNEXPECTED))(scope, receive, send_with_id)
         finally:
             _log(scope, status["status"], time.monotonic() - started)
 
 
-def _log_failure(request_id: str, error: Exception) -> None:
-    """A failure that was foreseen is one line, any other a traceback; both under the request's id."""
-    foreseen = error if isinstance(error, TTSError) else error.__cause__  # Starlette wraps an error that came after the response's start
-    if isinstance(foreseen, TTSError):
-        logger.error("id=%s broken off: %s", request_id, foreseen.message)
-    else:
-        logger.error("id=%s failed in an unforeseen way", request_id, exc_info=error)
-
-
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _log(scope: Scope, status: object, seconds: float) -> None:
-    state = scope["state"]
-    facts = {"id": state["request_id"], "method": scope["method"][:_LONGEST_METHOD], "path": shorten(scope["path"]), "status": status}
-    facts |= state["log_fields"] | {"seconds": f"{seconds:.3f}"}
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
-    logger.log(level, " ".join(f"{name}={value}" for name, value in facts.items()))
-
-
 class AccessMiddleware:
-    """Refuses, before anything is read: a foreign Host, a missing key, a body that is too large."""
+    """Refuses requests with a foreign Host, a missing API key, or a body that is too large, before the body is read."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -129,7 +115,7 @@ class AccessMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = MAX_UPLOAD_BYTES if scope["path"] in _UPLOAD_PATHS else MAX_BODY_BYTES
+        limit = _MAX_UPLOAD_BYTES if scope["path"] in _UPLOAD_PATHS else MAX_BODY_BYTES
         try:
             _check_framing(headers)
             self._check_host(headers.get("host", ""))
@@ -142,23 +128,23 @@ class AccessMiddleware:
         await self._app(scope, _limited(receive, limit), send)
 
     def _check_host(self, host_header: str) -> None:
-        """A web page of another site that resolves its own name to 127.0.0.1 must not reach this server (DNS rebinding).
+        """Refuse foreign host names: a web page whose own name resolves to 127.0.0.1 must not reach this server (DNS rebinding).
 
         Raises:
-            HostNotAllowedError: Names the setting that allows it.
+            HostNotAllowedError: The host is neither local nor in ALLOWED_HOSTS.
         """
         host = _host_of(host_header)
         if not _is_local(host) and host not in self._allowed_hosts:
             raise HostNotAllowedError(
-                f"This server does not answer for the host {shorten(host)}. If that is its name, add it: ALLOWED_HOSTS={shorten(host)[1:-1]}."
+                f"Host {shorten(host)} is not allowed. If it is a name of this server, set ALLOWED_HOSTS={shorten(host)[1:-1]}."
             )
 
     def _has_key(self, headers: Headers) -> bool:
-        """Whether the request carries a key of ours; compared in constant time, against every key."""
+        """Return whether the request has one of the API keys. Each key is compared in constant time."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return False
-        return any([hmac.compare_digest(given.strip().encode(), key) for key in self._keys])  # noqa: C419 - all are compared, always
+        return any([hmac.compare_digest(given.strip().encode(), key) for key in self._keys])  # noqa: C419 - a generator would stop at the first match
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -170,39 +156,89 @@ class AccessMiddleware:
 
 
 def require_owner(request: Request, settings: Settings) -> None:
-    """Let only the owner change things: from this machine, or from another with the key, and never from a foreign web page.
+    """Require the API key or a client on this machine, and refuse requests from web pages of other sites.
 
     Raises:
-        ForbiddenError: Says what is needed.
+        ForbiddenError: The request may not change anything.
     """
     origin = request.headers.get("origin")
     own_origin = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if origin and origin != own_origin and origin not in settings.cors_origins:
-        raise ForbiddenError(f"The web page at {shorten(origin)} may not change anything here. CORS_ORIGINS lists the pages that may.")
+        raise ForbiddenError(f"Web pages at {shorten(origin)} may not change anything. Add the origin to CORS_ORIGINS to allow it.")
     if is_owner(request):
         return
-    raise ForbiddenError("From another machine this needs a key: set API_KEY on the server and send 'Authorization: Bearer <key>'.")
+    raise ForbiddenError(
+        "Requests from another machine need a key for this: set API_KEY on the server and send 'Authorization: Bearer <key>'."
+    )
 
 
 def is_owner(request: Request) -> bool:
-    """Whether the request has the key, or comes from this machine."""
+    """Return whether the request has the API key or comes from this machine."""
     if request.state.authorized or request.client is None:
         return bool(request.state.authorized)
     try:
         address = ipaddress.ip_address(request.client.host)
     except ValueError:
         return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # with HOST=:: an IPv4 client is ::ffff:127.0.0.1
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # with HOST=:: a local IPv4 client is ::ffff:127.0.0.1
+
+
+async def run_until_gone(work: Awaitable[T], receive: Receive) -> T:
+    """Return the result of `work`; if the client disconnects first, cancel `work`.
+
+    Asyncio tasks instead of an anyio task group: a cancelled anyio scope also cancels every `await` in the cleanup of `work`, which has to
+    wait for the end of ffmpeg processes and threads, and a task group would wrap our errors in an ExceptionGroup.
+
+    Raises:
+        ClientDisconnect: The client disconnected.
+    """
+    working = asyncio.ensure_future(work)
+    tasks = (working, asyncio.ensure_future(_disconnected(receive)))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # retrieved, or asyncio would log it as lost
+
+
+def _log_failure(request_id: str, error: Exception) -> None:
+    """Log a TTSError as one line, and any other exception with its traceback."""
+    known = error if isinstance(error, TTSError) else error.__cause__  # Starlette wraps errors that are raised after the response's start
+    if isinstance(known, TTSError):
+        logger.error("id=%s failed after the response had started: %s", request_id, known.message)
+    else:
+        logger.error("id=%s failed unexpectedly", request_id, exc_info=error)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _log(scope: Scope, status: object, seconds: float) -> None:
+    state = scope["state"]
+    method = scope["method"][:_LOGGED_METHOD_CHARACTERS]
+    fields = {"id": state["request_id"], "method": method, "path": shorten(scope["path"]), "status": status}
+    fields |= state["log_fields"] | {"seconds": f"{seconds:.3f}"}
+    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
+    logger.log(level, " ".join(f"{name}={value}" for name, value in fields.items()))
 
 
 def _check_framing(headers: Headers) -> None:
-    """Refuse a request that tells its length in two ways: a proxy in front may believe the other one (RFC 9112, section 6.3).
+    """Refuse a request with two length headers: a proxy in front may use the other one (request smuggling, RFC 9112, section 6.3).
 
     Raises:
-        InvalidRequestError: The connection is closed after it.
+        InvalidRequestError: Both headers are present. The connection is closed.
     """
     if "transfer-encoding" in headers and "content-length" in headers:
-        message = "Content-Length and Transfer-Encoding cannot both be there."
+        message = "Content-Length and Transfer-Encoding are mutually exclusive."
         raise InvalidRequestError(message, code="invalid_http", headers={"Connection": "close"})
 
 
@@ -213,11 +249,11 @@ def _check_length(headers: Headers, limit: int) -> None:
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is larger than {limit >> 20} MiB, the most that is read here.", headers={"Connection": "close"})
+    return BodyTooLargeError(f"The body is larger than {limit >> 20} MiB, the limit for this path.", headers={"Connection": "close"})
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
-    """`receive` that refuses a chunked body as soon as it grows past the limit."""
+    """Wrap `receive` so that a chunked body is refused as soon as it exceeds the limit."""
     seen = 0
 
     async def limited() -> Message:
@@ -231,15 +267,20 @@ def _limited(receive: Receive, limit: int) -> Receive:
     return limited
 
 
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def _host_of(header: str) -> str:
-    """The host of a Host header, without its port, in lower case."""
+    """Return the host of a Host header without its port, in lower case."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.rpartition(":")[0].lower() if ":" in header else header.lower()
 
 
 def _is_local(host: str) -> bool:
-    """Hosts that no public DNS can point here: addresses, single labels, and the names kept for private networks."""
+    """Return whether public DNS cannot hold this host: IP addresses, single labels, and names reserved for private networks."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

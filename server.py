@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,16 +22,17 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
-import captions
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
-from http_middleware import DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
+from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
 from monitoring import Metrics, configure_logging
-from schemas import SpeechRequest, complete_document, explain
+from schemas import complete_document, explain
 from server_process import listen, serve
 from speech_routes import SpeechEndpoint
+from speech_routes import router as speech_routes
 from tts_engine import TTSEngine
 from voice_presets import VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices, voice_routes
@@ -45,10 +46,6 @@ VERSION = "1.0.0"
 # sixth, measured), and asyncio would make up to four more of them than there are cores.
 _HELPER_THREADS = 4
 
-_MODELS = {
-    "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
-    "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
-}
 _PAGE_DIR = PROJECT_DIR / "playground"
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
@@ -137,80 +134,40 @@ class Server:
         }
 
 
-speech_routes = APIRouter(tags=["speech"])
+async def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+CurrentServer = Annotated[Server, Depends(_server)]
+
 service_routes = APIRouter(tags=["service"])
 
 
-@speech_routes.post("/audio/speech", response_class=Response, summary="Speak a text")
-async def create_speech(body: SpeechRequest, request: Request) -> Response:
-    """OpenAI's speech endpoint: a complete file, or a stream of bytes or events when asked for."""
-    return await _server(request).speech.answer(body, request)
-
-
-@speech_routes.get("/audio/speech/{answer}/timestamps", summary="When each sentence of an answer is heard")
-async def get_timestamps(answer: str, request: Request, format: Literal["json", "vtt", "srt"] = "json") -> Response:
-    """The captions of an answer that was asked for with `timestamps: true`; its `X-Timestamps` header names this path.
-
-    Those of a streamed answer are there once it has ended.
-    """
-    found = _server(request).speech.captions.get(answer)
-    if found is None:
-        raise NotFoundError(
-            "There are no timestamps under this id: they are there once an answer has ended, and are kept for the last 64 that asked for them."
-        )
-    if format == "vtt":
-        return Response(captions.to_webvtt(found), media_type="text/vtt")
-    if format == "srt":
-        return Response(captions.to_srt(found), media_type="application/x-subrip")
-    return JSONResponse(captions.to_json(found))
-
-
-@speech_routes.get("/audio/models", summary="The models, as Open WebUI asks for them")
-async def list_audio_models() -> dict[str, Any]:
-    """`{"models": [{"id"}]}`."""
-    return {"models": [{"id": name} for name in _MODELS]}
-
-
-@speech_routes.get("/models", summary="The models")
-async def list_models() -> dict[str, Any]:
-    """OpenAI's list of models."""
-    return {"object": "list", "data": list(_MODELS.values())}
-
-
-@speech_routes.get("/models/{model}", summary="One model")
-async def get_model(model: str) -> dict[str, Any]:
-    """One of the models."""
-    if model not in _MODELS:
-        raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
-    return _MODELS[model]
-
-
-@service_routes.get("/health", summary="How the server is")
-async def health(request: Request) -> dict[str, Any]:
-    """State of each model, the queue, ffmpeg, the voices. With an API key set, only `status` for those who do not have it."""
-    server = _server(request)
+@service_routes.get("/health", summary="Get the server's state")
+async def health(request: Request, server: CurrentServer) -> dict[str, Any]:
+    """Return the state of models, queue, ffmpeg and voices. If API_KEY is set, requests without the key get `status` only."""
     if server.settings.api_key and not request.state.authorized:
         return {"status": server.status()}
     return server.health(to_owner=is_owner(request))
 
 
-@service_routes.get("/health/ready", summary="Whether the default voice can speak")
-async def ready(request: Request) -> JSONResponse:
-    """200 once the default voice's model is ready, 503 until then."""
-    is_ready = _server(request).default_ready()
+@service_routes.get("/health/ready", summary="Check whether the default voice is ready")
+async def ready(server: CurrentServer) -> JSONResponse:
+    """Return 200 if the default voice can speak, else 503."""
+    is_ready = server.default_ready()
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
 
-@service_routes.get("/metrics", response_class=PlainTextResponse, summary="Figures for Prometheus")
-async def get_metrics(request: Request) -> Response:
-    """Queue, generation, first audio, real-time factor and outcomes."""
-    return Response(_server(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+@service_routes.get("/metrics", response_class=PlainTextResponse, summary="Get metrics for Prometheus")
+async def get_metrics(server: CurrentServer) -> Response:
+    """Return the queue, generation and first audio times, real-time factors and outcomes of speech requests."""
+    return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@service_routes.post("/admin/reload", summary="Load models that failed again, now")
-async def reload(request: Request) -> dict[str, Any]:
-    """From this machine, or with the key."""
-    server = _server(request)
+@service_routes.post("/admin/reload", summary="Reload failed models")
+async def reload(request: Request, server: CurrentServer) -> dict[str, Any]:
+    """Load models that failed to load again, without waiting for the next retry. Allowed from this machine, or with the key."""
     require_owner(request, server.settings)
     server.engine.reload()
     return {"models": {name: host.state for name, host in server.engine.hosts.items()}}
@@ -235,14 +192,10 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         static_url=DOCS_FILES,
         description="OpenAI's speech API on your own machine.",
-        dependencies=[Depends(fresh_voices), Depends(HTTPBearer(auto_error=False, description="One of API_KEY, where it is set."))],
     )
     app.state.server = server
     complete_document(app, keyed=bool(settings.api_key))
-    for routes in (speech_routes, voice_routes):
-        app.include_router(routes, prefix="/v1")
-        app.include_router(routes, include_in_schema=False)
-    app.include_router(service_routes)
+    _include_routers(app)
     if settings.playground:
         _add_page(app)
     _add_error_handlers(app, server)
@@ -253,6 +206,15 @@ def create_app(settings: Settings) -> FastAPI:
         )
     app.add_middleware(RequestLog)
     return app
+
+
+def _include_routers(app: FastAPI) -> None:
+    """Add the API. Only its routes refresh the voices: the page's files do not need them."""
+    needed = [Depends(fresh_voices), Depends(HTTPBearer(auto_error=False, description="One of the keys in API_KEY, if it is set."))]
+    for router in (speech_routes, voice_routes):
+        app.include_router(router, prefix="/v1", dependencies=needed)
+        app.include_router(router, dependencies=needed, include_in_schema=False)
+    app.include_router(service_routes, dependencies=needed)
 
 
 def _look_around(server: Server) -> None:
@@ -270,11 +232,6 @@ def _peak_resident_gb() -> float:
     """The most memory this process has had resident, in GB (1e9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)  # macOS counts bytes, Linux KiB
-
-
-def _server(request: Request) -> Server:
-    server: Server = request.app.state.server
-    return server
 
 
 def _add_page(app: FastAPI) -> None:
@@ -299,20 +256,23 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI, server: Server) -> None:
-    """Every error leaves in the one envelope."""
+    """Answer every error with OpenAI's error envelope."""
 
-    async def ours(_: Request, error: TTSError) -> JSONResponse:
+    @app.exception_handler(TTSError)
+    async def known(_: Request, error: TTSError) -> JSONResponse:
         return error_response(error)
 
+    @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(explain(error.errors()[0], server.presets.catalog.names()))
 
+    @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(_from_http(request, error))
 
-    app.add_exception_handler(TTSError, ours)  # type: ignore[arg-type]  # Starlette types its handlers for Exception only
-    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
 
 
 def _from_http(request: Request, error: HTTPException) -> TTSError:

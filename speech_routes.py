@@ -1,4 +1,4 @@
-"""POST /v1/audio/speech and related routes: complete files, byte streams, and event streams."""
+"""POST /v1/audio/speech and related routes: complete files, byte streams, event streams, timestamps, models."""
 
 from __future__ import annotations
 
@@ -6,134 +6,46 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
+import anyio
+from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from audio_converter import StreamEncoder, convert
 from audio_formats import FORMATS, AudioFormat, SyntheticTag
-from captions import CaptionStore, captions_of, new_key
+from captions import CaptionStore, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
-from errors import InternalError, ModelNotReadyError, TTSError
+from errors import InternalError, ModelNotReadyError, NotFoundError, TTSError, shorten
+from http_middleware import run_until_gone
 from monitoring import Metrics
 from schemas import SpeechRequest
 from speech_model import SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
-T = TypeVar("T")
-
-# A client that takes nothing at all for so long is gone, whatever its socket says.
-_STALLED_SECONDS = 120.0
-
-
-class SpeechStream(Response):
-    """Sends a body piece by piece.
-
-    Args:
-        body: The pieces. An exception out of it breaks the connection off, so that the client sees a broken body and never a short one
-            that looks whole.
-        close: Called once, however it ends; stops the work behind the body.
-        headers: Of the response.
-        media_type: Of the response.
-    """
-
-    def __init__(
-        self, body: AsyncIterator[bytes], close: Callable[[], Awaitable[None]], *, headers: dict[str, str], media_type: str
-    ) -> None:
-        super().__init__(None, headers=headers, media_type=media_type)
-        del self.headers["content-length"]
-        self._body = body
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response."""
-        try:
-            sending = self._send(send)
-            await run_until_gone(sending, receive)
-        except ClientDisconnect:
-            scope["state"]["log_fields"]["cancelled"] = "yes"
-        finally:
-            await self._close()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self._body:
-            await _in_time(send({"type": "http.response.body", "body": piece, "more_body": True}))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _in_time(sending: Awaitable[None]) -> None:
-    """Wait until a piece is taken.
-
-    Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that comes at the moment the piece is taken, and the whole of a
-    text was then spoken to nobody (4 of 12 clients that went away, measured on two busy cores).
-
-    Raises:
-        ClientDisconnect: Nothing was taken for too long.
-    """
-    task = asyncio.ensure_future(sending)
-    try:
-        await asyncio.wait({task}, timeout=_STALLED_SECONDS)
-        if not task.done():
-            raise ClientDisconnect
-        await task
-    finally:
-        task.cancel()
-
-
-async def run_until_gone(work: Awaitable[T], receive: Receive) -> T:
-    """What `work` gives; when the client goes first, `work` is cancelled.
-
-    Raises:
-        ClientDisconnect: The client went.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return await working
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.wait({working, leaving})
-        for task in (working, leaving):
-            if not task.cancelled():
-                task.exception()  # seen, or asyncio would report it as lost
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def event(kind: str, **fields: object) -> bytes:
-    """One server-sent event in the form that OpenAI's clients read: only `data`, one JSON object with its `type`."""
-    return b"data: " + json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n\n"
-
-
-def audio_event(data: bytes) -> bytes:
-    """Some encoded audio as `speech.audio.delta`."""
-    return event("speech.audio.delta", audio=base64.b64encode(data).decode())
-
-
 logger = logging.getLogger(__name__)
 
-_CODEC_FRAMES_A_SECOND = 12.5  # Mimi's; what `usage` counts as output tokens
-# Between the event of a failure and the end of its connection: a fetch() whose connection breaks drops what it has not handed over yet.
-_TIME_TO_READ = 0.2
-_CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log and metrics see it
+# A client that accepts no data for this long counts as disconnected, even if its socket is still open.
+_STALLED_SECONDS = 120.0
+_CODEC_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec; `usage` counts them as output tokens
+# Pause between an error event and the end of its connection: when a connection breaks, fetch() drops data that it has not delivered yet.
+_ERROR_EVENT_SECONDS = 0.2
+
+_MODELS = {
+    "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
+    "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
+}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request, checked: from here on only a failure of ours can spoil it."""
+    """A validated request: everything that can be refused has been checked."""
 
     request: SpeechRequest
     text: str
@@ -142,13 +54,23 @@ class _Plan:
     options: SpeechOptions
     tag: SyntheticTag | None
 
-    @property
-    def sse(self) -> bool:
-        return self.request.stream_format == "sse"
 
-    @property
-    def streamed(self) -> bool:
-        return self.options.streamed
+@dataclass
+class _Run:
+    """A request in progress: what the log and the metrics need at its end."""
+
+    plan: _Plan | None = None
+    utterance: Utterance | None = None
+    streaming: bool = False
+    """The status 200 has been decided, and the body is sent while it is generated."""
+
+    def outcome(self, error: BaseException) -> str:
+        """Return the `outcome` label of the metrics after `error`."""
+        if isinstance(error, ClientDisconnect):
+            return "cancelled"
+        if self.streaming:
+            return "broken"
+        return str(error.status) if isinstance(error, TTSError) else "500"
 
 
 class SpeechEndpoint:
@@ -162,48 +84,67 @@ class SpeechEndpoint:
         self.captions = CaptionStore()
 
     async def answer(self, body: SpeechRequest, request: Request) -> Response:
-        """The response to a speech request.
+        """Return the response to a speech request.
 
         Raises:
-            TTSError: Whatever can be refused, and every failure before the first byte.
+            TTSError: The request is refused, or failed before the first byte.
+            ClientDisconnect: The client disconnected before the first byte.
         """
-        try:
-            plan = self._plan(body, request)
-        except TTSError as error:
-            self._metrics.observe(model="-", format_name="-", outcome=str(error.status))
-            raise
-        utterance = self._engine.speak(plan.text, plan.voice, plan.options)
-        try:
-            if plan.streamed:
-                return await self._stream(plan, utterance, request)
-            return await self._complete(plan, utterance, request)
-        except ClientDisconnect:
-            await self._end(plan, utterance, request, "cancelled")
-            return Response(status_code=_CLIENT_CLOSED)
-        except BaseException as error:
-            await self._end(plan, utterance, request, str(error.status) if isinstance(error, TTSError) else "500")
-            raise
+        async with AsyncExitStack() as stack:
+            run = await stack.enter_async_context(self._recorded(request))
+            run.plan = plan = await self._plan(body, request)
+            run.utterance = utterance = self._engine.speak(plan.text, plan.voice, plan.options)
+            if not plan.options.streamed:
+                return await self._complete(plan, utterance, request)
+            encoded = _EncodedUtterance(plan, utterance)
+            stack.push_async_callback(encoded.close)
+            pieces = encoded.pieces()
+            # The response starts after its first bytes exist: a failure before that still gets a status of its own.
+            first = await run_until_gone(_first(pieces), request.receive)
+            run.streaming = True
+            return self._stream(plan, utterance, _chain(first, pieces), stack.pop_all())
 
-    def _plan(self, body: SpeechRequest, request: Request) -> _Plan:
-        """Check everything that can be refused before any work.
+    @asynccontextmanager
+    async def _recorded(self, request: Request) -> AsyncIterator[_Run]:
+        """Free the queue slot and record the outcome in log and metrics when the request ends, for whatever reason."""
+        run = _Run()
+        outcome = "200"
+        try:
+            yield run
+        except BaseException as error:
+            outcome = run.outcome(error)
+            raise
+        finally:
+            if run.plan is not None and run.utterance is not None:
+                await run.utterance.aclose()
+                self._observe(run.plan, run.utterance, outcome)
+                request.state.log_fields.update(_log_fields(run.utterance, outcome))
+            else:
+                self._metrics.observe(model="-", format_name="-", outcome=outcome)
+
+    async def _plan(self, body: SpeechRequest, request: Request) -> _Plan:
+        """Check everything that can be refused before any speech is generated.
 
         Raises:
-            TTSError: What is wrong.
+            TTSError: The request is refused.
+            ClientDisconnect: The client disconnected while its text was normalized.
         """
         body.check_length(self._settings.max_input_length)
         voice = self._voice(self._presets.catalog.resolve(body.voice_name))
-        text = self._engine.prepare_text(body.input, normalize=body.normalize)
+        # In a thread: a long text takes long enough to delay other requests' audio.
+        normalizing = asyncio.to_thread(self._engine.prepare_text, body.input, normalize=body.normalize)
+        text = await run_until_gone(normalizing, request.receive)
         audio_format = FORMATS[body.response_format or self._settings.default_format]
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
         options = SpeechOptions(seed, body.temperature, body.top_k, streamed)
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
-        facts = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
-        request.state.log_fields.update(facts, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
+        fields = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
+        request.state.log_fields.update(fields, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
         return _Plan(body, text, voice, audio_format, options, tag)
 
     def _voice(self, voice: Voice) -> Voice:
-        """The voice, or FALLBACK_VOICE in its place when it is not ready and the owner has named one."""
+        """Return the voice, or FALLBACK_VOICE if the voice is not ready and FALLBACK_VOICE is."""
         try:
             self._engine.check_ready(voice)
         except ModelNotReadyError:
@@ -215,7 +156,7 @@ class SpeechEndpoint:
         return voice
 
     def _fallback(self) -> Voice | None:
-        """FALLBACK_VOICE, where it is set, known and ready; a fault of this setting is not the caller's, who gets the first refusal."""
+        """Return FALLBACK_VOICE if it is set, known and ready. If not, the client gets the error about the voice that it asked for."""
         try:
             fallback = self._presets.catalog.resolve(self._settings.fallback_voice)
             self._engine.check_ready(fallback)
@@ -238,52 +179,35 @@ class SpeechEndpoint:
         if utterance.word_error_rate is not None:
             headers["X-Word-Error-Rate"] = f"{utterance.word_error_rate:.3f}"
         if plan.request.timestamps:
-            # The speed as it came out: ffmpeg's atempo meets the asked one to a percent only.
+            # The measured speed: ffmpeg's atempo filter meets the requested speed to one percent only.
             speed = utterance.audio_seconds / duration
             key = new_key()
             self.captions.keep(key, captions_of(utterance.segments, utterance.timestamps, speed))
             headers["X-Timestamps"] = _timestamps_path(key)
-        await self._end(plan, utterance, request, "200")
         return Response(data, headers=headers, media_type=plan.format.content_type)
 
-    async def _stream(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
-        """Start the response once the first bytes are there: until then a failure still has a status of its own."""
-        spoken = _Spoken(plan, utterance)
-        try:
-            pieces = spoken.pieces()
-            first = await run_until_gone(_next(pieces), request.receive)
-        except BaseException:
-            await spoken.close()
-            raise
+    def _stream(self, plan: _Plan, utterance: Utterance, body: AsyncIterator[bytes], ending: AsyncExitStack) -> SpeechStream:
         headers = _headers(plan, utterance)
-        body = _chain(first, pieces)
-        if plan.sse:
+        media_type = plan.format.content_type
+        if plan.request.stream_format == "sse":
             body = _events(plan, utterance, body)
             del headers["Content-Disposition"]
             headers["Cache-Control"] = "no-cache"
+            media_type = "text/event-stream"
         elif plan.request.timestamps:
             key = new_key()
             body = self._then_captions(key, plan, utterance, body)
             headers["X-Timestamps"] = _timestamps_path(key)
-
-        async def close() -> None:
-            await spoken.close()
-            outcome = "cancelled" if "cancelled" in request.state.log_fields else "broken" if spoken.failed else "200"
-            await self._end(plan, utterance, request, outcome)
-
-        media_type = "text/event-stream" if plan.sse else plan.format.content_type
-        return SpeechStream(body, close, headers=headers, media_type=media_type)
+        return SpeechStream(body, ending, headers=headers, media_type=media_type)
 
     async def _then_captions(self, key: str, plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The pieces; their captions are kept before the client learns that it has them all."""
+        """Yield the pieces, then keep their captions: they exist before the client sees the end of the body."""
         async for piece in pieces:
             yield piece
         self.captions.keep(key, captions_of(utterance.segments, utterance.timestamps, plan.request.speed))
 
-    async def _end(self, plan: _Plan, utterance: Utterance, request: Request, outcome: str) -> None:
-        """Free the turn, and tell the log and the metrics what came of it."""
-        await utterance.aclose()
-        started, audio = utterance.generation_time > 0, utterance.audio_seconds
+    def _observe(self, plan: _Plan, utterance: Utterance, outcome: str) -> None:
+        started = utterance.generation_time > 0
         self._metrics.observe(
             model=plan.voice.preset.model,
             format_name=plan.format.name,
@@ -291,61 +215,78 @@ class SpeechEndpoint:
             queue=utterance.queue_time if started else None,
             generation=utterance.generation_time if started else None,
             first_audio=utterance.first_audio_time,
-            audio=audio or None,
+            audio=utterance.audio_seconds or None,
         )
-        facts: dict[str, Any] = {"queue": f"{utterance.queue_time:.3f}", "generation": f"{utterance.generation_time:.3f}"}
-        facts["audio"] = f"{audio:.3f}"
-        facts["rtf"] = f"{utterance.generation_time / audio:.3f}" if audio else "-"
-        if utterance.first_audio_time is not None:
-            facts["first_audio"] = f"{utterance.first_audio_time:.3f}"
-        if utterance.retries:
-            facts["retries"] = utterance.retries
-        if utterance.word_error_rate is not None:
-            facts["wer"] = f"{utterance.word_error_rate:.3f}"
-        if outcome != "200":
-            facts["outcome"] = outcome
-        request.state.log_fields.update(facts)
 
 
-class _Spoken:
-    """A streamed utterance on its way through its one encoder."""
+class SpeechStream(Response):
+    """Sends a body while it is generated.
+
+    Args:
+        body: Encoded audio or events. If it raises, the connection is closed before the end of the body, so that the client sees an
+            error and never mistakes partial audio for a complete answer.
+        ending: Entered before the body is sent and left after it, with the exception if one was raised; stops the work behind the body.
+        headers: Response headers.
+        media_type: Response content type.
+    """
+
+    def __init__(self, body: AsyncIterator[bytes], ending: AsyncExitStack, *, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(None, headers=headers, media_type=media_type)
+        del self.headers["content-length"]
+        self._body = body
+        self._ending = ending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response; return when it is complete or the client has disconnected."""
+        with suppress(ClientDisconnect):
+            async with self._ending:
+                await run_until_gone(self._send(send), receive)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for piece in self._body:
+            with anyio.move_on_after(_STALLED_SECONDS) as timeout:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if timeout.cancelled_caught:
+                raise ClientDisconnect
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _EncodedUtterance:
+    """Encodes an utterance while it is generated."""
 
     def __init__(self, plan: _Plan, utterance: Utterance) -> None:
-        self.failed = False
         self._utterance = utterance
         self._encoder = StreamEncoder(plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag)
         self._error: BaseException | None = None
-        self._pump: asyncio.Task[None] | None = None
+        self._feeding: asyncio.Task[None] | None = None
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The encoded bytes; raises what went wrong in place of what is missing."""
-        await self._utterance.begun()  # a request that waits for its turn holds no process
+        """Yield the encoded bytes. A failure of the model or the encoder is raised after the bytes that came before it."""
+        await self._utterance.begun()  # a request that waits in the queue needs no ffmpeg process yet
         async with self._encoder:
-            self._pump = asyncio.create_task(self._feed())
+            self._feeding = asyncio.create_task(self._feed())
             try:
                 async for piece in self._encoder:
                     yield piece
             except TTSError as error:
                 self._error = self._error or error
         if self._error:
-            self.failed = True
             raise self._error
 
     async def close(self) -> None:
-        """Stop feeding, and end the encoder's process."""
-        if self._pump:
-            self._pump.cancel()
-            await asyncio.wait({self._pump})
+        """Stop feeding the encoder, and end its process."""
+        if self._feeding:
+            self._feeding.cancel()
+            await asyncio.wait({self._feeding})
         await self._encoder.aclose()
 
     async def _feed(self) -> None:
-        """Take the samples as fast as the model makes them: the encoder's buffer, not the client, sets the pace."""
+        """Write samples as fast as the model generates them: a slow client must not slow the model down."""
         try:
             async for samples in self._utterance:
                 await self._encoder.write(samples)
             await self._encoder.finish()
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             self._error = error
             await self._encoder.aclose()
@@ -361,36 +302,57 @@ def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
     }
 
 
+def _log_fields(utterance: Utterance, outcome: str) -> dict[str, Any]:
+    audio = utterance.audio_seconds
+    fields: dict[str, Any] = {"queue": f"{utterance.queue_time:.3f}", "generation": f"{utterance.generation_time:.3f}"}
+    fields["audio"] = f"{audio:.3f}"
+    fields["rtf"] = f"{utterance.generation_time / audio:.3f}" if audio else "-"
+    if utterance.first_audio_time is not None:
+        fields["first_audio"] = f"{utterance.first_audio_time:.3f}"
+    if utterance.retries:
+        fields["retries"] = utterance.retries
+    if utterance.word_error_rate is not None:
+        fields["wer"] = f"{utterance.word_error_rate:.3f}"
+    if outcome != "200":
+        fields["outcome"] = outcome
+    return fields
+
+
 def _timestamps_path(key: str) -> str:
     return f"/v1/audio/speech/{key}/timestamps"
 
 
 async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces as OpenAI's events.
+    """Yield the pieces as OpenAI's server-sent events.
 
-    A failure midway is an event too, the last one; then the connection is broken off, because a client that ignores events that it does
-    not know (LiveKit's) would take a proper end for a whole answer.
+    After a failure the last event is an error, and the connection is closed before the end of the body: a client that ignores unknown
+    events (LiveKit's does) would otherwise take the answer for complete.
     """
-    told = 0
+    sent = 0
     try:
         async for piece in pieces:
-            yield audio_event(piece)
+            yield _event("speech.audio.delta", audio=base64.b64encode(piece).decode())
             if plan.request.timestamps:
                 captions = captions_of(utterance.segments, utterance.timestamps, plan.request.speed)
-                for caption in captions[told:]:
-                    yield event("speech.audio.timestamps", **vars(caption))
-                told = len(captions)
+                for caption in captions[sent:]:
+                    yield _event("speech.audio.timestamps", **vars(caption))
+                sent = len(captions)
     except Exception as error:
-        told_as = error if isinstance(error, TTSError) else InternalError("The stream failed. The server's log has the details.")
-        yield event("speech.audio.error", **told_as.envelope())
-        await asyncio.sleep(_TIME_TO_READ)
+        shown = error if isinstance(error, TTSError) else InternalError("The stream failed. The server's log has the details.")
+        yield _event("speech.audio.error", **shown.envelope())
+        await asyncio.sleep(_ERROR_EVENT_SECONDS)
         raise
-    spoken = round(utterance.audio_seconds * _CODEC_FRAMES_A_SECOND)
+    frames = round(utterance.audio_seconds * _CODEC_FRAMES_PER_SECOND)
     characters = len(plan.request.input)
-    yield event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": spoken, "total_tokens": characters + spoken})
+    yield _event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": frames, "total_tokens": characters + frames})
 
 
-async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+def _event(kind: str, **fields: object) -> bytes:
+    """Return one server-sent event as OpenAI's clients read it: a `data` line with one JSON object that has a `type`."""
+    return b"data: " + json.dumps({"type": kind, **fields}, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _first(pieces: AsyncIterator[bytes]) -> bytes:
     async for piece in pieces:
         return piece
     raise InternalError("The encoder gave no audio.")
@@ -400,3 +362,57 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
     yield first
     async for piece in rest:
         yield piece
+
+
+async def _endpoint(request: Request) -> SpeechEndpoint:
+    endpoint: SpeechEndpoint = request.app.state.server.speech
+    return endpoint
+
+
+Endpoint = Annotated[SpeechEndpoint, Depends(_endpoint)]
+
+router = APIRouter(tags=["speech"])
+
+
+@router.post("/audio/speech", response_class=Response, summary="Create speech")
+async def create_speech(body: SpeechRequest, request: Request, endpoint: Endpoint) -> Response:
+    """Speak a text. The answer is a complete audio file, or a stream of bytes or events if the request asks for one."""
+    return await endpoint.answer(body, request)
+
+
+@router.get("/audio/speech/{answer}/timestamps", summary="Get timestamps")
+async def get_timestamps(answer: str, endpoint: Endpoint, format: Literal["json", "vtt", "srt"] = "json") -> Response:
+    """Return the start and end of each segment of an answer that was requested with `timestamps: true`.
+
+    The answer's `X-Timestamps` header holds this path. Timestamps of a streamed answer exist after its end.
+    """
+    found = endpoint.captions.get(answer)
+    if found is None:
+        raise NotFoundError(
+            "There are no timestamps under this id. They exist once an answer is complete, and are kept for the last 64 answers that asked for them."
+        )
+    if format == "vtt":
+        return Response(to_webvtt(found), media_type="text/vtt")
+    if format == "srt":
+        return Response(to_srt(found), media_type="application/x-subrip")
+    return JSONResponse(to_json(found))
+
+
+@router.get("/audio/models", summary="List models for Open WebUI")
+async def list_audio_models() -> dict[str, Any]:
+    """Return the models in the form that Open WebUI reads."""
+    return {"models": [{"id": name} for name in _MODELS]}
+
+
+@router.get("/models", summary="List models")
+async def list_models() -> dict[str, Any]:
+    """Return the models in OpenAI's form."""
+    return {"object": "list", "data": list(_MODELS.values())}
+
+
+@router.get("/models/{model}", summary="Get a model")
+async def get_model(model: str) -> dict[str, Any]:
+    """Return one model in OpenAI's form."""
+    if model not in _MODELS:
+        raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
+    return _MODELS[model]

@@ -14,16 +14,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from audio_formats import Samples
 from config import Settings
 from errors import BodyTooLargeError, ForbiddenError, InvalidAudioError, InvalidRequestError, NotFoundError, StorageError
-from http_middleware import require_owner
+from http_middleware import require_owner, run_until_gone
 from model_host import RequestQueue
 from recordings import read_recording_bytes
 from speech_model import ModelLoadError
-from speech_routes import run_until_gone
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoiceCatalog, VoicePresetManager
 from voice_store import MAX_NAME, MAX_WORDS, StoredVoice, VoiceStore, clean_name
@@ -178,7 +176,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MOST_WAITING = 8  # recordings of up to 10 MiB each, which are in temporary files meanwhile
-_CLIENT_CLOSED = 499  # nginx's status for a client that went away; only our log sees it
 
 
 voice_routes = APIRouter(tags=["voices"])
@@ -328,10 +325,7 @@ async def list_voices(request: Request) -> dict[str, Any]:
 @voice_routes.post("/audio/voices", summary="Add a voice from a recording", openapi_extra=VoiceForm.OPENAPI)
 async def create_voice(request: Request) -> Response:
     """As OpenAI's custom voices, with the words of the recording; from this machine, or with the key."""
-    try:
-        return JSONResponse(await _endpoint(request).add(request))
-    except ClientDisconnect:
-        return Response(status_code=_CLIENT_CLOSED)
+    return JSONResponse(await _endpoint(request).add(request))
 
 
 @voice_routes.get("/audio/voices/{voice_id}", summary="One voice")

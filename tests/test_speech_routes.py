@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 from starlette.types import Message, Scope
 
@@ -32,11 +33,8 @@ async def _pieces_made_for_a_client_that_goes_after(taken: int) -> int:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def close() -> None:
-        pass
-
     scope: Scope = {"type": "http", "state": {"log_fields": {}}}
-    await SpeechStream(body(), close, headers={}, media_type="audio/pcm")(scope, receive, send)
+    await SpeechStream(body(), AsyncExitStack(), headers={}, media_type="audio/pcm")(scope, receive, send)
     return made
 
 
