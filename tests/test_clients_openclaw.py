@@ -45,7 +45,7 @@ def configure(folder: Path, provider: dict[str, Any], **tts: Any) -> None:
 
 def test_it_speaks_as_documented(server: RunningServer, tmp_path: Path) -> None:
     config = documented("OpenClaw", server)
-    (readme,) = (block for block in document_blocks("README.md")["Point your programs at it"] if "timeoutMs" in block)
+    (readme,) = (block for block in document_blocks("README.md")["Connect a client"] if "timeoutMs" in block)
     assert json.loads(readme) == json.loads(documented("OpenClaw"))
     (tmp_path / "openclaw.json").write_text(config)
     data, fmt = written(convert(tmp_path, SENTENCE))
