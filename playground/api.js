@@ -1,13 +1,13 @@
-// The server, as this page sees it: JSON, files, and speech as a stream of events. Every fault becomes an ApiError with a sentence.
+// Calls the server: JSON, files, and speech as an event stream. Every failure becomes an ApiError with a message.
 
 import { memory } from "./dom.js";
 
 const UNREACHABLE = "The server cannot be reached. Is it running, and is this the right address?";
 
-/** The `code` of the error of a server that is not there. */
+/** The error `code` for an unreachable server. */
 export const GONE = "unreachable";
 
-/** What went wrong, in the server's own words where it gave any. */
+/** A failed call, with the server's message if there is one. */
 export class ApiError extends Error {
   constructor(message, { status = 0, code = "", requestId = "" } = {}) {
     super(message);
@@ -15,7 +15,7 @@ export class ApiError extends Error {
   }
 }
 
-/** The API key: held in this tab's memory and, if the user wishes, in this browser's storage. It is sent as a header, never in an address. */
+/** The API key: stored for this tab and, if the user chooses, for this browser. It is sent in a header, never in a URL. */
 export const apiKey = {
   value: memory.read("key", sessionStorage) ?? memory.read("key") ?? "",
   set(value, keep) {
@@ -28,10 +28,10 @@ export const apiKey = {
   },
 };
 
-/** The absolute address of an API path, for requests and for the code that people copy. */
+/** The absolute URL of an API path, for requests and for the code examples. */
 export const address = (path) => new URL(path, document.baseURI).href;
 
-/** `fetch` with the key; answers that are not 2xx become ApiErrors. */
+/** `fetch` with the key; responses other than 2xx become ApiErrors. */
 export async function call(path, options = {}) {
   const headers = new Headers(options.headers);
   if (apiKey.value) headers.set("Authorization", `Bearer ${apiKey.value}`);
@@ -40,13 +40,13 @@ export async function call(path, options = {}) {
   return response;
 }
 
-/** The body of a JSON answer. */
+/** The parsed body of a JSON response. */
 export async function getJson(path, options) {
   const response = await call(path, options);
   return translated(response.json());
 }
 
-/** A stream that broke and a server that is not there both arrive as a TypeError without a useful message. */
+/** Turn the TypeError of a broken stream or an unreachable server, which has no useful message, into an ApiError. */
 async function translated(promise) {
   try {
     return await promise;
@@ -56,15 +56,15 @@ async function translated(promise) {
   }
 }
 
-/** The server's answer to a wrong key speaks of headers, to programmers. */
-const keyWords = () => (apiKey.value ? "That key is not right." : "This server asks for an API key.");
+/** The page's own message for status 401: the server's message is about headers. */
+const keyMessage = () => (apiKey.value ? "The API key is wrong." : "This server requires an API key.");
 
 async function refusal(response) {
   const body = await response.json().catch(() => null);
-  const told = body?.error;
-  if (told?.code === "invalid_api_key") return new ApiError(keyWords(), { status: response.status, code: told.code });
-  const message = told?.message ?? `The server answered ${response.status} ${response.statusText}.`.replace(" .", ".");
-  return new ApiError(message, { status: response.status, code: told?.code ?? "", requestId: response.headers.get("X-Request-Id") ?? "" });
+  const given = body?.error;
+  if (given?.code === "invalid_api_key") return new ApiError(keyMessage(), { status: response.status, code: given.code });
+  const message = given?.message ?? `The server answered ${response.status} ${response.statusText}.`.replace(" .", ".");
+  return new ApiError(message, { status: response.status, code: given?.code ?? "", requestId: response.headers.get("X-Request-Id") ?? "" });
 }
 
 const asJson = (body, signal) => ({
@@ -74,14 +74,14 @@ const asJson = (body, signal) => ({
   signal,
 });
 
-/** Speak, as it comes: `{headers, events}`, where events are the server's own objects in order. Aborting `signal` ends the work on the server too. */
+/** Request streamed speech. Returns `{headers, events}`, the server's events in order. Aborting `signal` also stops the server. */
 export async function speakStreamed(request, signal) {
   const body = { ...request, response_format: "pcm", stream_format: "sse", timestamps: true };
   const response = await call("v1/audio/speech", asJson(body, signal));
   return { headers: response.headers, events: serverEvents(response) };
 }
 
-/** Speak into one complete file. */
+/** Request speech as one complete file. */
 export async function speakFile(request, signal) {
   const response = await call("v1/audio/speech", asJson(request, signal));
   return translated(response.blob());
@@ -94,15 +94,15 @@ async function* serverEvents(response) {
     if (data === "[DONE]") continue;
     const event = JSON.parse(data);
     if (event.type === "speech.audio.error" || event.error) {
-      throw new ApiError(event.error?.message ?? "The server stopped in the middle.", { code: event.error?.code ?? "", requestId });
+      throw new ApiError(event.error?.message ?? "The server stopped before the speech was complete.", { code: event.error?.code ?? "", requestId });
     }
     finished ||= event.type === "speech.audio.done";
     yield event;
   }
-  if (!finished) throw new ApiError("The server's answer ended before it was complete.", { requestId });
+  if (!finished) throw new ApiError("The response ended before the speech was complete.", { requestId });
 }
 
-/** The `data` of each server-sent event of a byte stream. */
+/** Yield the `data` of each server-sent event in a byte stream. */
 async function* eventData(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

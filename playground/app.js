@@ -1,9 +1,9 @@
-// The page: brings its parts together, and turns a press of Speak into sound.
+// The page: connects its parts and handles Speak, Stop, downloads and errors.
 //
-// Speaking is one streamed request (server-sent events with 24 kHz samples), played while it arrives. Downloading asks again, with the same
-// seed, for a complete file in the chosen format: the same samples, with the exact header and tags that only a complete file can have.
+// Speak sends one streamed request (server-sent events with 24 kHz samples) and plays the audio as it arrives. A download sends the request again,
+// with the same seed, for a complete file in the chosen format: the same samples, with the exact header and tags of a complete file.
 //
-// `window.sesame` is for tests and the curious: `player` (its `analyser` hears what is played), `take` (the last one) and `takes` spoken so far.
+// `window.sesame` is for tests: `player` (its `analyser` receives what is played), `take` (the last one) and `takes` (how many there were).
 
 import { apiKey, GONE, speakFile, speakStreamed } from "./api.js";
 import { byId, clock, make, showAlert } from "./dom.js";
@@ -30,23 +30,23 @@ const results = new Results(byId("recent"), byId("results"), { play: replay, dow
 
 const SPEAK_KEY = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl ↵";
 
-let speaking = null; // the AbortController of the request under way
+let speaking = null; // the AbortController of the current request
 let wanted = "curl";
 let listed = true;
-let told = null; // the fault that is shown
+let shownError = null;
 
 window.sesame = { player, take: null, takes: 0 };
 
 // -- Speaking ---------------------------------------------------------------------------------------------------------------------------
 
-/** The request on the screen; its seed is null when the user wants a new one each time. */
+/** The request as currently set on the page; its seed is null if it should be random. */
 function currentRequest() {
   return { model: voices.voice?.model ?? "csm-1b", input: text.value, voice: voices.chosen ?? "alloy", ...settings.values };
 }
 
 async function speak() {
   stop();
-  const fault = text.value.trim() ? settings.fault : "Type something to speak first.";
+  const fault = text.value.trim() ? settings.fault : "Type a text first.";
   report(fault && { message: fault });
   if (fault) return (text.value.trim() ? byId("seed") : text).focus();
   const request = currentRequest();
@@ -56,7 +56,7 @@ async function speak() {
   window.sesame.take = take;
   player.start(take);
   render();
-  say("Waiting for the first sound");
+  say("Waiting for audio");
   server.hurry = true;
   server.ask();
   try {
@@ -97,7 +97,7 @@ function finishTake(take) {
   server.ask();
 }
 
-/** Ends the request, so that the server's turn is free again, and the sound. */
+/** Stop the request, which frees the server's queue, and the playback. */
 function stop() {
   const busy = speaking || player.playing;
   speaking?.abort();
@@ -106,7 +106,7 @@ function stop() {
   if (busy) say("Stopped");
 }
 
-/** @param again What to do once the user has given the key, where only that was missing. */
+/** Show an error, or ask for the API key. @param again Called after the user has entered the key. */
 function fail(error, again = null) {
   say("");
   if (error.status === 401) return keyDialog.open(error, again);
@@ -114,7 +114,7 @@ function fail(error, again = null) {
 }
 
 function report(error) {
-  told = error;
+  shownError = error;
   showAlert(byId("error"), error);
 }
 
@@ -163,26 +163,26 @@ function showSentences(take, position) {
     span.addEventListener("click", () => player.seek(start));
     line.append(span, " ");
   }
-  if (first && speaking) line.closest(".player").scrollIntoView({ block: "nearest" }); // a long text above may have pushed it off a phone
+  if (first && speaking) line.closest(".player").scrollIntoView({ block: "nearest" }); // on a phone, a long text may have pushed it off the screen
   const current = player.playing ? take.sentenceAt(position) : -1;
   for (const [index, span] of line.querySelectorAll("span").entries()) {
     if (span.hasAttribute("aria-current") === (index === current)) continue;
     span.toggleAttribute("aria-current", index === current);
     if (index === current) {
       span.setAttribute("aria-current", "true");
-      // From then on only the lines move, never the page under the reader's hands.
+      // Scroll the transcript only, never the page.
       line.scrollTop = span.offsetTop - line.offsetTop - line.clientHeight / 3;
     }
   }
 }
 
-let figured = "";
+let shownFigures = "";
 
 function showFigures(take) {
   const figures = take ? figuresOf(take) : [];
   const now = JSON.stringify(figures);
-  if (now === figured) return;
-  figured = now;
+  if (now === shownFigures) return;
+  shownFigures = now;
   const list = byId("figures");
   list.hidden = figures.length === 0;
   list.replaceChildren(...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
@@ -220,7 +220,7 @@ function save(blob, name) {
 
 function restore(take) {
   text.value = take.request.input;
-  settings.restore(take.request); // which counts as editing
+  settings.restore(take.request); // also calls edited()
   if (voices.voices.some(({ id }) => id === take.request.voice)) voices.choose(take.request.voice);
   stop();
   player.show(take);
@@ -233,7 +233,7 @@ player.addEventListener("over", () => {
   if (player.take.state === "complete") say("Finished");
 });
 
-// -- What is chosen ---------------------------------------------------------------------------------------------------------------------
+// -- Current choices --------------------------------------------------------------------------------------------------------------------
 
 function showChoice() {
   const request = currentRequest();
@@ -247,7 +247,7 @@ function showChoice() {
   byId("download").textContent = `Download ${request.response_format.toUpperCase()}`;
 }
 
-/** The user has changed something: what was said about it before holds no longer. That the server is gone still does. */
+/** After a change by the user, clear the error and the status, except an error about an unreachable server. */
 function edited() {
   if (server.health) report(null);
   if (!speaking && !player.playing) say("");
@@ -259,7 +259,7 @@ async function copyCode() {
   try {
     await navigator.clipboard.writeText(byId("code").textContent);
   } catch {
-    // Browsers keep the clipboard from plain http pages; an old command still works there.
+    // On plain http pages browsers block the clipboard API; the old command still works.
     getSelection().selectAllChildren(byId("code"));
     document.execCommand("copy");
   }
@@ -270,20 +270,20 @@ async function copyCode() {
 function useNewVoice(voice) {
   voices.refresh().then(() => {
     voices.choose(voice.id);
-    say(`The voice ${voice.name} is saved and chosen`);
+    say(`Voice ${voice.name} saved and selected`);
     byId("voices").querySelector("input:checked")?.focus();
   }, report);
 }
 
-/** Own voices are CSM's work; where it does not run, say so before anybody records. */
+/** A note for users whose server does not run CSM, which speaks added voices; empty if it does. */
 function noteOnOwnVoices() {
   const csm = server.health?.models?.["csm-1b"];
   if (!csm || ["ready", "unloaded"].includes(csm.state)) return "";
   const why = { loading: "is still loading", failed: "could not be loaded", disabled: "is switched off on this server" }[csm.state];
-  return `Your own voices are spoken by CSM-1B, which ${why}. You can save one now and use it when CSM-1B is ready.`;
+  return `Added voices use CSM-1B, which ${why}. You can save a voice now and use it when CSM-1B is ready.`;
 }
 
-// -- Beginning --------------------------------------------------------------------------------------------------------------------------
+// -- Start ------------------------------------------------------------------------------------------------------------------------------
 
 async function begin() {
   byId("key-button").hidden = !apiKey.value;
@@ -292,11 +292,11 @@ async function begin() {
   showChoice();
 }
 
-/** @param unasked Whether it happens behind the user's back: no dialog comes up then. */
+/** @param unasked Whether this happens without an action of the user; then no dialog opens. */
 async function listVoices(unasked = false) {
   try {
     await voices.refresh();
-    if (!listed) report(null); // a fault of an earlier try is over; a fault of speaking stays to be read
+    if (!listed) report(null); // clears the error of an earlier attempt, but not an error of speaking
     listed = true;
   } catch (error) {
     listed = false;
@@ -340,9 +340,9 @@ text.addEventListener("input", edited);
 settings.addEventListener("change", edited);
 byId("voices").addEventListener("change", edited);
 voices.addEventListener("change", showChoice);
-voices.addEventListener("deleted", ({ detail: name }) => say(`The voice ${name} is deleted`));
+voices.addEventListener("deleted", ({ detail: name }) => say(`Voice ${name} deleted`));
 server.addEventListener("change", () => {
-  if (told?.code === GONE) report(null);
+  if (shownError?.code === GONE) report(null);
   listVoices(true);
 });
 text.setSelectionRange(text.value.length, text.value.length);

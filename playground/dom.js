@@ -1,9 +1,9 @@
-// Small things every part of the page needs: finding elements, making them, and saying numbers.
+// Helpers for all parts of the page: find and create elements, format numbers, store values.
 
-/** The element with this id. */
+/** Return the element with this id. */
 export const byId = (id) => document.getElementById(id);
 
-/** A new element: `make("p", {className: "hint"}, "text", child)`. Text is always set as text, never read as HTML. */
+/** Create an element: `make("p", {className: "hint"}, "text", child)`. Strings become text, never HTML. */
 export function make(tag, properties = {}, ...children) {
   const { attributes = {}, ...rest } = properties;
   const element = Object.assign(document.createElement(tag), rest);
@@ -14,7 +14,7 @@ export function make(tag, properties = {}, ...children) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An icon: paths in a 16 by 16 box, as `[path, className]`. */
+/** Create an icon from paths in a 16 by 16 box, each as `[path, className]`. */
 export function icon(...paths) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 16 16");
@@ -29,22 +29,22 @@ export function icon(...paths) {
   return svg;
 }
 
-/** Seconds as m:ss. */
+/** Format seconds as m:ss. */
 export function clock(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
-/** How long something lasts: 6.7 s, and from a minute on 1:58. */
+/** Format a duration: 6.7 s, or 1:58 from one minute on. */
 export const lasting = (seconds) => (seconds < 59.95 ? `${seconds.toFixed(1)} s` : clock(seconds));
 
-/** Words that were written to follow a colon, as a sentence of their own. */
+/** Capitalise the first letter. */
 export const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 
-/** A number with about three digits that matter: 0.0042, 0.31, 12.4. */
+/** Format a number with two or three significant digits: 0.0042, 0.31, 12.4. */
 export const brief = (value) => (value >= 10 ? value.toFixed(1) : value >= 0.1 ? value.toFixed(2) : value.toPrecision(2));
 
-/** Show `message` in an alert element, or hide it when there is none. */
+/** Show an error in an alert element, or hide the element if there is none. */
 export function showAlert(element, error) {
   element.replaceChildren();
   element.hidden = !error;
@@ -53,7 +53,7 @@ export function showAlert(element, error) {
   if (error.requestId) element.append(make("small", {}, `Request ${error.requestId}`));
 }
 
-/** What is kept in this browser between visits; a browser that keeps nothing (private windows) is no error. */
+/** Values stored in this browser between visits. A browser that stores nothing (private windows) is not an error. */
 export const memory = {
   read(name, store = localStorage) {
     try {
@@ -67,7 +67,7 @@ export const memory = {
       if (value === null) store.removeItem(`sesame.${name}`);
       else store.setItem(`sesame.${name}`, value);
     } catch {
-      // Nothing depends on it being kept.
+      // Nothing depends on the stored value.
     }
   },
 };

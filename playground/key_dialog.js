@@ -1,4 +1,4 @@
-// Asks for the API key when the server refuses without one, and lets the user forget it again.
+// The dialog for the API key: enter it, remember it, forget it.
 
 import { apiKey, getJson } from "./api.js";
 import { byId, showAlert } from "./dom.js";
@@ -8,7 +8,7 @@ export class KeyDialog {
   #accepted;
   #next = null;
 
-  /** @param accepted Called when a key was accepted, or forgotten; returns a promise. */
+  /** @param accepted Called after a key was accepted or forgotten; returns a promise. */
   constructor(accepted) {
     this.#accepted = accepted;
     byId("key-button").addEventListener("click", () => this.open());
@@ -22,8 +22,8 @@ export class KeyDialog {
   }
 
   /**
-   * @param error Why it is asked, if the server has refused a key.
-   * @param next What the user was about to do: done once a key is accepted, forgotten when the dialog is cancelled.
+   * @param error The server's error, if it refused a key.
+   * @param next The interrupted action; called after a key was accepted, dropped if the dialog is cancelled.
    */
   open(error = null, next = null) {
     this.#next = next ?? this.#next;
@@ -37,8 +37,8 @@ export class KeyDialog {
   async #try() {
     const before = apiKey.value;
     const key = byId("key").value.trim();
-    // A header holds no other characters; fetch would fail on them without saying why.
-    const unusable = key ? /[^\x21-\x7e]/.test(key) && "A key holds only letters, digits and signs, without spaces." : "Type the key first.";
+    // A header allows no other characters; fetch would fail without a useful message.
+    const unusable = key ? /[^\x21-\x7e]/.test(key) && "A key contains only letters, digits and symbols, without spaces." : "Enter the key.";
     if (unusable) return showAlert(byId("key-error"), { message: unusable });
     apiKey.value = key;
     try {

@@ -1,25 +1,25 @@
-// Plays a take through Web Audio: from its first samples while the rest arrives, or again later from any place.
+// Plays a take through Web Audio, while it arrives or later, from any position.
 
 import { SAMPLE_RATE } from "./take.js";
 
-const LEAD = 0.06; // seconds: a little later than now, so that the first buffer is never late
+const LEAD = 0.06; // seconds; starts slightly in the future, so that the first buffer is never late
 
 export class Player extends EventTarget {
   #context = null;
   #sources = new Set();
-  #spans = []; // what is scheduled: {at, from, length}; more than one, because a late arrival leaves a silence between
+  #spans = []; // scheduled pieces: {at, from, length}; a late arrival leaves silence between them
   #next = 0;
-  #place = 0; // samples, while it does not play
+  #place = 0; // position in samples while not playing
 
   take = null;
   playing = false;
-  /** An AnalyserNode that hears everything that is played. */
+  /** An AnalyserNode that receives everything that is played. */
   analyser = null;
 
-  /** Needs a press of a button or key behind it: browsers let no page make sound by itself. */
+  /** Start the audio context. Browsers allow this only after a user action. */
   wake() {
     if (!this.#context) {
-      // The context runs at the voice's own rate, so pieces join without resampling clicks.
+      // The context uses the voice's sample rate, so there are no resampling clicks between pieces.
       this.#context = new AudioContext({ sampleRate: SAMPLE_RATE });
       this.analyser = new AnalyserNode(this.#context, { fftSize: 2048 });
       this.analyser.connect(this.#context.destination);
@@ -27,23 +27,23 @@ export class Player extends EventTarget {
     this.#context.resume();
   }
 
-  /** Begin a take; what arrives later is handed to `push`. */
+  /** Play a take from `seconds`; later samples are passed to `push`. */
   start(take, seconds = 0) {
     this.#silence();
     this.wake();
     this.take = take;
     this.playing = true;
     this.#schedule(Math.round(seconds * SAMPLE_RATE), take.from(Math.round(seconds * SAMPLE_RATE)));
-    this.#tell();
+    this.#notify();
     this.arrived(take);
   }
 
-  /** The take has grown by `samples`. */
+  /** Schedule `samples` that were appended to the take. */
   push(take, samples) {
     if (take === this.take && this.playing) this.#schedule(take.length - samples.length, samples);
   }
 
-  /** Nothing more arrives for `take`: when all of it is played, it is over. */
+  /** Finish if the take is complete and all of it was played. */
   arrived(take) {
     if (take === this.take && this.playing && take.state !== "arriving" && this.#sources.size === 0) this.#finish();
   }
@@ -53,7 +53,7 @@ export class Player extends EventTarget {
     this.#place = Math.round(this.position * SAMPLE_RATE);
     this.playing = false;
     this.#silence();
-    this.#tell();
+    this.#notify();
   }
 
   /** Show a take without playing it. */
@@ -61,7 +61,7 @@ export class Player extends EventTarget {
     this.pause();
     this.take = take;
     this.#place = 0;
-    this.#tell();
+    this.#notify();
   }
 
   toggle() {
@@ -69,16 +69,16 @@ export class Player extends EventTarget {
     else if (this.take) this.start(this.take, this.position >= this.take.duration - 0.05 ? 0 : this.position);
   }
 
-  /** Go to a time within what has arrived. */
+  /** Move to a time, within what has arrived. */
   seek(seconds) {
     if (!this.take) return;
     const target = Math.min(Math.max(0, seconds), this.take.duration);
     if (this.playing) return this.start(this.take, target);
     this.#place = Math.round(target * SAMPLE_RATE);
-    this.#tell();
+    this.#notify();
   }
 
-  /** Where in the take the listener is, in seconds. */
+  /** The playback position in seconds. */
   get position() {
     if (!this.playing) return this.#place / SAMPLE_RATE;
     const now = this.#context.currentTime - (this.#context.outputLatency || 0);
@@ -110,7 +110,7 @@ export class Player extends EventTarget {
     this.#place = this.take.length;
     this.playing = false;
     this.#silence();
-    this.#tell();
+    this.#notify();
     this.dispatchEvent(new Event("over"));
   }
 
@@ -125,7 +125,7 @@ export class Player extends EventTarget {
     this.#next = 0;
   }
 
-  #tell() {
+  #notify() {
     this.dispatchEvent(new Event("change"));
   }
 }

@@ -1,10 +1,10 @@
-// The last takes, newest first, each with its figures: hear it again, download it, or put its settings back.
+// The list of recent takes, newest first, each with its figures and buttons: play, download, use its settings again.
 
 import { brief, icon, lasting, make } from "./dom.js";
 
-const KEPT = 6; // their samples stay in memory: five minutes of speech are 29 MB
+const KEPT = 6; // takes whose samples stay in memory; five minutes of speech are 29 MB
 
-/** A take's figures as `[name, value]`, those that are known. */
+/** Return a take's known figures as `[name, value]`. */
 export function figuresOf(take) {
   const known = [];
   if (take.firstAudio !== null) known.push(["First audio", `${Math.round(take.firstAudio)} ms`]);
@@ -49,7 +49,7 @@ export class Results {
     play.setAttribute("aria-label", `Play: ${excerpt(take)}`);
     play.addEventListener("click", () => this.#actions.play(take));
     const figures = figuresOf(take).map(([name, value]) => (name === "Duration" ? value : `${name.toLowerCase()} ${value}`));
-    const state = { stopped: "stopped", failed: "broken off" }[take.state];
+    const state = { stopped: "stopped", failed: "incomplete" }[take.state];
     const meta = [take.voiceName, figures.pop(), ...figures, `seed\u00a0${seed}`, state].filter(Boolean).join(" · ");
     return make(
       "li",
@@ -57,7 +57,7 @@ export class Results {
       play,
       make("p", { className: "said" }, excerpt(take)),
       make("p", { className: "meta" }, meta),
-      make("div", { className: "acts" }, this.#button(`${format.toUpperCase()}`, `Download as ${format}`, take, "download"), this.#button("Use again", "Put this text and these settings back", take, "restore")),
+      make("div", { className: "acts" }, this.#button(`${format.toUpperCase()}`, `Download as ${format}`, take, "download"), this.#button("Use again", "Use this text and these settings again", take, "restore")),
     );
   }
 

@@ -1,29 +1,29 @@
-// The server's state, asked again and again: a word in the corner, and each model's progress in the panel below it.
+// Polls the server's state and shows it: one word in the header, and each model's progress in the panel.
 
 import { ApiError, getJson } from "./api.js";
 import { make, sentence } from "./dom.js";
 
-const BUSY = 1500; // milliseconds between questions while something is on the move
-const CALM = 8000;
+const BUSY = 1500; // polling interval in milliseconds while something changes
+const CALM = 8000; // otherwise
 
-const WORDS = { ready: "Ready", ok: "Ready", loading: "Loading", failed: "Failed", disabled: "Off", unloaded: "Asleep" };
+const WORDS = { ready: "Ready", ok: "Ready", loading: "Loading", failed: "Failed", disabled: "Off", unloaded: "Unloaded" };
 const DOTS = { ready: "good", ok: "good", loading: "wait", degraded: "wait", failed: "bad" };
 
 export class ServerState extends EventTarget {
   #parts;
   #timer = 0;
-  #told = "";
+  #lastState = "";
 
   /** @param parts `{dot, word, models, queue}` elements. */
   constructor(parts) {
     super();
     this.#parts = parts;
     this.health = null;
-    this.hurry = false; // asks often, because something of ours is under way
+    this.hurry = false; // polls often, because a request of this page is in progress
     document.addEventListener("visibilitychange", () => document.hidden || this.ask());
   }
 
-  /** Ask now, and from then on by itself. */
+  /** Poll now, and keep polling. */
   async ask() {
     clearTimeout(this.#timer);
     let fault = null;
@@ -45,25 +45,25 @@ export class ServerState extends EventTarget {
 
   #show(fault) {
     const { dot, word, models, queue } = this.#parts;
-    const [text, colour] = this.locked ? ["Needs a key", "wait"] : this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
+    const [text, colour] = this.locked ? ["API key required", "wait"] : this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
     if (word.textContent !== text) word.textContent = text;
     dot.className = `dot ${colour}`;
     models.replaceChildren(...Object.entries(this.health?.models ?? {}).map(([id, model]) => modelItem(id, model)));
     queue.textContent = this.health ? queueWords(this.health) : fault.message;
-    this.#tellChanges();
+    this.#notifyChanges();
   }
 
-  /** Whether the server keeps its state, and all else, from those without its key. */
+  /** Whether the server hides its state because the API key is missing. */
   get locked() {
     return this.health !== null && !this.health.models;
   }
 
-  /** Voices change with their models: whoever lists them wants to know, but only when something is different. */
-  #tellChanges() {
+  /** Dispatch "change" when a model's state changed, because the voices change with it. */
+  #notifyChanges() {
     const states = Object.entries(this.health?.models ?? {}).map(([id, model]) => `${id} ${model.state}`);
     const now = this.health ? [this.health.status, ...states].join() : "";
-    if (now && now !== this.#told) this.dispatchEvent(new Event("change"));
-    this.#told = now;
+    if (now && now !== this.#lastState) this.dispatchEvent(new Event("change"));
+    this.#lastState = now;
   }
 }
 
@@ -82,15 +82,15 @@ function summary(health) {
 const percent = (progress) => (typeof progress?.fraction === "number" ? ` ${Math.floor(progress.fraction * 100)} %` : "");
 
 function queueWords({ queue, version }) {
-  if (!queue) return "This server asks for an API key.";
+  if (!queue) return "This server requires an API key.";
   const { active, waiting } = queue;
-  return `Version ${version}. ${active || "Nothing"} being spoken, ${waiting || "nobody"} waiting.`;
+  return `Version ${version}. Requests: ${active} active, ${waiting} waiting.`;
 }
 
-/** A model's state in a word, and the class of its dot. */
+/** Return a model's state as a word, and the class of its dot. */
 export const stateOf = (model) => [WORDS[model?.state] ?? model?.state ?? "", DOTS[model?.state] ?? ""];
 
-/** Why a model cannot speak, as a sentence; null when nothing is known to be wrong. */
+/** Return why a model cannot speak, as a sentence, or null if there is no error. */
 export function reasonOf(model) {
   const reason = typeof model?.error === "string" ? model.error : model?.error?.message;
   if (!reason) return null;

@@ -1,4 +1,4 @@
-// What the user has set: format, speed and seed, kept in this browser between visits.
+// The settings form: format, speed and seed. Format and speed are stored in this browser between visits.
 
 import { byId, memory } from "./dom.js";
 
@@ -21,7 +21,7 @@ export class SettingsForm extends EventTarget {
     return { response_format: this.#formats.find(({ checked }) => checked).value, speed: Number(this.#speed.value), seed };
   }
 
-  /** What is wrong with the seed, in words; null when it can be used. */
+  /** Why the seed is invalid, or null if it is valid. */
   get fault() {
     const text = this.#seed.value.trim();
     const usable = /^\d*$/.test(text) && Number(text) <= LARGEST_SEED;
@@ -44,11 +44,11 @@ export class SettingsForm extends EventTarget {
     memory.write("format", format);
     const { fault } = this;
     this.#seed.setAttribute("aria-invalid", String(fault !== null));
-    byId("seed-hint").textContent = fault ? `A whole number, 0 to ${LARGEST_SEED}` : "Empty: a new one each time";
+    byId("seed-hint").textContent = fault ? `A whole number, 0 to ${LARGEST_SEED}` : "Empty: random";
     byId("seed-hint").classList.toggle("fault", fault !== null);
     this.dispatchEvent(new Event("change"));
   }
 }
 
-/** A new seed, for a request that names none: the download must be able to ask for the same voice again. */
+/** Return a random seed for a request without one, so that the download can repeat the request. */
 export const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];

@@ -1,23 +1,23 @@
-// The request on the screen as code that can be pasted and run: a curl line, and OpenAI's Python client.
+// The current request as code: a curl command, and OpenAI's Python client.
 
 import { address, apiKey } from "./api.js";
 
-// The key itself is never put into text that people paste into chats and tickets.
+// The code never contains the key, because people paste code into chats and tickets.
 const KEY_VARIABLE = "SESAME_API_KEY";
 const EXPORT = `# export ${KEY_VARIABLE}=...`;
 
-/** For a POSIX shell: everything between single quotes stands for itself. */
+/** Quote for a POSIX shell. */
 const shellQuoted = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
 
-/** JSON's strings are Python's too, once the characters that end a line are written out. */
+/** Quote for Python: JSON's syntax works once line separators are escaped. */
 const pythonQuoted = (text) => JSON.stringify(text).replace(/[\u007f-\u009f\u2028\u2029]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 const withoutEmpty = (request) => Object.fromEntries(Object.entries(request).filter(([, value]) => value !== null));
 
-/** The request as a curl command. */
+/** Return the request as a curl command. */
 export function curlCode(request) {
-  // Comments without quotes or brackets: an interactive zsh reads them as commands, and must get past them.
-  const notes = [`# If curl ends with error 22, speech.${request.response_format} holds the reason as text.`];
+  // No quotes or brackets in comments: an interactive zsh runs comments as commands, and these must not break the lines after them.
+  const notes = [`# If curl ends with error 22, speech.${request.response_format} contains the error message.`];
   if (apiKey.value) notes.unshift(EXPORT);
   const lines = [`curl ${shellQuoted(address("v1/audio/speech"))}`];
   if (apiKey.value) lines.push(`  -H "Authorization: Bearer $${KEY_VARIABLE}"`);
@@ -26,7 +26,7 @@ export function curlCode(request) {
   return [...notes, lines.join(" \\\n")].join("\n");
 }
 
-/** The request through the openai package. */
+/** Return the request as code for the openai package. */
 export function pythonCode({ model, input, voice, response_format: format, speed, seed }) {
   return [
     ...(apiKey.value ? [EXPORT, "import os", ""] : []),

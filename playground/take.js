@@ -1,15 +1,15 @@
-// A take: one utterance as it arrives — its samples, its loudness for the drawing, its sentences and its figures.
+// A take: one utterance as it arrives, with its samples, peaks for the waveform, sentences and figures.
 
 export const SAMPLE_RATE = 24000;
-const PEAK_SAMPLES = 240; // one value of loudness for 10 ms
+const PEAK_SAMPLES = 240; // one peak per 10 ms
 
-// English at speed 1 measures about 15 characters a second with the built-in voice; only the drawing of what is still to come depends on it.
+// The built-in voice speaks about 15 characters of English per second at speed 1. Used only to estimate the length for the waveform.
 const CHARACTERS_A_SECOND = 15;
 
 export class Take {
   /**
-   * @param request What was asked of the server, seed included, so that the same audio can be had again as a file.
-   * @param voiceName What people call the voice.
+   * @param request The request, seed included, so that it can be repeated for a file.
+   * @param voiceName The displayed name of the voice.
    */
   constructor(request, voiceName) {
     this.request = request;
@@ -20,9 +20,9 @@ export class Take {
     this.sentences = [];
     this.state = "arriving"; // then "complete", "stopped" or "failed"
     this.asked = performance.now();
-    this.firstAudio = null; // milliseconds from asking
+    this.firstAudio = null; // milliseconds from the request
     this.queued = 0; // seconds
-    this.spent = null; // seconds from asking to the last sample
+    this.spent = null; // seconds from the request to the last sample
     this.odd = new Uint8Array(0);
     this.loudest = 0;
     this.window = 0;
@@ -32,19 +32,19 @@ export class Take {
     return this.length / SAMPLE_RATE;
   }
 
-  /** How long the whole is, or is likely to become. */
+  /** The final duration in seconds, or an estimate while the take arrives. */
   get expected() {
     if (this.state !== "arriving") return this.duration;
     const guess = this.request.input.length / CHARACTERS_A_SECOND / this.request.speed;
     return Math.max(1, guess, this.duration * 1.04);
   }
 
-  /** Seconds of work for each second of sound, without the wait in the queue. */
+  /** Generation time divided by duration, without the time in the queue. */
   get realTimeFactor() {
     return this.spent === null || !this.length ? null : Math.max(0, this.spent - this.queued) / this.duration;
   }
 
-  /** Add base64 of s16le samples; returns them as float32. An event may end in the middle of a sample. */
+  /** Append base64 of s16le samples and return them as float32. An event may end within a sample. */
   append(base64) {
     this.firstAudio ??= performance.now() - this.asked;
     const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -61,13 +61,13 @@ export class Take {
     return samples;
   }
 
-  /** No more comes. */
+  /** Set the final state. */
   end(state) {
     this.state = state;
     this.spent = (performance.now() - this.asked) / 1000;
   }
 
-  /** All samples from `start` on. */
+  /** Return all samples from `start` on. */
   from(start) {
     const samples = new Float32Array(Math.max(0, this.length - start));
     let position = 0;
@@ -81,7 +81,7 @@ export class Take {
     return samples;
   }
 
-  /** The sentence that sounds at `seconds`, as an index, or -1 in a pause before the first. */
+  /** Return the index of the sentence at `seconds`, or -1 before the first. */
   sentenceAt(seconds) {
     let found = -1;
     for (const [index, { start }] of this.sentences.entries()) if (seconds >= start) found = index;
@@ -100,7 +100,7 @@ export class Take {
     }
   }
 
-  /** The loudest sample between two times, 0 to 1. */
+  /** Return the peak between two times, 0 to 1. */
   peak(from, to) {
     const first = Math.floor((from * SAMPLE_RATE) / PEAK_SAMPLES);
     const last = Math.max(first + 1, Math.ceil((to * SAMPLE_RATE) / PEAK_SAMPLES));

@@ -1,4 +1,4 @@
-// The dialog that makes a voice: record or choose a file, hear it, name it, give its words and the consent, and send it.
+// The dialog for a new voice: record or choose a file, listen, enter name, words and consent, upload.
 
 import { ApiError, getJson } from "./api.js";
 import { byId, clock, showAlert } from "./dom.js";
@@ -6,7 +6,7 @@ import { record, whyNoMicrophone } from "./microphone.js";
 
 const LARGEST = 10 * 1024 * 1024;
 
-// Something to read aloud: it has most of English's sounds, and takes about fifteen seconds.
+// A text to read aloud: about fifteen seconds, with most sounds of English.
 const SCRIPT =
   "Every evening the old ferry crosses the bay, and I like to watch it from the window. " +
   "Some people wave, a dog barks at the gulls, and then it is quiet again. " +
@@ -18,7 +18,7 @@ export class VoiceDialog {
   #sample = null;
   #saved;
 
-  /** @param saved Called with the new voice, once the server has it. */
+  /** @param saved Called with the new voice after the server has stored it. */
   constructor(saved) {
     this.#saved = saved;
     byId("record").addEventListener("click", () => this.#toggleRecording());
@@ -31,7 +31,7 @@ export class VoiceDialog {
     this.#dialog.addEventListener("close", () => this.#clear());
   }
 
-  /** @param note What the user should know first, if anything. */
+  /** @param note A note to show in the dialog, or "". */
   open(note) {
     const notes = [note, whyNoMicrophone()].filter(Boolean).join(" ");
     byId("voice-note").textContent = notes;
@@ -69,7 +69,7 @@ export class VoiceDialog {
 
   #choose(input) {
     const [file] = input.files;
-    input.value = ""; // so that the same file, mended, can be chosen again
+    input.value = ""; // so that the same file can be chosen again
     if (!file) return;
     const objection = objectionTo(file);
     if (objection) showAlert(byId("voice-error"), { message: objection });
@@ -80,17 +80,17 @@ export class VoiceDialog {
     URL.revokeObjectURL(byId("sample-audio").src);
     this.#sample = file;
     byId("sample-audio").src = URL.createObjectURL(file);
-    byId("sample-name").textContent = chosen ? file.name : "Your recording. Listen to it once before you save it.";
+    byId("sample-name").textContent = chosen ? file.name : "Your recording. Listen to it before you save it.";
     byId("sample").hidden = false;
     if (chosen && byId("voice-words").value === SCRIPT) byId("voice-words").value = "";
     showAlert(byId("voice-error"), null);
   }
 
-  /** The first thing that is missing, as `[field, sentence]`. */
+  /** Return the first missing input as `[element, message]`, or null. */
   #missing() {
-    if (!this.#sample) return [byId("record").disabled ? byId("voice-file") : byId("record"), "Record something, or choose a file."];
-    if (!byId("voice-name").value.trim()) return [byId("voice-name"), "Give the voice a name."];
-    if (!byId("voice-consent").checked) return [byId("voice-consent"), "A voice can be used only with its speaker's consent. Tick the box if you have it."];
+    if (!this.#sample) return [byId("record").disabled ? byId("voice-file") : byId("record"), "Record your voice or choose a file."];
+    if (!byId("voice-name").value.trim()) return [byId("voice-name"), "Enter a name for the voice."];
+    if (!byId("voice-consent").checked) return [byId("voice-consent"), "A voice may be used only with the speaker's consent. Tick the box if you have it."];
     return null;
   }
 
@@ -105,7 +105,7 @@ export class VoiceDialog {
     body.set("audio_sample", this.#sample, this.#sample.name);
     body.set("consent", "true");
     const words = byId("voice-words").value.trim();
-    if (words) body.set("ref_text", words); // without them the server listens itself, or says that it cannot
+    if (words) body.set("ref_text", words); // without words the server transcribes the recording, or answers that it cannot
     const button = byId("voice-save");
     button.disabled = true;
     button.textContent = "Saving…";
@@ -134,9 +134,9 @@ export class VoiceDialog {
   }
 }
 
-/** Why a file cannot be a voice, as far as it can be known before the server hears it; null when it may be one. */
+/** Return why a file cannot be a voice, as far as the browser can tell, or null. */
 function objectionTo({ name, type, size }) {
-  // Phones' recorders write video types too; where the browser knows no type, the server decides.
-  if (type && !/^(audio|video)\/|^application\/ogg$/.test(type)) return `“${name}” is not a sound file. Choose a recording, as WAV, MP3 or M4A.`;
-  return size > LARGEST ? "The file is larger than 10 MiB. A minute of speech is enough." : null;
+  // Recorders on phones also use video types. If the browser does not know the type, the server decides.
+  if (type && !/^(audio|video)\/|^application\/ogg$/.test(type)) return `“${name}” is not an audio file. Choose a recording, for example WAV, MP3 or M4A.`;
+  return size > LARGEST ? "The file is larger than 10 MiB. One minute of speech is enough." : null;
 }

@@ -1,10 +1,10 @@
-// The list of voices: one radio button each, with its description, its model and whether it can speak now; own voices can be deleted.
+// The list of voices: one radio button each, with description, model and state. Added voices can be deleted.
 
 import { call, getJson } from "./api.js";
 import { byId, make, memory, showAlert } from "./dom.js";
 import { reasonOf, stateOf } from "./server_state.js";
 
-// Who can speak now comes first; among equals the server's default voice, which OpenAI's names reach.
+// Ready voices come first; among those, the server's default voice, which has OpenAI's names as aliases.
 const rank = ({ ready, aliases }) => (ready ? 0 : 2) + (aliases?.includes("alloy") ? 0 : 1);
 
 export class VoiceList extends EventTarget {
@@ -12,7 +12,7 @@ export class VoiceList extends EventTarget {
   #modelOf;
   #shown = "";
 
-  /** @param modelOf Gives the server's facts about the model of this id, where they are known. */
+  /** @param modelOf Returns the state of a model by its id, if known. */
   constructor(list, modelOf) {
     super();
     this.#list = list;
@@ -30,7 +30,7 @@ export class VoiceList extends EventTarget {
     return this.voices.find(({ id }) => id === this.chosen) ?? null;
   }
 
-  /** Ask the server again. */
+  /** Load the list from the server. */
   async refresh() {
     this.voices = (await getJson("v1/audio/voices")).voices.sort((a, b) => rank(a) - rank(b));
     if (!this.voice) this.chosen = this.voices[0]?.id ?? null;
@@ -38,9 +38,9 @@ export class VoiceList extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  /** The server did not list its voices: say so in their place, unless some are shown already. @param locked Whether a key would help. */
+  /** Show that the voices could not be loaded, unless some are shown. @param locked Whether the API key is missing. */
   refuse(locked) {
-    const words = locked ? "The server lists its voices once it has your key." : "The server has not listed its voices.";
+    const words = locked ? "Enter the API key to see the voices." : "The voices could not be loaded.";
     if (!this.voices.length) this.#list.replaceChildren(make("p", { className: "empty" }, words));
   }
 
@@ -53,27 +53,27 @@ export class VoiceList extends EventTarget {
 
   #render() {
     const now = JSON.stringify(this.voices.map((voice) => [voice, this.#stateOf(voice)]));
-    if (now === this.#shown) return; // leaves the keyboard's focus where it is
+    if (now === this.#shown) return; // keeps the keyboard focus
     this.#shown = now;
     const focused = this.#list.contains(document.activeElement);
     this.#list.replaceChildren(...this.voices.map((voice) => this.#card(voice)));
-    if (!this.voices.length) this.#list.append(make("p", { className: "empty" }, "The server has no voice. Its presets folder is empty."));
+    if (!this.voices.length) this.#list.append(make("p", { className: "empty" }, "The server has no voices. Its presets folder is empty."));
     if (focused) this.#list.querySelector("input:checked")?.focus();
     this.#showMore();
   }
 
-  /** The list fades out at its lower edge while there is more below. */
+  /** Fade the lower edge of the list while it continues below. */
   #showMore() {
     const { scrollHeight, scrollTop, clientHeight } = this.#list;
     this.#list.classList.toggle("more", scrollHeight - scrollTop - clientHeight > 8);
   }
 
-  /** Whether a voice can speak, as `[word, class of the dot, why not]`. */
+  /** Return a voice's state as `[word, class of the dot, reason]`. */
   #stateOf({ ready, model }) {
     if (ready) return ["Ready", "good", null];
-    const facts = this.#modelOf(model);
-    if (!facts || facts.state === "ready") return ["Not ready", "", null]; // one of the two answers is older than the other
-    return [...stateOf(facts), reasonOf(facts) ?? "It can speak once its model is loaded."];
+    const state = this.#modelOf(model);
+    if (!state || state.state === "ready") return ["Not ready", "", null]; // the two responses are from different times
+    return [...stateOf(state), reasonOf(state) ?? "The voice is available when its model is loaded."];
   }
 
   #card(voice) {
@@ -97,7 +97,7 @@ export class VoiceList extends EventTarget {
     button.addEventListener("click", () => {
       this.deleting = { id, name: name ?? id };
       showAlert(byId("delete-error"), null);
-      byId("delete-note").textContent = `“${name ?? id}” and its recording are removed from the server. This cannot be undone.`;
+      byId("delete-note").textContent = `“${name ?? id}” and its recording will be deleted from the server. This cannot be undone.`;
       byId("delete-dialog").showModal();
     });
     return button;

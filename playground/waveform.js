@@ -1,4 +1,4 @@
-// The drawing of a take: bars that fill as sound arrives, the played part in the accent colour, dots for what is still to come.
+// Draws a take: bars for the audio that has arrived, the played part in the accent colour, dots for the expected rest.
 
 import { clock } from "./dom.js";
 
@@ -9,9 +9,9 @@ export class Waveform {
   #canvas;
   #frame;
   #colours = null;
-  #shown = 0; // seconds across the whole width, eased towards what is expected
+  #shown = 0; // seconds across the whole width, animated towards the expected duration
 
-  /** @param frame The slider around the canvas. @param seek Called with seconds. */
+  /** @param frame The slider around the canvas. @param seek Called with a time in seconds. */
   constructor(frame, canvas, seek) {
     this.#frame = frame;
     this.#canvas = canvas;
@@ -27,7 +27,7 @@ export class Waveform {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   }
 
-  /** Draw `take` with the listener at `position` seconds. Returns whether the drawing is still moving by itself. */
+  /** Draw `take` at playback position `position` in seconds. Returns whether the animation continues. */
   draw(take, position, atOnce = false) {
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const expected = take?.expected ?? 0;
@@ -57,7 +57,7 @@ export class Waveform {
     const from = (bar / bars) * this.#shown;
     const to = ((bar + 1) / bars) * this.#shown;
     const here = this.take && this.#shown > 0 && from < this.take.duration;
-    // The square root lifts quiet syllables, as the ear does; speech seldom goes above half of full scale, so that fills the height.
+    // The square root makes quiet syllables visible. Speech rarely exceeds half of full scale, so that level fills the height.
     const tall = here ? Math.max(BAR, Math.sqrt(Math.min(1, 2 * this.take.peak(from, to))) * (height - 4)) : BAR;
     pen.fillStyle = !here ? colours.line : to <= this.position || (from < this.position && this.position > 0) ? colours.accent : colours.rest;
     pen.beginPath();
@@ -82,7 +82,7 @@ export class Waveform {
     set("aria-disabled", String(length === 0));
     set("aria-valuemax", String(Math.round(length)));
     set("aria-valuenow", String(Math.round(Math.min(this.position ?? 0, length))));
-    set("aria-valuetext", length ? `${clock(this.position)} of ${clock(length)}` : "Nothing spoken yet");
+    set("aria-valuetext", length ? `${clock(this.position)} of ${clock(length)}` : "No audio yet");
   }
 
   #point(event) {

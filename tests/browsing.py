@@ -1,4 +1,4 @@
-"""A real Chromium on the page, and an eye on what no page of ours may do: console errors, policy violations, foreign requests."""
+"""Operates the web page in a real Chromium and fails on console errors, policy violations and requests to other hosts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 _FLAGS = [
-    "--no-sandbox",  # it refuses to start as root otherwise, and it sees only our own page
+    "--no-sandbox",  # needed to run as root; it opens only our own page
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -41,18 +41,18 @@ _FLAGS = [
 ]
 
 
-# A page that is slow because the machine is busy elsewhere is not a fault.
+# A slow page on a busy machine is not an error.
 expect.set_options(timeout=30_000)
 
 
 def find_chromium() -> str | None:
-    """The Chromium or Chrome of this machine; CHROMIUM names another."""
+    """Return the path of Chromium or Chrome; the variable CHROMIUM overrides it."""
     return os.environ.get("CHROMIUM") or next((found for name in _NAMES if (found := which(name))), None)
 
 
 @contextmanager
 def running_chromium() -> Iterator[Browser]:
-    """A headless browser; the test is skipped, with the reason, where there is none."""
+    """Run a headless browser, or skip the test if there is none."""
     path = find_chromium()
     if path is None:
         pytest.skip("no Chromium on this machine: `apt-get install chromium`, or CHROMIUM=/path/to/it")
@@ -64,13 +64,13 @@ def running_chromium() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """One visit to the page, in a browser profile of its own.
+    """One visit to the page, in its own browser profile.
 
     Attributes:
         page: Playwright's page.
         context: Its profile.
-        faults: What went wrong that a user would not see.
-        refusals: Answers with 4xx and 5xx; a test that provokes them says so with `expect_refusals`.
+        faults: Errors that a user would not see.
+        refusals: Responses with status 4xx and 5xx; a test that causes them sets `expect_refusals`.
     """
 
     page: Page
@@ -82,7 +82,7 @@ class Visit:
     expect_refusals: bool = False
 
     def watch(self) -> None:
-        """Begin to note faults."""
+        """Start to record faults."""
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
         self.context.on("request", self._request)
@@ -102,22 +102,22 @@ class Visit:
             self.faults.append(f"foreign request: {request.url}")
 
     def check(self) -> None:
-        """Fail if anything was wrong behind the scenes."""
+        """Fail if a fault was recorded."""
         assert self.faults == [], self.faults
         assert self.expect_refusals or self.refusals == [], self.refusals
 
     def open(self) -> None:
-        """Load the page, and wait for its voices."""
+        """Load the page and wait for its voices."""
         self.page.goto(self.url)
         self.page.locator(".voice input").first.wait_for()
 
     def speak(self, text: str) -> None:
-        """Type a text and speak it, whether or not something is spoken already."""
+        """Type a text and speak it; this replaces the current playback."""
         self.page.fill("#text", text)
         self.page.keyboard.press("Control+Enter")
 
     def wait(self, expression: str, seconds: float = 60) -> Any:
-        """The first truthy value of a JavaScript expression. (Playwright's own waiting needs `eval`, which our policy forbids.)"""
+        """Return the first truthy value of a JavaScript expression. (Playwright's own waiting needs `eval`, which our policy forbids.)"""
         deadline = time.monotonic() + seconds
         while not (value := self.page.evaluate(expression)):
             assert time.monotonic() < deadline, f"not within {seconds} s: {expression}"
@@ -125,11 +125,11 @@ class Visit:
         return value
 
     def wait_complete(self) -> None:
-        """Until the whole utterance has arrived."""
+        """Wait until the whole utterance has arrived."""
         self.wait("sesame.take?.state === 'complete'")
 
     def loudest_heard(self) -> float:
-        """The loudest of what the player sends to the loudspeaker, as soon as it is louder than silence."""
+        """Return the peak of what the player plays, as soon as it is louder than silence."""
         return float(
             self.wait(
                 """() => {
@@ -144,7 +144,7 @@ class Visit:
         )
 
     def samples(self) -> Samples:
-        """All samples of the last take, float32, shape (n,), at 24 kHz."""
+        """Return all samples of the last take, float32, shape (n,), at 24 kHz."""
         encoded = self.page.evaluate(
             """async () => {
                 const blob = new Blob([sesame.take.from(0)]);
@@ -157,7 +157,7 @@ class Visit:
         return np.frombuffer(base64.b64decode(encoded), "<f4")
 
     def pixels(self, variable: str) -> int:
-        """How many pixels of the waveform have the colour of a CSS variable."""
+        """Return how many pixels of the waveform have the colour of a CSS variable."""
         return int(
             self.page.evaluate(
                 """(name) => {
@@ -181,7 +181,7 @@ class Visit:
 
 @contextmanager
 def visit(browser: Browser, url: str, name: str, **options: Any) -> Iterator[Visit]:
-    """A visit; leaves a screenshot in test-results/ when the test fails."""
+    """Open a visit; a failing test leaves a screenshot in test-results/."""
     context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | options))
     guest = Visit(context.new_page(), context, url)
     guest.watch()

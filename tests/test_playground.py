@@ -1,4 +1,4 @@
-"""The page at /, in a real Chromium, on a real server: speaking, stopping, figures, files, code, and faults told in words."""
+"""The web page in a real Chromium with a real server: speaking, stopping, figures, downloads, code examples, error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def guest(browser: Browser, server: RunningServer, request: pytest.FixtureRequest) -> Guest:
-    """`with guest(url=…, color_scheme="dark") as seen:` a visit that must end without a hidden fault."""
+    """Return a function: `with guest(url=…, color_scheme="dark") as seen:` opens the page and fails on hidden errors."""
 
     def open_visit(url: str | None = None, **options: Any) -> AbstractContextManager[Visit]:
         return visit(browser, url or f"{server.url}/", str(request.node.name), **options)
@@ -69,7 +69,7 @@ def test_what_is_typed_is_heard(guest: Guest) -> None:
         assert "heart" in row.inner_text()
 
 
-def test_sound_starts_while_the_rest_still_arrives(guest: Guest) -> None:
+def test_playback_starts_while_the_rest_still_arrives(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
         seen.speak(STORY)
@@ -99,13 +99,13 @@ def test_the_sentence_being_spoken_is_highlighted_and_a_click_goes_to_another(gu
         assert seen.page.evaluate("sesame.player.position") >= start - 0.01
 
 
-def test_stop_ends_the_sound_and_frees_the_server(guest: Guest, server: RunningServer) -> None:
+def test_stop_ends_playback_and_frees_the_server(guest: Guest, server: RunningServer) -> None:
     with guest() as seen:
         seen.open()
         before = _cancelled(server)
         seen.speak(STORY)
         seen.wait("sesame.take?.length > 0")
-        seen.page.click("#speak")  # it says Stop now
+        seen.page.click("#speak")  # the button now says Stop
         expect(seen.page.locator("#status")).to_have_text("Stopped")
         assert seen.page.evaluate("[sesame.player.playing, sesame.take.state]") == [False, "stopped"]
         server.wait_for(lambda health: health["queue"]["active"] == 0, 10)
@@ -119,7 +119,7 @@ def _cancelled(server: RunningServer) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if "requests_total" in line and 'outcome="cancelled"' in line)
 
 
-def test_a_download_holds_the_very_samples_that_were_heard(guest: Guest, tmp_path: Path) -> None:
+def test_a_download_has_the_same_samples_as_the_playback(guest: Guest, tmp_path: Path) -> None:
     with guest() as seen:
         seen.open()
         seen.page.get_by_label("WAV", exact=True).check()
@@ -141,7 +141,7 @@ def test_a_download_holds_the_very_samples_that_were_heard(guest: Guest, tmp_pat
         expect(seen.page.locator("#status")).to_be_empty()
 
 
-def test_speed_and_seed_are_obeyed_and_can_be_put_back(guest: Guest) -> None:
+def test_speed_and_seed_are_applied_and_can_be_restored(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
         seen.page.fill("#seed", "7")
@@ -164,7 +164,7 @@ def test_speed_and_seed_are_obeyed_and_can_be_put_back(guest: Guest) -> None:
         expect(seen.page.locator("#error")).to_contain_text("whole number from 0 to 4294967295")
 
 
-def test_a_refusal_is_shown_in_the_servers_words(guest: Guest) -> None:
+def test_a_refusal_shows_the_servers_message(guest: Guest) -> None:
     with guest() as seen:
         seen.expect_refusals = True
         seen.open()
@@ -174,7 +174,7 @@ def test_a_refusal_is_shown_in_the_servers_words(guest: Guest) -> None:
         expect(seen.page.locator("#speak-word")).to_have_text("Speak")
         seen.page.fill("#text", "   ")
         seen.page.click("#speak")
-        expect(seen.page.locator("#error")).to_have_text("Type something to speak first.")
+        expect(seen.page.locator("#error")).to_have_text("Type a text first.")
         seen.page.fill("#text", SENTENCE)
         expect(seen.page.locator("#error")).to_be_hidden()
         assert seen.page.locator(".voice b").all_inner_texts() == ["heart", "conversational", "conversational_b"]
@@ -198,7 +198,7 @@ def test_a_text_over_the_servers_limit_is_counted_against_it(guest: Guest) -> No
         expect(seen.page.locator("#count:not(.over)")).to_have_text("4,096 characters")
 
 
-def test_a_server_that_comes_back_is_no_longer_called_gone(guest: Guest) -> None:
+def test_the_error_disappears_when_the_server_is_reachable_again(guest: Guest) -> None:
     with guest() as seen:
         seen.expect_refusals = True
         seen.open()
@@ -213,7 +213,7 @@ def test_a_server_that_comes_back_is_no_longer_called_gone(guest: Guest) -> None
 
 
 def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as hub:  # takes connections and never answers
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # accepts connections and never answers
         own = make_server(
             CSM="on", HF_HUB_OFFLINE=0, HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}", DEFAULT_VOICE="heart", wait=False
         )
@@ -229,7 +229,7 @@ def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Gue
             assert seen.loudest_heard() > 0.02
 
 
-def test_a_failed_load_is_told_with_its_reason_and_so_is_a_server_that_goes_away(
+def test_a_failed_load_and_an_unreachable_server_are_shown_with_their_reason(
     guest: Guest, make_server: Callable[..., RunningServer]
 ) -> None:
     own = make_server(CSM="on", HF_HUB_OFFLINE=0, HF_ENDPOINT="http://127.0.0.1:9", DEFAULT_VOICE="heart")
@@ -254,12 +254,12 @@ def test_the_queue_is_shown(guest: Guest, server: RunningServer) -> None:
     with guest() as seen:
         seen.open()
         seen.page.click("#server-button")
-        expect(seen.page.locator("#queue")).to_contain_text("Nothing being spoken, nobody waiting")
+        expect(seen.page.locator("#queue")).to_contain_text("Requests: 0 active, 0 waiting")
         seen.speak(STORY)
-        expect(seen.page.locator("#queue")).to_contain_text("1 being spoken")
+        expect(seen.page.locator("#queue")).to_contain_text("1 active")
 
 
-def test_a_key_is_asked_for_and_stays_in_the_browser(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
+def test_the_page_asks_for_the_key_and_keeps_it_in_the_browser(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
     own = make_server(API_KEY="open-sesame-7")
     with guest(f"{own.url}/") as seen:
         seen.expect_refusals = True
@@ -267,7 +267,7 @@ def test_a_key_is_asked_for_and_stays_in_the_browser(guest: Guest, make_server: 
         page.goto(seen.url)
         expect(page.locator("#key-dialog")).to_be_visible()
         page.click("#key-cancel")
-        expect(page.locator("#server-word")).to_have_text("Needs a key")
+        expect(page.locator("#server-word")).to_have_text("API key required")
         page.click("#server-button")
         expect(page.locator("#key-dialog")).to_be_visible()
         page.keyboard.press("Escape")
@@ -275,12 +275,12 @@ def test_a_key_is_asked_for_and_stays_in_the_browser(guest: Guest, make_server: 
         expect(page.locator("#key-dialog")).to_be_visible()
         page.get_by_label("API key", exact=True).fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_have_text("That key is not right.")
+        expect(page.locator("#key-error")).to_have_text("The API key is wrong.")
         page.get_by_label("API key", exact=True).fill("open-sesame-7")
         page.keyboard.press("Enter")
         expect(page.locator(".voice")).not_to_have_count(0)
         expect(page.locator("#key-dialog")).to_be_hidden()
-        assert seen.loudest_heard() > 0.02  # what was to be spoken is spoken, without another press
+        assert seen.loudest_heard() > 0.02  # the interrupted request continues without another click
         assert page.evaluate("JSON.stringify(localStorage)").count("open-sesame-7") == 0
         page.reload()
         expect(page.locator(".voice")).not_to_have_count(0)
@@ -292,7 +292,7 @@ def test_a_key_is_asked_for_and_stays_in_the_browser(guest: Guest, make_server: 
         page.locator("#key-keep").check()
         page.keyboard.press("Enter")
         expect(page.locator("#key-dialog")).to_be_hidden()
-        later = seen.context.new_page()  # a tab knows nothing of another's session
+        later = seen.context.new_page()  # tabs do not share their session storage
         later.goto(seen.url)
         expect(later.locator(".voice")).not_to_have_count(0)
         later.close()
@@ -336,7 +336,7 @@ def test_a_take_can_be_heard_again_and_searched(guest: Guest) -> None:
         assert seen.page.evaluate("sesame.player.playing") is False
 
 
-def test_the_page_is_gone_when_it_is_switched_off() -> None:
+def test_the_page_can_be_switched_off() -> None:
     def statuses(*, playground: bool) -> list[int]:
         chosen: dict[str, Any] = {"playground": playground, "csm": "off"}
         client = TestClient(create_app(Settings(**chosen)), base_url="http://127.0.0.1")

@@ -1,4 +1,4 @@
-"""The page for everybody: keyboard alone, names for screen readers, contrast, phones, dark mode, and own voices from the microphone."""
+"""Accessibility of the web page: keyboard, screen readers, contrast, phones, dark mode; and recording a voice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from conftest import PROJECT, RunningServer
 from playwright.sync_api import Browser, expect
 
 SENTENCE = "The quick brown fox jumps over the lazy dog."
-STORY = "Good morning. This voice runs on your own machine, and nothing you type leaves it. Change these words, then press Speak."
+STORY = "Good morning. This voice runs on your own machine, and nothing you type leaves it. Change this text, then press Speak."
 PHONE = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
 
 Guest = Callable[..., AbstractContextManager[Visit]]
 
-# The contrast of every visible text with what is painted behind it (WCAG 2.2, 1.4.3), as "text: ratio" for those below the bound.
+# Every visible text whose contrast with its background is below 4.5:1 (WCAG 2.2, 1.4.3), as "text: ratio".
 LOW_CONTRAST = """() => {
     const parse = (colour) => { const v = colour.match(/[\\d.]+/g).map(Number); return { rgb: v.slice(0, 3), alpha: v[3] ?? 1 }; };
     const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
@@ -97,7 +97,7 @@ def test_the_keyboard_alone_is_enough(guest: Guest) -> None:
         expect(page.locator("#chosen")).to_contain_text("conversational_b")
 
 
-def test_every_stop_of_the_keyboard_can_be_seen(guest: Guest) -> None:
+def test_the_keyboard_focus_is_always_visible(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
         visited = []
@@ -114,7 +114,7 @@ def test_every_stop_of_the_keyboard_can_be_seen(guest: Guest) -> None:
             if place in visited or not place:
                 break
             visited.append(place)
-            assert outlined, f"nothing shows that {place!r} has the focus"
+            assert outlined, f"the focus on {place!r} is not visible"
         assert len(visited) >= 12
         assert "copy" in visited
 
@@ -210,7 +210,7 @@ def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: C
         page.click("#add-voice")
         expect(page.locator("#voice-note")).to_be_hidden()
         page.click("#voice-save")
-        expect(page.locator("#voice-error")).to_contain_text("Record something")
+        expect(page.locator("#voice-error")).to_contain_text("Record your voice")
         page.click("#record")
         seen.wait("document.querySelector('#level').value > 0.01")
         page.wait_for_timeout(1400)
@@ -229,18 +229,18 @@ def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: C
         assert seen.loudest_heard() > 0.02
         seen.wait_complete()
         expect(page.locator("#results li")).to_contain_text("My own voice")
-        seen.speak("Yes.")  # fails after its first sound: the reason is read before the connection breaks
+        seen.speak("Yes.")  # fails after its first samples: the page reads the reason before the server disconnects
         expect(page.locator("#error")).to_contain_text("no sound that can be played")
         page.reload()
         expect(card).to_have_count(1)
         card.get_by_role("button", name="Delete the voice My own voice").click()
         page.click("#delete-go")
         expect(card).to_have_count(0)
-        expect(page.locator("#status")).to_have_text("The voice My own voice is deleted")
+        expect(page.locator("#status")).to_have_text("Voice My own voice deleted")
         expect(page.locator(".voice")).not_to_have_count(0)
 
 
-def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server: RunningServer, tmp_path: Path) -> None:
+def test_an_unusable_recording_is_refused_with_a_message(guest: Guest, server: RunningServer, tmp_path: Path) -> None:
     letter, broken = tmp_path / "letter.pdf", tmp_path / "holiday.wav"
     letter.write_bytes(b"%PDF-1.7")
     broken.write_bytes(b"this is no sound at all" * 50)
@@ -251,7 +251,7 @@ def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server:
         page.click("#add-voice")
         expect(page.locator("#voice-note")).to_contain_text("CSM-1B, which is switched off")
         page.set_input_files("#voice-file", letter)
-        expect(page.locator("#voice-error")).to_contain_text("“letter.pdf” is not a sound file")
+        expect(page.locator("#voice-error")).to_contain_text("“letter.pdf” is not an audio file")
         expect(page.locator("#sample")).to_be_hidden()
         page.set_input_files("#voice-file", broken)
         expect(page.locator("#voice-error")).to_be_hidden()
@@ -265,7 +265,7 @@ def test_a_recording_that_cannot_serve_is_refused_in_words(guest: Guest, server:
         expect(page.locator(".voice", has_text="Broken")).to_have_count(0)
 
 
-@pytest.mark.skipif("UPDATE_SCREENSHOTS" not in os.environ, reason="UPDATE_SCREENSHOTS=1 renews the README's pictures")
+@pytest.mark.skipif("UPDATE_SCREENSHOTS" not in os.environ, reason="UPDATE_SCREENSHOTS=1 renews the README's screenshots")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
