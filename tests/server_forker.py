@@ -6,11 +6,13 @@ Every server is a real process with its own environment, working directory, log 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -20,10 +22,15 @@ _EXITS = "exit-{pid}"
 def main() -> None:
     """Answer requests `{"env", "cwd", "log", "exits"}` with `{"pid"}` until standard input ends, then end all servers."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import hibari  # noqa: F401 - the slowest imports of a start
-    import onnxruntime  # noqa: F401
+    import onnxruntime  # noqa: F401 - one of the slowest imports of a start
+    from hibari import g2p
 
     import server  # noqa: F401
+
+    # The built-in voice reads its dictionaries once here, and never changes them.
+    g2p._load_json = cache(g2p._load_json)
+    g2p.G2P()
+    gc.freeze()  # a collection in a server must not touch, and so copy, what all of them share
 
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     folders: dict[int, Path] = {}
