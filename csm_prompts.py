@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import io
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from config import Settings
 from csm_decoding import PromptTokens
 from errors import InternalError, InvalidAudioError
+from files import file_signature, write_file
 from voice_presets import Voice
 
 logger = logging.getLogger(__name__)
@@ -133,8 +131,7 @@ class PromptStore:
     def _codes(self, recording: _Recording) -> Codes:
         """The recording's codes: from memory, else from the disk, else encoded."""
         try:
-            stat = recording.path.stat()
-            key = (recording.path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            key = (recording.path, file_signature(recording.path))
             codes = self._in_memory.get(key)
             if codes is None:
                 codes = self._load_or_encode(recording)
@@ -214,16 +211,9 @@ def _write(file: Path, codes: Codes, *, make_folder: bool) -> None:
     payload = io.BytesIO()
     np.save(payload, codes, allow_pickle=False)
     data = payload.getvalue()
-    temporary: Path | None = None
     try:
         if make_folder:  # an added voice's has been there, and must not come back when it was deleted meanwhile
             file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".tmp", delete=False) as handle:
-            temporary = Path(handle.name)
-            handle.write(hashlib.sha256(data).digest() + data)
-        os.replace(temporary, file)  # noqa: PTH105 - said with the module whose name stands for atomic
+        write_file(file, hashlib.sha256(data).digest() + data)
     except OSError as error:
         logger.warning("the prompt cache cannot be written: %s", error.strerror)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()

@@ -1,82 +1,134 @@
-"""Atomic file writes: a file appears complete or not at all."""
+"""Atomic file writes, where a file appears complete or not at all, and file signatures, which show that a file has changed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import stat
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+FileSignature = tuple[int, int, int]
+"""Size, modification time and inode of a file: differs once the file has been changed or replaced."""
 
 
 class OutputError(Exception):
-    """Something cannot be written, or played; the message is for the person who asked for it."""
+    """An output cannot be written or played; the message is shown to the person at the command line."""
 
 
 class NewFile:
-    """A file in the making. Made at once, so that a folder that cannot be written is noticed before any work.
+    """A temporary file that `commit` moves to its final place. Created at once, so that an unwritable folder is noticed before any work.
 
     Args:
-        target: Where it is to be. A link is followed; what is there stays until `commit`.
+        target: The final path. A link is followed; an existing file stays until `commit`.
 
     Attributes:
-        path: Where it is written meanwhile, in the same folder.
+        target: The final path, links followed.
+        path: The temporary file, in the folder of the target.
 
     Raises:
-        OutputError: The folder is missing or cannot be written, or `target` is a folder.
+        OSError: The folder is missing or cannot be written to, or `target` is a folder.
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target.resolve()
-        if self._target.is_dir():
-            raise OutputError(f"{target} is a folder.")
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{self._target.name[:60]}.", suffix=".part", dir=self._target.parent)
-        except OSError as error:
-            raise OutputError(f"{target} cannot be written: {error.strerror}.") from None
-        os.close(handle)
-        self.path = Path(name)
+        self.target = target.resolve()
+        if self.target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        self.path = self.target.with_name(f".{self.target.name[:60]}.{secrets.token_hex(8)}.part")
+        # A replacement is private until it gets the permissions of what it replaces; a new file follows the umask.
+        mode = 0o600 if self.target.exists() else 0o666
+        os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
     def commit(self) -> None:
-        """Move it into place, with the permissions of the file it replaces, else those of any new file.
+        """Move the file to its final place, with the permissions of the file it replaces.
 
         Raises:
-            OutputError: It cannot be moved.
+            OSError: It cannot be moved.
         """
-        try:
-            self.path.chmod(self._mode())
-            self.path.replace(self._target)
-        except OSError as error:
-            raise OutputError(f"{self._target} cannot be written: {error.strerror}.") from None
+        with suppress(FileNotFoundError):
+            self.path.chmod(stat.S_IMODE(self.target.stat().st_mode))
+        self.path.replace(self.target)
 
     def discard(self) -> None:
-        """Remove it unless it was moved into place; may be called at any time."""
+        """Remove the temporary file unless it was moved; may be called at any time."""
         with suppress(OSError):
             self.path.unlink()
 
-    def _mode(self) -> int:
-        with suppress(OSError):
-            return stat.S_IMODE(self._target.stat().st_mode)
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+
+def write_file(target: Path, data: bytes, *, sync: bool = False) -> None:
+    """Write a file atomically.
+
+    Args:
+        target: Its folder must exist.
+        data: The whole content.
+        sync: Return only once the content is on the disk (fsync).
+
+    Raises:
+        OSError: It cannot be written; an existing file is unchanged then.
+    """
+    new = NewFile(target)
+    try:
+        with new.path.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        new.commit()
+    finally:
+        new.discard()
 
 
-def write_file(target: Path, text: str) -> None:
-    """Write `text` in UTF-8, whole or not at all. What is no regular file (a pipe, /dev/stdout) is written as it is.
+def write_output(target: Path, text: str) -> None:
+    """Write `text` in UTF-8: atomically to a file, directly to anything else (a pipe, /dev/stdout).
 
     Raises:
         OutputError: It cannot be written.
     """
-    try:
+    with output_errors(target):
         if target.exists() and not target.is_file():
             target.write_text(text, encoding="utf-8")
-            return
-        new = NewFile(target)
-        try:
-            new.path.write_text(text, encoding="utf-8")
-            new.commit()
-        finally:
-            new.discard()
+        else:
+            write_file(target, text.encode())
+
+
+@contextmanager
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError while `target` is written into an OutputError."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}.") from None
+
+
+def file_signature(path: Path) -> FileSignature | None:
+    """Return the signature of a file; None if it does not exist or cannot be examined."""
+    try:
+        return _signature_of(path.stat())
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+
+
+def folder_signature(folder: Path) -> list[tuple[str, FileSignature]] | None:
+    """Return the names and signatures of all files in a folder, sorted; None if it does not exist.
+
+    Raises:
+        OSError: The process has too many open files, or too little memory, to look.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _signature_of(entry.stat())) for entry in entries)
+    except OSError as error:  # the folder, or a file in it, was removed meanwhile
+        if is_shortage(error):
+            raise
+        return None
+
+
+def is_shortage(error: OSError) -> bool:
+    """Return whether the cause is not the file but a lack of file descriptors or memory in this process or system."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _signature_of(status: os.stat_result) -> FileSignature:
+    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -26,7 +26,7 @@ from background_call import call_in_background
 from captions import Caption
 from errors import ConversionError
 from ffmpeg import FfmpegProcess, kill_group, temporary_folder
-from files import NewFile, OutputError
+from files import NewFile, OutputError, output_errors
 
 _LEAST_FREE_BYTES = 1 << 20  # below this, a conversion that failed failed for want of room
 
@@ -63,7 +63,8 @@ class AudioFile:
             OutputError: The folder cannot be written.
             ConversionError: ffmpeg is missing or cannot be started.
         """
-        file = NewFile(target)
+        with output_errors(target):
+            file = NewFile(target)
         try:
             # "file:", or ffmpeg would take "a:b.mp3" for an address.
             arguments = encoder_arguments(fmt, sample_rate, speed, tag, f"file:{file.path.name}")
@@ -99,7 +100,8 @@ class AudioFile:
             raise self._explained(error) from None
         if not self._format.begins(_beginning(self.file_path)):
             raise self._explained(ConversionError(f"The conversion failed: ffmpeg gave something that is not {self._format.name}."))
-        self._file.commit()
+        with output_errors(self._file.target):
+            self._file.commit()
 
     async def aclose(self) -> None:
         """End the encoder, and remove the file unless it is finished."""

@@ -20,7 +20,7 @@ from audio_formats import AudioFormat, Samples, SyntheticTag
 from captions import Caption, to_json, to_srt, to_webvtt
 from config import Settings
 from errors import InputTooLongError, InvalidInputError
-from files import write_file
+from files import write_output
 from say_output import AudioFile, Descriptor, ProgressBar, Sink, SoundStream, open_player
 from speech_model import SegmentLengths
 from text_normalizer import has_speech, normalize_text
@@ -244,7 +244,7 @@ async def recite(pieces: Sequence[str], speaker: Speaker, output: Output, settin
         await sink.finish()
     bar.finish(seconds)
     if output.captions is not None:
-        write_file(output.captions, _rendered(captions, output))
+        write_output(output.captions, _rendered(captions, output))
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> None:

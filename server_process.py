@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from config import Settings, SettingsError
 from errors import ConnectionsExhaustedError, InvalidRequestError, RequestTimeoutError, ShuttingDownError, TTSError
+from files import write_file
 
 _WANTED_DESCRIPTORS = 10_240  # the most that macOS gives a process; launchd starts one with 256
 _NOT_HTTP = "This is not a valid HTTP request."
@@ -226,14 +227,10 @@ def _running_server(cache_dir: Path) -> dict[str, int] | None:
 def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
     """`cache_dir`/server.pid while the server runs. A file left by a killed server is replaced; a folder that cannot be written is told."""
     path = cache_dir / "server.pid"
-    fresh = path.with_suffix(".pid.new")  # always the same: what a killed start leaves, the next one writes over
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps({"pid": os.getpid(), "port": port}))
-        fresh.replace(path)
+        write_file(path, json.dumps({"pid": os.getpid(), "port": port}).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         logger.warning("no PID file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
     try:
         yield

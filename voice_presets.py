@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from errors import InvalidVoiceError, shorten
+from files import folder_signature
 from recordings import RecordingVerdicts
-from voice_store import RECORDING, StoredVoice, VoiceStore, is_shortage, name_key, name_taken
+from voice_store import RECORDING, StoredVoice, VoiceStore, name_key, name_taken
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ class VoicePresetManager:
             return self._catalog
 
     def _files(self) -> tuple[object, object]:
-        return _signature(self._presets_dir), self._added and self._added.signature()
+        return folder_signature(self._presets_dir), self._added and self._added.signature()
 
     def _read(self) -> VoiceCatalog:
         presets, skipped = self._read_presets()
@@ -335,15 +335,3 @@ def _added_voice(stored: StoredVoice) -> Voice:
     fields = {"name": stored.id, "description": description, "ref_audio": RECORDING, "ref_text": about.ref_text}
     preset = VoicePreset.model_validate(fields)
     return Voice(preset, stored.folder, uploaded=True, given_name=about.name, created_at=about.created_at)
-
-
-def _signature(folder: Path) -> object:
-    """Return what changes when a preset, or a recording beside one, does: names, sizes, modification times, inodes."""
-    try:
-        with os.scandir(folder) as entries:
-            stats = [(entry.name, entry.stat()) for entry in entries]
-    except OSError as error:  # the folder, or a file in it, was removed while it was read
-        if is_shortage(error):
-            raise
-        return None
-    return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)

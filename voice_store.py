@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import logging
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from audio_converter import to_int16
 from audio_formats import SAMPLE_RATE, Samples
 from errors import ConflictError, InvalidRequestError, NotFoundError, StorageError, shorten
+from files import is_shortage, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ class VoiceStore:
             voice_id = f"voice_{secrets.token_hex(12)}"
             folder = self._folder / voice_id
             with self._unfinished() as unfinished:
-                _write(unfinished / RECORDING, _wav(recording))
-                _write(unfinished / _DESCRIPTION, description.model_dump_json(indent=2).encode())
+                write_file(unfinished / RECORDING, _wav(recording), sync=True)
+                write_file(unfinished / _DESCRIPTION, description.model_dump_json(indent=2).encode(), sync=True)
                 unfinished.rename(folder)
         return StoredVoice(voice_id, folder, description)
 
@@ -228,11 +228,6 @@ class VoiceStore:
             raise name_taken(name)
 
 
-def is_shortage(error: OSError) -> bool:
-    """Whether it says nothing of the file: there are too many open ones, or too little memory, at this moment."""
-    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
 def name_taken(name: str) -> ConflictError:
     """The refusal of a name that reaches a voice already."""
     return ConflictError(f"The name {shorten(name)} is taken: choose another.", param="name")
@@ -269,11 +264,3 @@ def _wav(samples: Samples) -> bytes:
         writer.setframerate(SAMPLE_RATE)
         writer.writeframes(to_int16(samples))
     return file.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is really on the disk when this returns."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import soundfile
 from conftest import PROJECT
 
 from errors import ConflictError, InvalidRequestError, InvalidVoiceError, NotFoundError, StorageError
+from recordings import read_recording
 from voice_presets import OPENAI_VOICES, VoicePresetManager
 from voice_store import MAX_NAME, MAX_VOICES, VoiceStore, clean_name
 
@@ -303,7 +305,8 @@ def test_presets_with_a_recording_that_will_not_do_are_skipped_with_the_reason(t
         assert str(tmp_path) not in reasons[f"{name}.json"]
 
 
-def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def count_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Put an ffmpeg that counts on PATH; the function returned says how often it was started."""
     counter = tmp_path / "runs"
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "ffmpeg"
@@ -314,6 +317,11 @@ def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monke
     def runs() -> int:
         return len(counter.read_text().splitlines())
 
+    return runs
+
+
+def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(tmp_path, monkeypatch)
     folder = tmp_path / "presets"
     (folder / "below").mkdir(parents=True)
     write_tone(folder / "a.wav")
@@ -333,3 +341,33 @@ def test_a_recording_is_decoded_again_only_when_it_changes(tmp_path: Path, monke
     assert runs() == 3
     (folder / "a.wav").unlink()
     assert presets.refresh().names() == ["b", "mine", "other", "Anna"]
+    assert runs() == 3
+
+
+def test_a_recording_that_was_decoded_to_check_it_is_not_decoded_again_to_encode_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = count_runs(tmp_path, monkeypatch)
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    write_tone(folder / "a.wav")
+    voice = manager(tmp_path, {"a": ref("a.wav")}).catalog.resolve("a")
+    assert runs() == 1
+    samples = read_recording(voice.folder / "a.wav")
+    assert (len(samples), runs()) == (1.5 * RATE, 1)
+    np.testing.assert_array_equal(read_recording(voice.folder / "a.wav"), samples)
+    assert runs() == 2, "it is kept for one reader only"
+    write_tone(folder / "a.wav", seconds=2.0)
+    assert len(read_recording(folder / "a.wav")) == 2 * RATE
+
+
+def test_decoded_recordings_are_bounded_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(tmp_path, monkeypatch)
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    for name in "abcdef":
+        write_tone(folder / f"{name}.wav")
+    manager(tmp_path, {name: ref(f"{name}.wav") for name in "abcdef"}).refresh()
+    for name in "abcdef":
+        read_recording(folder / f"{name}.wav")
+    assert runs() == 6 + 2
