@@ -232,7 +232,10 @@ class ConnectionsExhaustedError(ServerError):
 
 
 class ShuttingDownError(ServerError):
-    """The server is going down and takes no new work."""
+    """The server is shutting down and accepts no new work."""
 
     status = 503
     code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})

@@ -90,7 +90,7 @@ class RequestLog:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # SHUTDOWN_TIMEOUT has passed
             if status["status"] == "aborted":
-                await error_response(ShuttingDownError("The server went down before this was done. Try again in a moment.", headers={"Retry-After": "10"}))(scope, receive, send_with_id)  # fmt: skip
+                await error_response(ShuttingDownError())(scope, receive, send_with_id)
             raise
         except Exception as error:
             _log_failure(request_id, error)

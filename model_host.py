@@ -1,166 +1,167 @@
-"""Runs one model: its thread, its request queue, loading, unloading, and status."""
+"""Run one model: its request queue, its thread, loading, unloading and status."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
+
+import anyio
 
 from errors import GenerationTimeoutError, ModelNotReadyError, QueueTimeoutError, RateLimitError, ShuttingDownError
 from speech_model import LoadProgress, ModelLoadError, SpeechModel
 
-_FIRST_GUESS_SECONDS = 5.0  # of one utterance, until some have been measured
-_WEIGHT_OF_LATEST = 0.3  # in the running mean of how long a turn takes
+logger = logging.getLogger(__name__)
+
+_ASSUMED_SLOT_SECONDS = 5.0  # until some slots have been measured
+_LATEST_SLOT_WEIGHT = 0.3  # in the running mean of how long a slot is held
+
+_WATCH_SECONDS = 1.0  # between two looks at the thread
+_STOP_GRACE_SECONDS = 10.0  # a model that was asked to stop may take this long
+
+_FIRST_RETRY_SECONDS = 30.0
+_LONGEST_RETRY_SECONDS = 1800.0
+_IDLE_CHECK_SECONDS = 5.0
+_PROGRESS_LOG_SECONDS = 5.0
+
+_LOADING_RETRY_AFTER = 10.0
+_OWNER_RETRY_AFTER = 3600.0  # where only the owner can repair the model
+_LONGEST_CLIENT_WAIT = 60.0  # OpenAI's clients ignore a longer Retry-After
+
+T = TypeVar("T")
+
+State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
 
 
 class RequestQueue:
-    """Who speaks next.
+    """One slot for work; requests get it in the order of their arrival.
 
     Args:
-        limit: How many may wait; one more is refused.
-        timeout: How long one may wait, in seconds.
+        limit: The most requests that may wait; further ones are refused.
+        timeout: The longest wait, in seconds.
+
+    Attributes:
+        active: The number of requests that hold the slot, 0 or 1.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
         self.active = 0
-        self.waiting = 0
         self._limit = limit
         self._timeout = timeout
-        self._semaphore = asyncio.Semaphore(1)
-        self._closed = asyncio.Event()
-        self._mean_seconds = _FIRST_GUESS_SECONDS
+        self._semaphore = anyio.Semaphore(1)
+        self._waits: set[anyio.CancelScope] = set()
+        self._closed = False
+        self._mean_seconds = _ASSUMED_SLOT_SECONDS
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for the slot."""
+        return len(self._waits)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
-        """Wait for the turn and hold it; the value is the time spent waiting, in seconds.
+        """Wait for the slot and hold it. Yields the time spent waiting, in seconds.
 
         Raises:
             RateLimitError: The queue is full.
-            QueueTimeoutError: The turn did not come in time.
-            ShuttingDownError: The server goes down.
+            QueueTimeoutError: The wait exceeded the timeout.
+            ShuttingDownError: The queue is closed.
         """
-        started = time.monotonic()
-        await self._take()
+        asked = time.monotonic()
+        await self._acquire()
         self.active += 1
-        taken = time.monotonic()
+        started = time.monotonic()
         try:
-            yield taken - started
+            yield started - asked
         finally:
-            self._mean_seconds += _WEIGHT_OF_LATEST * (time.monotonic() - taken - self._mean_seconds)
+            self._mean_seconds += _LATEST_SLOT_WEIGHT * (time.monotonic() - started - self._mean_seconds)
             self.active -= 1
             self._semaphore.release()
 
     def close(self) -> None:
-        """Refuse everybody who waits, and everybody who still comes."""
-        self._closed.set()
+        """Refuse the waiting requests and all later ones; the active one continues."""
+        self._closed = True
+        for wait in self._waits:
+            wait.cancel()
 
     def retry_after(self) -> int:
-        """In how many seconds, about, those who wait now will have been served, going by how long queue have taken."""
+        """Estimate in how many seconds the waiting requests will be done, from the mean time a slot is held."""
         return max(1, math.ceil(self._mean_seconds * max(1, self.waiting)))
 
-    async def _take(self) -> None:
-        if self._closed.is_set():
-            raise _shutting_down()
-        if not self._semaphore.locked():
-            await self._semaphore.acquire()  # free: taken without waiting, so the bound on the queue does not apply
+    async def _acquire(self) -> None:
+        if self._closed:
+            raise ShuttingDownError
+        if self._semaphore.value:
+            self._semaphore.acquire_nowait()  # no wait, so the queue's limit does not apply
             return
         if self.waiting >= self._limit:
             raise RateLimitError(
-                f"The queue is full: as many requests as may wait for their turn do ({self.waiting}). Try again in {self.retry_after()} s.",
+                f"The queue is full: {self.waiting} requests are waiting. Try again in {self.retry_after()} s.",
                 headers={"Retry-After": str(self.retry_after())},
             )
-        self.waiting += 1
-        try:
-            await self._acquire()
-        finally:
-            self.waiting -= 1
-
-    async def _acquire(self) -> None:
-        """Take the semaphore, unless time runs out or the server goes down.
-
-        `asyncio.wait_for` around `acquire` can lose a turn that comes at the same moment as the time-out (Python before 3.12), so the
-        two are waited for side by side and a turn that came after all is given back.
-        """
-        acquiring = asyncio.ensure_future(self._semaphore.acquire())
-        closing = asyncio.ensure_future(self._closed.wait())
-        try:
-            await asyncio.wait({acquiring, closing}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
-            if self._closed.is_set():
-                raise _shutting_down()
-            if not acquiring.done():
-                raise QueueTimeoutError(
-                    f"The request waited {self._timeout:g} s for its turn, the most that QUEUE_TIMEOUT allows. Try again later.",
-                    headers={"Retry-After": str(self.retry_after())},
-                )
-        except BaseException:
-            _give_back(acquiring, self._semaphore)
-            raise
-        finally:
-            closing.cancel()
-
-
-def _give_back(acquiring: asyncio.Future[Any], semaphore: asyncio.Semaphore) -> None:
-    if acquiring.done() and not acquiring.cancelled():
-        semaphore.release()
-    else:
-        acquiring.cancel()
-
-
-def _shutting_down() -> ShuttingDownError:
-    return ShuttingDownError("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})
-
-
-T = TypeVar("T")
-
-_LOOK_SECONDS = 1.0
+        with anyio.move_on_after(self._timeout) as wait:
+            self._waits.add(wait)
+            try:
+                await self._semaphore.acquire()
+            finally:
+                self._waits.remove(wait)
+        if wait.cancelled_caught and self._closed:
+            raise ShuttingDownError
+        if wait.cancelled_caught:
+            raise QueueTimeoutError(
+                f"The request waited {self._timeout:g} s in the queue, the most that QUEUE_TIMEOUT allows. Try again later.",
+                headers={"Retry-After": str(self.retry_after())},
+            )
 
 
 class WorkerLostError(Exception):
-    """The thread has ended with jobs in line, which nobody will do now."""
+    """The thread has ended before the job did."""
 
 
 class ModelWorker:
-    """A thread that does one job after another, in the order in which they came.
+    """A thread that runs one job after another, in the order of submission.
 
-    MLX ties its streams and its random state to a thread (mlx 0.32: a model loaded on one thread raises "There is no Stream" on
-    another), so load, speech and close of a model share one. The thread is a daemon: a job that hangs in native code, which nothing
-    can interrupt, must not keep the process from ending.
+    MLX binds its streams and its random state to a thread (mlx 0.32: a model loaded on one thread raises "There is no Stream" on
+    another), so a model loads, speaks and closes on one thread. The thread is a daemon, because nothing can interrupt a job that
+    hangs in native code, and the process must be able to end.
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"model-{name}", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are still done."""
+        """Whether the thread is still running."""
         return self._thread.is_alive()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Run `job` when those before it are done; the future holds what it returns or raises."""
+        """Run `job` after the jobs before it; the future gets its result or exception."""
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
 
     async def do(self, job: Callable[[], T]) -> T:
-        """Run `job` and wait for what it returns or raises.
+        """Run `job` and return its result.
 
         Raises:
             WorkerLostError: The thread ended before the job did.
+            BaseException: Whatever the job raises.
         """
         future = asyncio.wrap_future(self.submit(job))
         try:
             while not future.done() and self.alive:
-                await asyncio.wait({future}, timeout=_LOOK_SECONDS)
+                await asyncio.wait({future}, timeout=_WATCH_SECONDS)
             if not future.done():
                 raise WorkerLostError
             return future.result()
@@ -168,7 +169,7 @@ class ModelWorker:
             future.cancel()
 
     def close(self) -> None:
-        """End the thread after the jobs that are already in line."""
+        """End the thread after the submitted jobs."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -182,57 +183,40 @@ class ModelWorker:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del item, job, future  # or the last utterance's samples would live until the next one
-
-
-logger = logging.getLogger(__name__)
-
-State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
-
-_FIRST_RETRY_SECONDS = 30.0
-_LONGEST_RETRY_SECONDS = 1800.0
-_LOADING_RETRY_SECONDS = 10.0
-_HOPELESS_RETRY_SECONDS = 3600.0  # what Retry-After says where only the owner can mend it
-_LONGEST_CLIENT_WAIT = 60.0  # OpenAI's clients honour a Retry-After up to this
-_PROGRESS_LOG_SECONDS = 5.0
-_STOP_GRACE_SECONDS = 10.0  # that a model gets to notice it was cancelled before its thread is given up
+                del result
+            del item, job, future  # frees the samples now, not after the next job
 
 
 @dataclass
 class Heartbeat:
-    """How a running job is watched and stopped from outside its thread.
+    """Watches and stops a running job from outside its thread.
 
-    The model asks `cancelled` at least once a frame; that each question is a sign of life tells a slow model from a hung one.
+    The model calls `cancelled` at least once a frame. Each call shows that it is slow at most, not hung.
     """
 
-    _stopped: bool = False
+    stopped: bool = False
     last: float = field(default_factory=time.monotonic)
 
     def cancelled(self) -> bool:
-        """Asked by the model, on its thread."""
+        """Return whether the job must end. Called by the model, on its thread."""
         self.last = time.monotonic()
-        return self._stopped
+        return self.stopped
 
     def stop(self) -> None:
-        """Ask the model to end."""
-        self._stopped = True
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was asked to end."""
-        return self._stopped
+        """Ask the job to end."""
+        self.stopped = True
 
 
 class ModelHost:
     """One model, from load to close.
 
     Args:
-        create: Makes the model, unloaded. Called again when a hung model has to be left behind.
-        queue: The model's queue.
-        disabled: Why the model is switched off, if it is.
-        stall_seconds: A job without a sign of life for longer than this is given up.
-        idle_seconds: The model is unloaded after so long without work; 0 keeps it for ever.
-        after_load: Runs on the model's thread once it is loaded (the warm-up).
+        create: Makes the model, unloaded. Called again when a model that hangs is abandoned.
+        queue: The model's request queue.
+        disabled: Why the model is switched off; None where it is on.
+        stall_seconds: A job that shows no progress for longer than this is abandoned.
+        idle_seconds: The model is unloaded after this long without work; 0 means never.
+        after_load: Runs on the model's thread after each load (the warm-up).
     """
 
     def __init__(
@@ -250,162 +234,193 @@ class ModelHost:
         self.state: State = "disabled" if disabled else "loading"
         self.error: str | None = disabled
         self.progress: LoadProgress | None = None
-        self._next_try: float | None = None
         self._create = create
         self._after_load = after_load
         self._stall_seconds = stall_seconds
         self._idle_seconds = idle_seconds
         self._worker = ModelWorker(self.model.id)
+        self._load_task: asyncio.Task[None] | None = None
         self._reload = asyncio.Event()
-        self._settled = asyncio.Event()  # set while it is known whether the model can speak
+        self._settled = asyncio.Event()  # set while no load is running
+        self._next_try: float | None = None
+        self._logged_progress = ("", 0.0)  # the stage, and when
         self._last_work = time.monotonic()
-        self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to load, in the background."""
+        """Start loading in the background."""
         if self.state != "disabled":
-            self._keeper = asyncio.create_task(self._keep_loaded(), name=f"keep-{self.model.id}")
+            self._load_task = asyncio.create_task(self._keep_loaded(), name=f"load-{self.model.id}")
 
     async def close(self) -> None:
-        """End the background work and the thread."""
-        if self._keeper:
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper})
+        """End the background task and the thread."""
+        if self._load_task:
+            self._load_task.cancel()
+            await asyncio.wait({self._load_task})
         self._worker.close()
 
     def reload(self) -> None:
-        """Load again, now: after a failure, or because files have changed. `settled` waits for the end of that load."""
-        if self._keeper:
+        """Start loading again now. `settled` waits for that load."""
+        if self._load_task:
             self._settled.clear()
             self._reload.set()
 
     async def settled(self) -> None:
-        """Return once the current load has come to its end, good or bad."""
+        """Wait until the current load has succeeded or failed."""
         await self._settled.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether a request can be taken. An unloaded model can: it loads again within the request's turn."""
+        """Whether the model accepts requests. An unloaded model does: it loads again when the request gets its slot."""
         return self.state in ("ready", "unloaded")
 
-    def check_ready(self, advice: str) -> None:
-        """Refuse a request for a model that cannot speak now.
-
-        Raises:
-            ModelNotReadyError: Says why; `advice` says what to do instead.
-        """
-        if self.ready:
-            return
-        if self.state == "loading":
-            stage = f" ({self.progress})" if self.progress else ""
-            raise self._not_ready(f"is still loading{stage}. {advice}", _LOADING_RETRY_SECONDS)
-        what = "is switched off" if self.state == "disabled" else "could not be loaded"
-        raise self._not_ready(f"{what}: {self.error} {advice}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
-
     def next_try_seconds(self) -> float | None:
-        """In how many seconds a failed load is tried again; None where it is not."""
+        """Return in how many seconds a failed load is retried; None when it is not."""
         return None if self._next_try is None else max(0.0, self._next_try - time.monotonic())
 
-    def _not_ready(self, what: str, retry_seconds: float) -> ModelNotReadyError:
-        headers = {"Retry-After": str(math.ceil(retry_seconds))}
-        if retry_seconds > _LONGEST_CLIENT_WAIT:
-            # OpenAI's clients would otherwise try twice more, at their own pace, for what no such wait can mend. They read this header.
-            headers["X-Should-Retry"] = "false"
-        return ModelNotReadyError(f"Model '{self.model.id}' {what}", param="voice", headers=headers)
+    def not_ready_error(self, advice: str = "") -> ModelNotReadyError:
+        """Return the error for a request that the model cannot serve now; `advice` says what to do instead."""
+        seconds = self.next_try_seconds() or _OWNER_RETRY_AFTER
+        if self.state == "loading":
+            reason, seconds = "is still loading" + (f" ({self.progress})." if self.progress else "."), _LOADING_RETRY_AFTER
+        elif self.state == "disabled":
+            reason = f"is switched off: {self.error}"
+        else:
+            reason = f"could not be loaded: {self.error}"
+        headers = {"Retry-After": str(math.ceil(seconds))}
+        if seconds > _LONGEST_CLIENT_WAIT:
+            headers["X-Should-Retry"] = "false"  # keeps OpenAI's clients from retrying at once
+        return ModelNotReadyError(f"Model '{self.model.id}' {reason} {advice}".rstrip(), param="voice", headers=headers)
 
     async def run(self, job: Callable[[SpeechModel], T], heartbeat: Heartbeat) -> T:
-        """Do `job` on the model's thread and wait until it is over, also when the caller is cancelled. Call it within a turn.
+        """Run `job` on the model's thread and return its result. Call it while holding the queue's slot.
+
+        An anyio cancellation waits for the job's end, so that the slot is not free while the job still runs: to end a job early,
+        stop its heartbeat.
 
         Raises:
-            GenerationTimeoutError: The model hung, or its thread ended: it is left behind and the model is loaded anew on another.
-            ModelNotReadyError: The model had been unloaded and cannot be loaded again.
+            GenerationTimeoutError: The model hung or its thread ended; it is abandoned and loaded again on a new thread.
+            ModelNotReadyError: The model was unloaded and could not be loaded again.
         """
-        if self.state == "unloaded":
-            await self._load_on_demand()
-        future = asyncio.wrap_future(self._worker.submit(lambda: job(self.model)))
-        heartbeat.last = time.monotonic()
         try:
-            while not future.done():
-                await _wait_uncancelled(future, min(1.0, self._stall_seconds), heartbeat)
-                silent = time.monotonic() - heartbeat.last
-                patience = min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
-                if not future.done() and (silent > patience or not self._worker.alive):
-                    self._abandon()
-                    raise GenerationTimeoutError(
-                        f"Model '{self.model.id}' gave no sign of life for {silent:.0f} s and is loaded anew. Try again in a moment.",
-                        headers={"Retry-After": "30"},
-                    )
+            with anyio.CancelScope(shield=True):
+                if self.state == "unloaded":
+                    await self._load_on_demand()
+                future = asyncio.wrap_future(self._worker.submit(partial(job, self.model)))
+                await self._watch(future, heartbeat)
             return future.result()
         finally:
             self._last_work = time.monotonic()
 
     def info(self) -> dict[str, Any]:
-        """The model's part of `/health`."""
-        facts: dict[str, Any] = {"id": self.model.id, "state": self.state, "loaded": self.state == "ready", "error": self.error}
+        """Return the model's part of `/health`."""
+        info: dict[str, Any] = {"id": self.model.id, "state": self.state, "loaded": self.state == "ready", "error": self.error}
         if self.state == "failed":
-            facts["next_try_seconds"] = self.next_try_seconds()
+            info["next_try_seconds"] = self.next_try_seconds()
         if self.state == "loading" and self.progress:
-            facts["progress"] = asdict(self.progress) | {"fraction": self.progress.fraction}
-        return facts | self.model.info() | {"active": self.queue.active, "waiting": self.queue.waiting}
+            info["progress"] = asdict(self.progress) | {"fraction": self.progress.fraction}
+        return info | self.model.info() | {"active": self.queue.active, "waiting": self.queue.waiting}
+
+    async def _watch(self, future: asyncio.Future[Any], heartbeat: Heartbeat) -> None:
+        """Wait for the job's end; abandon the thread when it hangs or has ended."""
+        heartbeat.last = time.monotonic()
+        while not future.done():
+            await asyncio.wait({future}, timeout=min(_WATCH_SECONDS, self._stall_seconds))
+            silent = time.monotonic() - heartbeat.last
+            limit = min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
+            if not future.done() and (silent > limit or not self._worker.alive):
+                self._abandon()
+                raise GenerationTimeoutError(
+                    f"Model '{self.model.id}' made no progress for {silent:.0f} s and is being loaded again. Try again in a moment.",
+                    headers={"Retry-After": "30"},
+                )
+
+    def _abandon(self) -> None:
+        """Leave the thread and the model on it, and load a new model on a new thread."""
+        reason = "it hangs" if self._worker.alive else "its thread ended"
+        logger.error("model %s: %s; loading it again on a new thread", self.model.id, reason)
+        self._replace_worker()
+        self.state = "loading"
+        self.reload()
+
+    def _replace_worker(self) -> None:
+        self._worker.close()
+        self.model = self._create()
+        self._worker = ModelWorker(self.model.id)
 
     async def _keep_loaded(self) -> None:
-        """Load, and load again: after failures with growing pauses, when asked to, and on demand once unloaded."""
+        """Load the model, and load it again after a failure (the pauses grow) and after each `reload`."""
         pause = _FIRST_RETRY_SECONDS
         while True:
             self._reload.clear()
             try:
                 await self._load()
-                pause = _FIRST_RETRY_SECONDS
-                await self._wait_while_ready()
             except ModelLoadError as error:
                 wait = pause if error.retry else None
                 self._fail(error.message, wait)
                 pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
-                await _wait_event(self._reload, wait)
+                with anyio.move_on_after(wait):
+                    await self._reload.wait()
+            else:
+                pause = _FIRST_RETRY_SECONDS
+                await self._wait_for_reload()
 
     async def _load(self) -> None:
+        """Load the model on its thread.
+
+        Raises:
+            ModelLoadError: It failed, for whatever reason.
+        """
         self._settled.clear()
-        self.state, self.error, self.progress, self._next_try = "loading", None, None, None
+        self.state, self.error, self.progress = "loading", None, None
+        self._next_try, self._logged_progress = None, ("", 0.0)
         started = time.monotonic()
         logger.info("model %s: loading", self.model.id)
-        model, worker = self.model, self._worker
-        reporter = _ProgressReporter(self)
-
-        def load() -> None:
-            model.close()
-            model.load(reporter.report)
-            self._after_load(model)
-
         try:
-            await worker.do(load)
+            await self._worker.do(partial(self._load_on_thread, self.model))
         except (ModelLoadError, asyncio.CancelledError):
             raise
-        except WorkerLostError as error:
-            self._replace_worker()
-            raise ModelLoadError("The model's thread ended while it was loading.") from error
-        except MemoryError as error:
-            raise ModelLoadError(
-                "There is not enough memory to load the model: close other programs or choose a smaller one (MODEL_ID)."
-            ) from error
         except BaseException as error:
-            logger.exception("model %s: the load failed in an unforeseen way", self.model.id)
-            raise ModelLoadError(f"The load failed in an unforeseen way ({type(error).__name__}); the log has the details.") from error
+            raise self._load_error(error) from error
         self.state, self.progress = "ready", None
         self._settled.set()
         logger.info("model %s: ready after %.1f s", self.model.id, time.monotonic() - started)
+
+    def _load_on_thread(self, model: SpeechModel) -> None:
+        model.close()
+        model.load(self._report)
+        self._after_load(model)
+
+    def _report(self, progress: LoadProgress) -> None:
+        """Store the progress for `/health` and log it every few seconds. Called on the model's thread."""
+        self.progress = progress
+        now = time.monotonic()
+        stage, logged = self._logged_progress
+        if progress.stage != stage or now - logged >= _PROGRESS_LOG_SECONDS:
+            self._logged_progress = (progress.stage, now)
+            logger.info("model %s: %s", self.model.id, progress)
+
+    def _load_error(self, error: BaseException) -> ModelLoadError:
+        if isinstance(error, WorkerLostError):
+            self._replace_worker()
+            return ModelLoadError("The model's thread ended during the load.")
+        if isinstance(error, MemoryError):
+            return ModelLoadError("There is not enough memory to load the model: close other programs or choose a smaller one (MODEL_ID).")
+        logger.error("model %s: unexpected error during the load", self.model.id, exc_info=error)
+        return ModelLoadError(f"Unexpected error during the load ({type(error).__name__}). See the server's log.")
 
     def _fail(self, message: str, wait: float | None) -> None:
         self.state, self.error, self.progress = "failed", message, None
         self._next_try = None if wait is None else time.monotonic() + wait
         self._settled.set()
-        again = f"next try in {wait:.0f} s" if wait is not None else "it is not tried again before a restart or a reload"
-        logger.error("model %s: %s (%s)", self.model.id, message, again)
+        retry = "no retry before a restart or a reload" if wait is None else f"retrying in {wait:.0f} s"
+        logger.error("model %s: %s (%s)", self.model.id, message, retry)
 
-    async def _wait_while_ready(self) -> None:
-        """Return when the model has to be loaded again."""
+    async def _wait_for_reload(self) -> None:
+        """Return once the model must be loaded again; unload it meanwhile when it is idle."""
         while True:
-            asked = await _wait_event(self._reload, min(self._idle_seconds, 5.0) if self._idle_seconds and self.state == "ready" else None)
-            if asked:
+            watched = self._idle_seconds and self.state == "ready"
+            with anyio.move_on_after(min(self._idle_seconds, _IDLE_CHECK_SECONDS) if watched else None):
+                await self._reload.wait()
                 return
             idle = time.monotonic() - self._last_work
             if self.state == "ready" and idle >= self._idle_seconds and not self.queue.active:
@@ -417,7 +432,7 @@ class ModelHost:
             try:
                 await self._worker.do(self.model.close)
             except Exception:
-                logger.exception("model %s: could not be closed in order; it is given up", self.model.id)
+                logger.exception("model %s: it could not be closed; replacing it", self.model.id)
                 self._replace_worker()
             self.state = "unloaded"
 
@@ -425,51 +440,4 @@ class ModelHost:
         self.reload()
         await self.settled()
         if self.state != "ready":
-            raise self._not_ready(f"could not be loaded: {self.error}", self.next_try_seconds() or _HOPELESS_RETRY_SECONDS)
-
-    def _abandon(self) -> None:
-        """Leave a thread that hangs or has ended behind, with the model on it, and load another model on another thread."""
-        what = "hung" if self._worker.alive else "lost its thread"
-        logger.error("model %s: %s; the model is loaded anew on another thread", self.model.id, what)
-        self._replace_worker()
-        self.state = "loading"
-        self.reload()
-
-    def _replace_worker(self) -> None:
-        self._worker.close()
-        self.model = self._create()
-        self._worker = ModelWorker(self.model.id)
-
-
-class _ProgressReporter:
-    """Takes a load's progress on the model's thread: keeps the latest for `/health`, and logs a line every few seconds."""
-
-    def __init__(self, host: ModelHost) -> None:
-        self._host = host
-        self._logged_at = 0.0
-        self._logged_stage = ""
-
-    def report(self, progress: LoadProgress) -> None:
-        self._host.progress = progress
-        now = time.monotonic()
-        if progress.stage == self._logged_stage and now - self._logged_at < _PROGRESS_LOG_SECONDS:
-            return
-        self._logged_at, self._logged_stage = now, progress.stage
-        logger.info("model %s: %s", self._host.model.id, progress)
-
-
-async def _wait_event(event: asyncio.Event, timeout: float | None) -> bool:
-    """Whether the event came before the time ran out."""
-    try:
-        await asyncio.wait_for(event.wait(), timeout)
-    except asyncio.TimeoutError:
-        return False
-    return True
-
-
-async def _wait_uncancelled(future: asyncio.Future[Any], timeout: float, heartbeat: Heartbeat) -> None:
-    """Wait for the future; a cancellation of the waiting task becomes a request to stop, for the turn must not end before the job does."""
-    try:
-        await asyncio.wait({future}, timeout=timeout)
-    except asyncio.CancelledError:
-        heartbeat.stop()
+            raise self.not_ready_error()

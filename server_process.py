@@ -84,7 +84,7 @@ class GuardedProtocol(H11Protocol):
     def shutdown(self) -> None:
         """The server goes down: a request that has not arrived whole is not waited for."""
         if self.conn.their_state is h11.SEND_BODY:
-            self._refuse(ShuttingDownError("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"}))
+            self._refuse(ShuttingDownError())
         else:
             super().shutdown()
 

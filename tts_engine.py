@@ -1,4 +1,4 @@
-"""The engine: takes a text and a voice and gives sound, each utterance in its turn on its model."""
+"""Turn a text and a voice into samples: one utterance at a time on each model, cancellable at any moment."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
+import anyio
 import numpy as np
 
 from audio_formats import Samples
@@ -17,7 +18,7 @@ from csm_model import CsmModel
 from errors import InsufficientMemoryError, InternalError, InvalidInputError, TTSError
 from hibari_model import HibariModel
 from model_host import Heartbeat, ModelHost, RequestQueue
-from speech_model import SpeechModel, SpeechOptions
+from speech_model import SegmentChunk, SpeechModel, SpeechOptions
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 from voice_presets import Voice, VoicePresetManager
@@ -28,26 +29,30 @@ _SEED_BITS = 32
 
 
 class Utterance:
-    """One text being spoken: an async iterator of its samples, and what is known of it.
+    """One text being spoken: an async iterator of its samples, with its measurements.
+
+    The reader uses `begun`, iteration, `samples` and `aclose`. The engine uses `start`, `begin`, `push`, `finish_segment` and `end`.
 
     Attributes:
         voice: The voice that speaks.
         sample_rate: In Hz.
-        seed: With it, the same text and voice give the same samples again.
-        queue_time: Seconds it waited for its turn.
-        generation_time: Seconds the model has worked on it.
-        first_audio_time: Seconds from the turn to the first samples.
-        audio_seconds: Of sound so far.
-        retries: Segments that were generated again.
-        word_error_rate: The worst segment's, where a recogniser listened.
+        seed: The same text, voice and seed give the same samples.
+        heartbeat: Watches and stops the model's work.
+        queue_time: Seconds spent waiting in the queue.
+        generation_time: Seconds the model has worked; 0 until it ends.
+        first_audio_time: Seconds from the end of the wait to the first samples.
+        audio_seconds: Length of the samples so far.
+        retries: How many segments were generated again.
+        word_error_rate: The highest of all segments, where a recogniser checks them.
         segments: The text as it was split.
-        timestamps: When each segment starts and ends, in seconds.
+        timestamps: Start and end of each finished segment, in seconds.
     """
 
     def __init__(self, voice: Voice, sample_rate: int, seed: int) -> None:
         self.voice = voice
         self.sample_rate = sample_rate
         self.seed = seed
+        self.heartbeat = Heartbeat()
         self.queue_time = 0.0
         self.generation_time = 0.0
         self.first_audio_time: float | None = None
@@ -56,104 +61,147 @@ class Utterance:
         self.word_error_rate: float | None = None
         self.segments: list[str] = []
         self.timestamps: list[SegmentTimestamp] = []
-        self._heartbeat = Heartbeat()
-        # Unbounded in form, bounded in fact: an utterance ends, at MAX_INPUT_LENGTH characters at the latest. A bound below its length
-        # would let a slow reader hold the model, which is the one thing this buffer is for.
-        self._buffer: asyncio.Queue[Samples | BaseException | None] = asyncio.Queue()
+        # MAX_INPUT_LENGTH bounds the buffer. A smaller bound would let a slow reader block the model.
+        self._buffer: asyncio.Queue[Samples | TTSError | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._scope = anyio.CancelScope()
         self._task: asyncio.Task[None] | None = None
-        self._has_slot = False
-        self._begun = asyncio.Event()
-        self._failure: BaseException | None = None
+        self._begun_at: float | None = None
+        self._failure: TTSError | None = None
+        self._begun_or_ended = asyncio.Event()
 
     async def begun(self) -> None:
-        """Return once its turn has come.
+        """Wait until the model starts to work on it.
 
         Raises:
-            TTSError: It did not come: the queue was full, or the wait too long.
+            TTSError: The model does not: the queue was full, or the wait too long.
         """
-        await self._begun.wait()
-        if not self._has_slot and self._failure:
+        await self._begun_or_ended.wait()
+        if self._begun_at is None and self._failure:
             raise self._failure
 
     async def __aiter__(self) -> AsyncIterator[Samples]:
-        """The samples, as they come; raises what went wrong in place of what is missing."""
+        """Yield the samples as they are generated.
+
+        Raises:
+            TTSError: The utterance failed; the samples so far have been yielded.
+        """
         while (item := await self._buffer.get()) is not None:
-            if isinstance(item, BaseException):
+            if isinstance(item, TTSError):
                 raise item
             yield item
 
     async def samples(self) -> Samples:
-        """All of the samples, once the last one is there."""
+        """Return all samples, when the utterance is complete."""
         parts = [part async for part in self]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     async def aclose(self) -> None:
-        """Stop the work, at whatever stage it is, and wait until the turn is free for the next."""
-        self._heartbeat.stop()
-        if self._task is None:
+        """Stop waiting or speaking, and return when the model is free for the next utterance."""
+        self.heartbeat.stop()
+        self._scope.cancel()
+        if self._task:
+            await asyncio.wait({self._task})
+
+    def start(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """Run `work` in a task, which `aclose` cancels. Whatever `work` raises reaches the reader as a TTSError."""
+        self._task = asyncio.create_task(self._run(work))
+        return self._task
+
+    def begin(self, queue_time: float) -> None:
+        """Note that the wait is over and the model starts."""
+        self.queue_time = queue_time
+        self._begun_at = time.monotonic()
+        self._begun_or_ended.set()
+
+    def push(self, samples: Samples) -> None:
+        """Pass samples to the reader. Called on the model's thread."""
+        if not samples.size:
             return
-        if not self._has_slot:
-            self._task.cancel()
-        await asyncio.wait({self._task})
+        if self.first_audio_time is None and self._begun_at is not None:
+            self.first_audio_time = time.monotonic() - self._begun_at
+        self.audio_seconds += samples.size / self.sample_rate
+        self._loop.call_soon_threadsafe(self._buffer.put_nowait, samples)
+
+    def finish_segment(self, last: SegmentChunk) -> None:
+        """Add what a segment's last chunk says about its quality. Called on the model's thread."""
+        self.retries += last.retries
+        if last.word_error_rate is not None:
+            self.word_error_rate = max(self.word_error_rate or 0.0, last.word_error_rate)
+
+    def end(self, failure: TTSError | None) -> None:
+        """Tell the reader that no more samples come, and why if something failed."""
+        if self._begun_at is not None:
+            self.generation_time = time.monotonic() - self._begun_at
+        self._failure = failure
+        self._begun_or_ended.set()
+        self._buffer.put_nowait(failure)
+
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        failure: TTSError | None = None
+        try:
+            with self._scope:
+                await work()
+            if self._scope.cancelled_caught:
+                failure = InternalError("The utterance was stopped.")
+        except BaseException as error:
+            failure = _as_tts_error(error)
+        self.end(failure)
 
 
 class TTSEngine:
     """Owns the models and speaks with them.
 
     Args:
-        settings: The settings.
-        presets: The voices, for the warm-up.
+        settings: Which models to load, and their limits.
+        presets: The voices, for the warm-up and for advice in errors.
     """
 
     def __init__(self, settings: Settings, presets: VoicePresetManager) -> None:
         self._settings = settings
         self._presets = presets
-        off = None if settings.csm_enabled else _why_disabled(settings)
         self._hosts: dict[str, ModelHost] = {
             "hibari": ModelHost(HibariModel, self._new_queue(), stall_seconds=settings.generation_timeout, after_load=self._warm_up),
             "csm-1b": ModelHost(
                 lambda: CsmModel(settings),
                 self._new_queue(),
-                disabled=off,
+                disabled=None if settings.csm_enabled else _why_disabled(settings),
                 stall_seconds=settings.generation_timeout,
                 idle_seconds=settings.idle_unload_seconds,
                 after_load=self._warm_up,
             ),
         }
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[Utterance] = set()
 
     async def start(self) -> None:
-        """Load the built-in voice (a third of a second), then CSM in the background.
+        """Load the built-in voice (0.3 s), then CSM, both in the background.
 
-        One after the other, because importing MLX and transformers beside it would hold the built-in voice up for seconds.
+        Not at the same time: importing MLX and transformers would delay the built-in voice by seconds.
         """
         self._hosts["hibari"].start()
         self._loading_csm = asyncio.create_task(self._start_csm())
 
     async def close(self) -> None:
-        """End everything: what still runs is stopped."""
+        """Stop all utterances and end all models' threads."""
         self.drain()
         self._loading_csm.cancel()
-        for task in list(self._running):
-            task.cancel()
-        if self._running:
-            await asyncio.wait(self._running)
+        await asyncio.gather(*(utterance.aclose() for utterance in self._running))
         for host in self._hosts.values():
             await host.close()
 
     def drain(self) -> None:
-        """Take no new work: who waits is told so, who has the turn may finish."""
+        """Refuse new and waiting requests; the active ones may finish."""
         for host in self._hosts.values():
             host.queue.close()
 
     def reload(self) -> None:
-        """Load models again that failed to load."""
+        """Load again the models that failed to load."""
         for host in self._hosts.values():
             if host.state == "failed":
                 host.reload()
 
     def host(self, voice: Voice) -> ModelHost:
-        """The host of the model that speaks with this voice."""
+        """Return the host of the voice's model."""
         return self._hosts[voice.preset.model]
 
     @property
@@ -162,101 +210,85 @@ class TTSEngine:
         return self._hosts
 
     def check_ready(self, voice: Voice) -> None:
-        """Refuse, with a clear reason and another voice's name, what cannot be spoken now.
+        """Refuse a voice whose model cannot serve a request now.
 
         Raises:
-            ModelNotReadyError: The voice's model is loading, failed or switched off.
+            ModelNotReadyError: The model is loading, failed or switched off; the message names another voice if one is ready.
         """
-        voices = self._presets.catalog.voices
-        ready = [other.preset.name for other in voices if self.host(other).ready]
-        loading = [other.preset.name for other in voices if self.host(other).state == "loading"]
-        advice = f"Voice '{ready[0]}' is ready." if ready else f"Voice '{loading[0]}' is being loaded." if loading else "No voice is ready."
-        self.host(voice).check_ready(advice)
+        host = self.host(voice)
+        if not host.ready:
+            raise host.not_ready_error(self._other_voice())
 
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
-        """The text as it will be spoken.
+        """Return the text as it will be spoken. Safe to call from any thread.
+
+        Args:
+            text: The text of the request.
+            normalize: Overrides NORMALIZE_TEXT.
 
         Raises:
-            InvalidInputError: Nothing in it can be said.
+            InvalidInputError: Nothing in it can be spoken.
         """
         if self._settings.normalize_text if normalize is None else normalize:
             text = normalize_text(text)
         if not has_speech(text):
             raise InvalidInputError(
-                "'input' has nothing that can be said: it holds no letter and no digit once timestamps are removed.", param="input"
+                "'input' has nothing to speak: once timestamps are removed it contains no letter and no digit.", param="input"
             )
         return text
 
     def speak(self, text: str, voice: Voice, options: SpeechOptions) -> Utterance:
-        """Begin to say `text` (from `prepare_text`), as soon as the model's turn comes.
+        """Queue `text` (from `prepare_text`) and return its utterance, which the caller must close.
 
-        Every later failure, a full queue's too, is raised where the utterance is read. Close it when it is no longer wanted.
+        All later failures, including a full queue, are raised where the utterance is read.
 
         Raises:
-            InvalidInputError: The voice's model is known not to be able to say this text.
+            InvalidInputError: The voice's model cannot speak this text.
         """
         host = self.host(voice)
         if (reason := host.model.refusal(text)) is not None:
-            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot say all of 'input': {reason}", param="input")
+            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak all of 'input': {reason}", param="input")
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
-        utterance._task = task = asyncio.create_task(self._run(text, utterance, host, options))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+
+        async def work() -> None:
+            async with host.queue.slot() as waited:
+                utterance.begin(waited)
+                await host.run(lambda model: self._speak_on_thread(text, utterance, model, options), utterance.heartbeat)
+
+        self._running.add(utterance)
+        utterance.start(work).add_done_callback(lambda _: self._running.discard(utterance))
         return utterance
 
-    async def _run(self, text: str, utterance: Utterance, host: ModelHost, options: SpeechOptions) -> None:
-        """Wait for the turn, speak, give the turn on; whatever happens reaches the utterance's reader."""
-        end: BaseException | None = None
-        try:
-            async with host.queue.slot() as waited:
-                utterance._has_slot = True
-                utterance.queue_time = waited
-                utterance._begun.set()
-                emit = _emitter(utterance, asyncio.get_running_loop())
-                started = time.monotonic()
-                try:
-                    await host.run(lambda model: self._speak_on_thread(text, utterance, model, options, emit), utterance._heartbeat)
-                finally:
-                    utterance.generation_time = time.monotonic() - started
-        except TTSError as error:
-            end = error
-        except MemoryError:
-            end = InsufficientMemoryError("The machine has too little free memory for this text. Send a shorter one, or try again later.")
-        except asyncio.CancelledError:
-            end = InternalError("The utterance was stopped.")
-        except BaseException as error:
-            logger.exception("the model failed")
-            end = InternalError(f"The model failed ({type(error).__name__}). The server's log has the details.")
-        utterance._failure = end
-        utterance._begun.set()
-        utterance._buffer.put_nowait(end)
-
-    def _speak_on_thread(
-        self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions, emit: Callable[[Samples], None]
-    ) -> None:
-        """The whole of one utterance, on the model's thread."""
-        heartbeat, voice = utterance._heartbeat, utterance.voice
+    def _speak_on_thread(self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions) -> None:
+        """Split the text, speak the segments and join them. Runs on the model's thread."""
+        heartbeat, voice = utterance.heartbeat, utterance.voice
         segments = split_text(text, model.segment_lengths, lambda segment: model.fits(segment, voice))
         joiner = SegmentJoiner(model.sample_rate, self._settings.pause_ms)
         utterance.segments, utterance.timestamps = segments, joiner.timestamps
         finished = 0
-        stream = model.speak(segments, voice, options, heartbeat.cancelled)
-        for chunk in stream:
-            emit(joiner.push(chunk))
+        for chunk in model.speak(segments, voice, options, heartbeat.cancelled):
+            utterance.push(joiner.push(chunk))
             if chunk.last:
                 finished += 1
-                utterance.retries += chunk.retries
-                if chunk.word_error_rate is not None:
-                    utterance.word_error_rate = max(utterance.word_error_rate or 0.0, chunk.word_error_rate)
+                utterance.finish_segment(chunk)
         if heartbeat.stopped:
             return
         if finished != len(segments):
-            raise InternalError(f"The model spoke {finished} of {len(segments)} parts of the text.")
+            raise InternalError(f"The model spoke {finished} of {len(segments)} segments.")
         if not utterance.audio_seconds:
-            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot say this text: no sound came of it.", param="input")
+            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak this text: the model produced no audio.", param="input")
+
+    def _other_voice(self) -> str:
+        """Return a sentence that names a voice to use instead."""
+        voices = self._presets.catalog.voices
+        if ready := next((voice for voice in voices if self.host(voice).ready), None):
+            return f"Voice '{ready.preset.name}' is ready."
+        if loading := next((voice for voice in voices if self.host(voice).state == "loading"), None):
+            return f"Voice '{loading.preset.name}' is loading."
+        return "No voice is ready."
 
     def _warm_up(self, model: SpeechModel) -> None:
-        # The owner's voices only: people may have added a hundred, and one that is deleted at this moment must not fail the load.
+        # Without uploaded voices: there may be a hundred, and one that is deleted meanwhile must not fail the load.
         model.warm_up([voice for voice in self._presets.catalog.voices if voice.preset.model == model.id and not voice.uploaded])
 
     async def _start_csm(self) -> None:
@@ -268,28 +300,23 @@ class TTSEngine:
 
 
 def new_seed() -> int:
-    """A seed for an utterance that asked for none."""
+    """Return a random seed."""
     return secrets.randbits(_SEED_BITS)
 
 
-def _emitter(utterance: Utterance, loop: asyncio.AbstractEventLoop) -> Callable[[Samples], None]:
-    """How the model's thread hands samples to the utterance's reader."""
-    started = time.monotonic()
-
-    def emit(samples: Samples) -> None:
-        if not samples.size:
-            return
-        if utterance.first_audio_time is None:
-            utterance.first_audio_time = time.monotonic() - started
-        utterance.audio_seconds += samples.size / utterance.sample_rate
-        loop.call_soon_threadsafe(utterance._buffer.put_nowait, samples)
-
-    return emit
+def _as_tts_error(error: BaseException) -> TTSError:
+    """Translate whatever a model raised."""
+    if isinstance(error, TTSError):
+        return error
+    if isinstance(error, MemoryError):
+        return InsufficientMemoryError("There is not enough free memory for this text. Send a shorter one, or try again later.")
+    if isinstance(error, asyncio.CancelledError):
+        return InternalError("The utterance was stopped.")
+    logger.error("unexpected error in the model", exc_info=error)
+    return InternalError(f"Unexpected error in the model ({type(error).__name__}). See the server's log.")
 
 
 def _why_disabled(settings: Settings) -> str:
     if settings.csm == "off":
         return "CSM=off."
-    return (
-        "this machine has neither Apple Silicon nor MLX's CUDA backend, and CSM-1B is far too slow without (CSM=on loads it all the same)."
-    )
+    return "this machine has neither Apple Silicon nor MLX's CUDA backend, and CSM-1B is far too slow without (CSM=on loads it anyway)."

@@ -181,7 +181,7 @@ def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
         failures: list[BaseException] = [ModelLoadError("The disk is full: free 7 GB."), ValueError("?"), MemoryError()]
         host = ModelHost(lambda: FailingLoad(failures), RequestQueue(5, 30), stall_seconds=60)
         host.start()
-        for told in ("The disk is full: free 7 GB.", "unforeseen way (ValueError)", "not enough memory"):
+        for told in ("The disk is full: free 7 GB.", "Unexpected error during the load (ValueError)", "not enough memory"):
             await host.settled()
             assert host.state == "failed"
             assert told in (host.error or "")
