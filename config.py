@@ -1,4 +1,4 @@
-"""The settings: read from the environment and `.env`, checked once, at the start."""
+"""Settings, read from the environment and `.env` and checked once at the start."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ENV_FILE = PROJECT_DIR / ".env"
 
 FormatName = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
-# Read by huggingface_hub itself; a line for one of them in .env is handed on to it.
+# Read by huggingface_hub itself from the environment; .env may set them too.
 _HUB_VARIABLES = ("HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 class SettingsError(Exception):
-    """A setting has a value that cannot be used; the message is the one line that the user is shown."""
+    """A setting has an invalid value. The message is one line for the user."""
 
 
 def _split_list(value: object) -> object:
-    """`a, b,,c` as ("a", "b", "c")."""
+    """Return `a, b,,c` as ("a", "b", "c")."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -41,9 +41,9 @@ def _lower(value: object) -> object:
 
 @cache
 def csm_can_run() -> bool:
-    """Whether this machine can run CSM-1B at a useful pace: Apple Silicon, or Linux with MLX's CUDA backend installed.
+    """Return whether CSM-1B runs fast enough here: on Apple Silicon, or on Linux with MLX's CUDA backend installed.
 
-    On a Linux CPU a frame of 80 ms takes about 4 s, 50 times slower than real time (measured at full size, random weights).
+    On a Linux CPU an 80 ms frame takes about 4 s, 50 times slower than real time (measured with random weights of full size).
     """
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
@@ -63,12 +63,12 @@ _Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_lower)]
 
 
 class Settings(BaseSettings):
-    """Every setting, by the lower-case name of its environment variable. `.env.example` explains each one."""
+    """All settings, by the lower-case name of their environment variable. `.env.example` explains each one."""
 
     model_config = SettingsConfigDict(env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, hide_input_in_errors=True)
 
     # Server
-    host: str = "0.0.0.0"  # noqa: S104 - the first draft's choice; the start warns when that is open without a key
+    host: str = "0.0.0.0"  # noqa: S104 - the start logs a warning when this is open without a key
     port: int = Field(8880, ge=0, le=65535)
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] = "info"
     log_stderr: bool = True
@@ -120,7 +120,7 @@ class Settings(BaseSettings):
 
     @property
     def csm_enabled(self) -> bool:
-        """Whether CSM is to be loaded on this machine."""
+        """Whether CSM is loaded on this machine."""
         return self.csm == "on" or (self.csm == "auto" and csm_can_run())
 
     @property
@@ -130,27 +130,23 @@ class Settings(BaseSettings):
 
 
 def load_settings(env_file: Path = ENV_FILE) -> Settings:
-    """The settings from the environment and `env_file`; the environment wins.
+    """Load the settings from the environment and `env_file`; the environment takes precedence.
 
     Raises:
-        SettingsError: Names the variable, its value and what is allowed.
+        SettingsError: A value is invalid; names the variable, its value and what is allowed.
     """
-    _check_env_file(env_file)
     try:
-        settings = Settings(_env_file=env_file)
+        _check_env_file(env_file)
+        return Settings(_env_file=env_file)
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     except (UnicodeDecodeError, OSError) as error:
         raise SettingsError(f".env cannot be read: {type(error).__name__}. It must be a UTF-8 text file of NAME=value lines.") from None
-    return settings
 
 
 def _check_env_file(env_file: Path) -> None:
-    """Refuse a line in `.env` that sets nothing (a typing error would go unnoticed), and hand the hub's own variables on."""
-    try:
-        values = dotenv_values(env_file) if env_file.is_file() else {}
-    except (UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f".env cannot be read: {type(error).__name__}. It must be a UTF-8 text file of NAME=value lines.") from None
+    """Refuse names in `.env` that are not settings, so that a typing error is noticed; export Hugging Face's variables."""
+    values = dotenv_values(env_file) if env_file.is_file() else {}
     known = [name.upper() for name in Settings.model_fields]
     for name, value in values.items():
         if name in _HUB_VARIABLES:
@@ -163,7 +159,7 @@ def _check_env_file(env_file: Path) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first fault of a pydantic error as `NAME='value': what is allowed`."""
+    """Return the first error that pydantic found, as `NAME='value' cannot be used: what is allowed`."""
     fault: Any = error.errors(include_url=False)[0]
     name = str(fault["loc"][0])
     value = os.environ.get(name.upper(), os.environ.get(name, fault.get("input", "")))

@@ -1,4 +1,4 @@
-"""The server process: sockets, connection limits, PID file, and orderly shutdown."""
+"""Run the server: listening socket, connection limits, PID file, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ from config import Settings, SettingsError
 from errors import ConnectionsExhaustedError, InvalidRequestError, RequestTimeoutError, ShuttingDownError, TTSError
 from files import write_file
 
-_WANTED_DESCRIPTORS = 10_240  # the most that macOS gives a process; launchd starts one with 256
-_NOT_HTTP = "This is not a valid HTTP request."
+_BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 75  # longer than most connection pools keep a connection, so that the client closes it first
+_MAX_HEAD_BYTES = 64 * 1024
+_MAX_OPEN_FILES = 10_240  # the most that macOS allows a process; launchd starts a process with 256
+
+logger = logging.getLogger(__name__)
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with the bounds that it lacks (0.54.0): a time for a request to arrive in, and room for new connections.
+    """uvicorn's HTTP/1.1 protocol with two limits that uvicorn 0.54.0 lacks: request timeouts and a maximum number of connections.
 
-    Without the first, a client that sends one byte a second holds a connection for ever. Without the second, idle connections use up the
-    file descriptors, and then neither a client nor ffmpeg gets one. Where all are taken, the one that has been idle longest makes room.
+    Without timeouts, a client that sends one byte a second holds a connection forever. Without a maximum, idle connections use up the
+    file descriptors, and neither new clients nor ffmpeg get one. At the maximum, the connection that has been idle longest is closed.
 
     Attributes:
-        head_seconds: That the head of a request may take, from the connection or its own first byte.
-        body_seconds: That its body may take: 10 MiB at 1 Mbit/s are 84 s.
-        limit: Connections at a time.
-        idle: Those in no request, the longest idle first.
+        head_seconds: Maximum time for a request's head, counted from the connection or from the head's first byte.
+        body_seconds: Maximum time for a request's body. 10 MiB at 1 Mbit/s take 84 s.
+        limit: Maximum number of connections.
+        idle: Connections without a request in progress; the longest idle first.
     """
 
     head_seconds: ClassVar[float] = 20.0
@@ -50,11 +54,11 @@ class GuardedProtocol(H11Protocol):
     limit: ClassVar[int] = 5_000
     idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
 
-    _deadline: asyncio.TimerHandle | None = None
-    _awaited: object = None  # h11's state in which the deadline was set
+    _timeout: asyncio.TimerHandle | None = None
+    _timeout_state: object = None  # the h11 state in which the timeout was started
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Take a connection, at the cost of an idle one where there are too many."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own signature
+        """Accept a connection; at the limit, close the longest idle one, or refuse this one if none is idle."""
         super().connection_made(transport)
         if len(self.connections) > self.limit:
             if not self.idle:
@@ -66,185 +70,95 @@ class GuardedProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Remove the connection."""
         self.idle.pop(self, None)
-        self._disarm()
+        self._cancel_timeout()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take some bytes of a request."""
+        """Receive part of a request."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """A response has been sent; the next request may be there already."""
+        """Prepare for the next request, which may have been received already."""
         super().on_response_complete()
         self._watch()
 
     def shutdown(self) -> None:
-        """The server goes down: a request that has not arrived whole is not waited for."""
+        """Shut down; answer 503 to a request whose body has not arrived completely."""
         if self.conn.their_state is h11.SEND_BODY:
             self._refuse(ShuttingDownError())
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Say, in the envelope of all other errors, that this was no HTTP."""
-        self._refuse(InvalidRequestError(_NOT_HTTP, code="invalid_http"))
+        """Refuse what is not valid HTTP, with the same JSON envelope as all other errors."""
+        self._refuse(InvalidRequestError("This is not a valid HTTP request.", code="invalid_http"))
 
     def drop(self) -> None:
-        """Close a connection that is in no request, at once."""
+        """Close an idle connection at once."""
         self.idle.pop(self, None)
         self.transport.abort()
 
     def _watch(self) -> None:
-        """Note whether it is idle, and set the deadline for what the client owes: a head, or the rest of a body."""
+        """Update the list of idle connections, and start or cancel the timeout for what the client has to send next."""
         state = h11.CLOSED if self.transport.is_closing() else self.conn.their_state
         if state is not h11.IDLE:
             self.idle.pop(self, None)
         elif self not in self.idle:
             self.idle[self] = None
         if state is h11.SEND_BODY:
-            self._arm(state, self.body_seconds)
+            self._start_timeout(state, self.body_seconds)
         elif state is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):
-            self._arm(state, self.head_seconds)
+            self._start_timeout(state, self.head_seconds)
         else:
-            self._disarm()
+            self._cancel_timeout()
 
-    def _arm(self, state: object, seconds: float) -> None:
-        """Set the deadline unless it runs already: more bytes do not put it off."""
-        if self._deadline is None or self._awaited is not state:
-            self._disarm()
-            self._awaited = state
-            self._deadline = self.loop.call_later(seconds, self._too_slow, seconds)
+    def _start_timeout(self, state: object, seconds: float) -> None:
+        """Start the timeout unless it is running for this state: more bytes do not extend it."""
+        if self._timeout is None or self._timeout_state is not state:
+            self._cancel_timeout()
+            self._timeout_state = state
+            self._timeout = self.loop.call_later(seconds, self._on_timeout, seconds)
 
-    def _disarm(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _cancel_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
-    def _too_slow(self, seconds: float) -> None:
+    def _on_timeout(self, seconds: float) -> None:
         if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self.transport.close()  # not a byte came: who opens connections in advance, as browsers do, expects no answer
+            self.transport.close()  # nothing was sent: browsers open spare connections and expect no answer on them
         else:
             self._refuse(RequestTimeoutError(f"The request did not arrive within {seconds:g} s."))
 
     def _refuse(self, error: TTSError) -> None:
-        """Answer, where no answer has begun, and close. What the application still does for the request is told that the client went."""
-        self._disarm()
+        """Send `error` if no response has started, and close the connection. The application sees a client disconnect."""
+        self._cancel_timeout()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(error.envelope()).encode()
-            request_id = uuid.uuid4().hex
-            logger.info("id=%s status=%d code=%s before any request was understood", request_id, error.status, error.code)
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-            headers |= {"X-Request-Id": request_id} | error.headers
-            response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=HTTPStatus(error.status).phrase)
-            events = (response, h11.Data(data=body), h11.EndOfMessage())
-            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+            self._send_error(error)
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # now: the application may answer before the transport says that it is closed
+            # Now, because the application may answer before the transport reports that it is closed.
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
-
-def guarded_protocol() -> tuple[type[GuardedProtocol], int]:
-    """The protocol for one server, and how many connections may wait to be taken.
-
-    The process's limit of open files is raised as far as it may be. Half of it is for connections and an eighth for those that come in one
-    moment, before the bound is looked at; what remains is for ffmpeg's pipes, files and logs.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    descriptors = 1 << 16 if soft == resource.RLIM_INFINITY else soft
-
-    class Protocol(GuardedProtocol):
-        """With a count of its own, so that two servers in one process do not meet."""
-
-        limit = descriptors // 2
-        idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
-
-    return Protocol, max(1, min(512, descriptors // 8))
-
-
-logger = logging.getLogger(__name__)
-
-_BACKLOG = 2048
-_KEEP_ALIVE_SECONDS = 75  # longer than most clients' pools keep a connection, so that the server is not the one that closes it
-_LARGEST_HEAD_BYTES = 64 * 1024
-
-
-def listen(settings: Settings) -> socket.socket:
-    """A socket bound to HOST:PORT. Bound before anything is loaded, so that a taken port is told within a moment.
-
-    Raises:
-        SettingsError: Says who holds the port, as far as that can be known.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError):
-        raise SettingsError(f"HOST={settings.host!r} cannot be used: it is neither an address nor a name of this machine.") from None
-    # The protocol by name: asyncio queue Nagle's algorithm off only where it says TCP. Without that every answer on a kept connection
-    # waits for the client's delayed acknowledgement (measured on Linux: 47 ms instead of 5 for a small one).
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise SettingsError(_why_not_bound(settings, error)) from None
-    bound.listen(_BACKLOG)
-    return bound
-
-
-def _why_not_bound(settings: Settings, error: OSError) -> str:
-    place = f"PORT={settings.port}"
-    if isinstance(error, PermissionError):
-        return f"{place} cannot be used: ports below 1024 need root. Choose another, 8880 for example."
-    holder = _running_server(settings.cache_dir)
-    if holder and holder.get("port") == settings.port:
-        return f"{place} is taken: sesame-tts is already running there (process {holder['pid']})."
-    if error.strerror and "in use" in error.strerror:
-        return f"{place} is taken by another program (`lsof -i :{settings.port}` shows which). Choose another port."
-    return f"HOST={settings.host} {place} cannot be used: {error.strerror}."
-
-
-def _running_server(cache_dir: Path) -> dict[str, int] | None:
-    """What the PID file says, if the process it names is alive."""
-    try:
-        holder = json.loads((cache_dir / "server.pid").read_text())
-        os.kill(holder["pid"], 0)
-    except PermissionError:
-        return dict(holder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(holder)
-
-
-@contextlib.contextmanager
-def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
-    """`cache_dir`/server.pid while the server runs. A file left by a killed server is replaced; a folder that cannot be written is told."""
-    path = cache_dir / "server.pid"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"pid": os.getpid(), "port": port}).encode())
-    except OSError as error:
-        logger.warning("no PID file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
-    try:
-        yield
-    finally:
-        holder = _running_server(cache_dir)
-        if holder and holder.get("pid") == os.getpid():
-            with contextlib.suppress(OSError):
-                path.unlink()
+    def _send_error(self, error: TTSError) -> None:
+        body = json.dumps(error.envelope()).encode()
+        request_id = uuid.uuid4().hex
+        logger.info("id=%s status=%d code=%s refused before a complete request arrived", request_id, error.status, error.code)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        headers |= {"X-Request-Id": request_id} | error.headers
+        response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=HTTPStatus(error.status).phrase)
+        events = (response, h11.Data(data=body), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with an orderly end: told when the end begins, and exit status 0 after it.
+    """uvicorn's server, with a callback when the shutdown begins and exit status 0 after it.
 
-    uvicorn raises the signal again when it is done, so that the shell sees a killed process; launchd would take that for a crash.
+    uvicorn raises the signal again after its shutdown, so the process ends as killed by a signal, which launchd treats as a crash.
     """
 
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
@@ -253,7 +167,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle the two signals that end a service."""
+        """Handle SIGINT and SIGTERM."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -265,27 +179,74 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins an orderly end, a second Ctrl-C cuts it short."""
+        """Shut down gracefully on the first signal, at once on a second Ctrl-C."""
         if not self.should_exit:
-            # Not here: a signal comes between any two instructions, of the logging or of the queue too.
-            asyncio.get_running_loop().call_soon_threadsafe(self._begin_end)
+            # In the event loop, because a signal can interrupt any instruction, including those of the logging or the request queue.
+            asyncio.get_running_loop().call_soon_threadsafe(self._begin_shutdown)
         super().handle_exit(sig, frame)
 
-    def _begin_end(self) -> None:
-        logger.info("stopping: no new work, what is being spoken is finished first")
+    def _begin_shutdown(self) -> None:
+        logger.info("stopping: requests in progress are completed, new ones are refused")
         self._on_stop()
 
 
+def listen(settings: Settings) -> socket.socket:
+    """Return a socket that listens on HOST:PORT. Call it before loading anything, so that a port in use is reported at once.
+
+    Raises:
+        SettingsError: HOST or PORT cannot be used; says which program has the port, if that is known.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise SettingsError(f"HOST={settings.host!r} cannot be used: it is neither an address nor a name of this machine.") from None
+    # asyncio turns Nagle's algorithm off only for sockets whose protocol is TCP by name. With it, every answer on a kept connection
+    # waits for the client's delayed acknowledgement (measured on Linux: 47 ms instead of 5 ms for a small one).
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise SettingsError(_bind_failure(settings, error)) from None
+    bound.listen(_BACKLOG)
+    return bound
+
+
+@contextlib.contextmanager
+def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
+    """Keep `cache_dir`/server.pid while the server runs. Replaces the file of a killed server; logs a warning if it cannot be written."""
+    path = cache_dir / "server.pid"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps({"pid": os.getpid(), "port": port}).encode())
+    except OSError as error:
+        logger.warning("no PID file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
+    try:
+        yield
+    finally:
+        if _running_server(cache_dir).get("pid") == os.getpid():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Callable[[], None]) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal ends the process.
 
     Args:
         app: The application.
-        settings: SHUTDOWN_TIMEOUT bounds how long requests in progress may take to finish.
-        bound: From `listen`.
-        on_stop: Called in the event loop when the end begins.
+        settings: SHUTDOWN_TIMEOUT limits how long requests in progress may take after the signal.
+        bound: The socket from `listen`.
+        on_stop: Called in the event loop when the shutdown begins.
     """
-    protocol, backlog = guarded_protocol()
+    open_files = _raise_open_file_limit()
+
+    class Protocol(GuardedProtocol):
+        """Has its own list of idle connections, so that two servers in one process do not share it."""
+
+        limit = open_files // 2
+        idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
+
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -294,10 +255,48 @@ def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Calla
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_timeout),
-        h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
-        http=protocol,
-        backlog=backlog,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+        http=Protocol,
+        backlog=max(1, min(512, open_files // 8)),
         ws="none",
     )
     with pid_file(settings.cache_dir, bound.getsockname()[1]):
         _Server(config, on_stop).run(sockets=[bound])
+
+
+def _raise_open_file_limit() -> int:
+    """Raise the process's limit of open files as far as allowed, and return it.
+
+    Half of it is for connections and an eighth for the backlog, which is accepted before the limit of connections is checked; the rest
+    is for ffmpeg's pipes, files and logs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return 1 << 16 if soft == resource.RLIM_INFINITY else soft
+
+
+def _bind_failure(settings: Settings, error: OSError) -> str:
+    """Return the message for a socket that could not be bound."""
+    place = f"PORT={settings.port}"
+    if isinstance(error, PermissionError):
+        return f"{place} cannot be used: ports below 1024 need root. Choose another one, for example 8880."
+    running = _running_server(settings.cache_dir)
+    if running.get("port") == settings.port:
+        return f"{place} is in use: sesame-tts is already running there (process {running['pid']})."
+    if error.strerror and "in use" in error.strerror:
+        return f"{place} is in use by another program (`lsof -i :{settings.port}` shows which). Choose another port."
+    return f"HOST={settings.host} {place} cannot be used: {error.strerror}."
+
+
+def _running_server(cache_dir: Path) -> dict[str, int]:
+    """Return the content of the PID file (`pid`, `port`) if that process is alive, else an empty dict."""
+    try:
+        content = dict(json.loads((cache_dir / "server.pid").read_text()))
+        with contextlib.suppress(PermissionError):  # another user's process
+            os.kill(content["pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return {}
+    return content
