@@ -1,22 +1,54 @@
-# Two commands do everything: `make run` serves, `make test` tests. Both set up what they need first.
-# A machine without uv gets one in .uv/, through pip in a private environment; outside this folder only caches are written.
+# `make` runs the server, `make test` the tests, `make help` lists the rest. Each target installs what it needs first: a machine without uv
+# gets one in .uv/. Nothing outside this folder is written except caches. Works with GNU make 3.81 and bash 3.2, the versions of macOS.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 PY := .venv/bin/python
 
-# With it set, every start would compile every module again: seconds, each time.
+# If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clean bench bench-csm soak audit clients
+.PHONY: run setup test check clients bench bench-csm soak audit clean help
 
-run: .venv/.run-stamp
+run: .venv/.run-stamp ## run the server on port 8880 (the default target)
 	@exec $(PY) server.py
 
-setup: .venv/.run-stamp
+setup: .venv/.run-stamp ## install the server's packages into .venv
 
-# A stamp, so that a second start does not even ask uv. --inexact keeps what another target has installed.
+test: .venv/.dev-stamp ## run all tests; one file: make test ARGS=tests/test_config.py
+	$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+check: .venv/.dev-stamp ## run the linter, the format check and the type checker
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Without them, the tests that run them are skipped.
+clients: | $(UV) ## install OpenClaw, OpenAI's libraries and other clients for their tests (1.6 GB)
+	UV=$(abspath $(UV)) tests/clients/install.sh
+
+bench: .venv/.dev-stamp ## measure speed and latency with the built-in voice
+	$(PY) benchmarks/speech.py
+
+bench-csm: .venv/.dev-stamp ## measure CSM's generation with a small random model
+	$(PY) benchmarks/csm.py
+
+soak: .venv/.dev-stamp ## send 10,000 mixed requests; fails if memory, processes or files leak
+	$(PY) benchmarks/soak.py $(ARGS)
+
+# Not part of `check`, because it needs the network.
+audit: .venv/.dev-stamp ## look up known vulnerabilities of the installed packages
+	.venv/bin/pip-audit --local
+
+clean: ## remove everything that the other targets installed or wrote here
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results \
+		tests/clients/.venv tests/clients/.venv-wyoming tests/clients/node_modules
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+# Stamp files, so that later runs do not start uv. --inexact keeps packages that other targets installed.
 .venv/.run-stamp: pyproject.toml | $(UV)
 	$(UV) sync --quiet --inexact
 	@touch $@
@@ -28,33 +60,3 @@ setup: .venv/.run-stamp
 .uv/bin/uv:
 	$(PYTHON) -m venv .uv
 	.uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
-
-test: .venv/.dev-stamp
-	$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
-
-check: .venv/.dev-stamp
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
-
-# OpenClaw, OpenAI's libraries and others, for the tests that run them; about 1.6 GB. Without it those tests are skipped.
-clients: | $(UV)
-	UV=$(abspath $(UV)) tests/clients/install.sh
-
-bench: .venv/.dev-stamp
-	$(PY) benchmarks/speech.py
-
-bench-csm: .venv/.dev-stamp
-	$(PY) benchmarks/csm.py
-
-# Mixed requests for as long as ARGS say, and what they leave behind: test-results/soak.png and a verdict.
-soak: .venv/.dev-stamp
-	$(PY) benchmarks/soak.py $(ARGS)
-
-# Asks an advisory database on the network, so it is no part of `check`.
-audit: .venv/.dev-stamp
-	.venv/bin/pip-audit --local
-
-clean:
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results \
-		tests/clients/.venv tests/clients/.venv-wyoming tests/clients/node_modules

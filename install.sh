@@ -1,6 +1,6 @@
 #!/bin/bash
-# Sesame TTS as a service: launchd on a Mac, a systemd user unit on Linux. Safe to run again: that is how it is upgraded.
-# Written for bash 3.2, the one that macOS has.
+# Install Sesame TTS as a service: with launchd on a Mac, as a systemd user unit on Linux. Run it again to upgrade.
+# Works with bash 3.2, the version of macOS.
 set -euo pipefail
 
 LABEL="com.burkestudio.sesame-tts"
@@ -13,25 +13,25 @@ DOMAIN="gui/$(id -u)"
 PLIST="$HOME/Library/LaunchAgents/$LABEL.plist"
 UNIT_FILE="${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user/$UNIT"
 
-ENVIRONMENT_GB=2    # .venv with its packages, and what uv keeps of them
-HEALTH_SECONDS=60   # from the start to the first answer; a cold disk included
-READY_SECONDS=120   # for CSM's weights to come from the disk
+ENVIRONMENT_GB=2    # .venv and uv's cache
+HEALTH_SECONDS=60   # from the start to the first response, on a slow disk
+READY_SECONDS=120   # to read CSM's weights from the disk
 FAILED=1            # a check or a step failed
-USAGE=2             # the command line, or a setting
-NO_MANAGER=3        # nothing here runs services for a user
+USAGE=2             # wrong arguments, or an invalid setting
+NO_MANAGER=3        # no service manager for this user
 
 usage() {
     cat <<EOF
 Usage: ./install.sh [--no-download]   install, or upgrade in place
-       ./install.sh --status          is it running, and what does it say of itself
-       ./install.sh --restart         stop it in order, and start it again (after a change in .env)
-       ./install.sh --logs            the last lines of its logs; goes on with them on a terminal
-       ./install.sh --uninstall       remove the service; voices, logs and models stay
-       ./install.sh --render FOLDER   write the service files to look at; start and install nothing
+       ./install.sh --status          show whether the service is running, and its health
+       ./install.sh --restart         restart it gracefully (after a change in .env)
+       ./install.sh --logs            show the last lines of the logs; on a terminal, follow them
+       ./install.sh --uninstall       remove the service; voices, logs and models are kept
+       ./install.sh --render FOLDER   write the service files into FOLDER, without installing or starting the service
 
-  --no-download   leave Sesame's model for later: the server fetches it by itself when it first runs.
+  --no-download   do not download CSM-1B now; the server downloads it when it first runs.
 
-Exit status: 0 done, 1 a step failed, 2 wrong usage or a setting that cannot be used, 3 no service manager here.
+Exit status: 0 success, 1 a step failed, 2 wrong arguments or an invalid setting, 3 no service manager.
 EOF
 }
 
@@ -49,64 +49,64 @@ on_mac() { [ "$SYSTEM" = "Darwin" ]; }
 
 helper() { "$PYTHON" "$HELPER" "$@"; }
 
-# ── What the machine must have ────────────────────────────────────────────────────────────────────────────────────────
+# ── Requirements ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 check_mac() {
     local version
     version="$(sw_vers -productVersion)"
     if [ "$(uname -m)" != "arm64" ]; then
         if [ "$(sysctl -n hw.optional.arm64 2>/dev/null || true)" = "1" ]; then
-            fail "$FAILED" "this terminal runs under Rosetta. Open one that does not (Get Info on the terminal app), or run: arch -arm64 ./install.sh"
+            fail "$FAILED" "this terminal runs under Rosetta. Turn Rosetta off for it (Get Info on the terminal app), or run: arch -arm64 ./install.sh"
         fi
-        fail "$FAILED" "this Mac has an Intel processor; MLX, which runs the model, needs Apple Silicon."
+        fail "$FAILED" "this Mac has an Intel processor; MLX, which runs CSM-1B, needs Apple Silicon."
     fi
     [ "${version%%.*}" -ge 14 ] || fail "$FAILED" "macOS $version is too old: MLX and onnxruntime need macOS 14 or newer."
-    [ "$(id -u)" -ne 0 ] || fail "$FAILED" "run it as the user whose service it will be, without sudo."
+    [ "$(id -u)" -ne 0 ] || fail "$FAILED" "run it as the user who will own the service, without sudo."
 }
 
 check_linux() {
-    command -v systemctl >/dev/null 2>&1 || fail "$NO_MANAGER" "there is no systemd here. 'make run' starts the server in the foreground; deploy/Dockerfile is for containers."
+    command -v systemctl >/dev/null 2>&1 || fail "$NO_MANAGER" "systemd is not installed. Run the server in the foreground with 'make run', or in a container with deploy/Dockerfile."
     systemctl --user show-environment >/dev/null 2>&1 || fail "$NO_MANAGER" \
-        "systemd does not run services for this user (a container, or a session without one: try 'loginctl enable-linger' and a fresh login). 'make run' starts the server in the foreground; '--render FOLDER' writes the unit."
+        "systemd does not run services for this user. On a normal system, try 'loginctl enable-linger' and a new login. In a container, run the server in the foreground with 'make run'. '--render FOLDER' writes the unit file."
 }
 
 check_tools() {
-    command -v make >/dev/null 2>&1 || fail "$FAILED" "make is missing. $(how_to_get_tools)"
-    command -v uv >/dev/null 2>&1 || command -v python3 >/dev/null 2>&1 || fail "$FAILED" "neither uv nor python3 is here. $(how_to_get_tools)"
+    command -v make >/dev/null 2>&1 || fail "$FAILED" "make is not installed. $(tools_advice)"
+    command -v uv >/dev/null 2>&1 || command -v python3 >/dev/null 2>&1 || fail "$FAILED" "neither uv nor python3 is installed. $(tools_advice)"
     if on_mac && ! xcode-select -p >/dev/null 2>&1; then
-        fail "$FAILED" "Apple's command line tools are missing, and with them make. $(how_to_get_tools)"
+        fail "$FAILED" "Apple's command line tools, which include make, are not installed. $(tools_advice)"
     fi
 }
 
-how_to_get_tools() {
-    if on_mac; then say "Run: xcode-select --install"; else say "Install make and python3 (with its venv module) through your distribution."; fi
+tools_advice() {
+    if on_mac; then say "Run: xcode-select --install"; else say "Install make and python3 (with its venv module) with your package manager."; fi
 }
 
-# Whole gigabytes that are free where $1 will lie; its nearest parent that exists is asked.
+# Print the free space in whole gigabytes for folder $1, which may not exist yet.
 free_gb() {
     local folder="$1"
     while [ ! -d "$folder" ]; do folder="$(dirname "$folder")"; done
     df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }'
 }
 
-check_space() { # folder gigabytes what-for
+check_space() { # folder gigabytes purpose
     local free
     free="$(free_gb "$1")"
-    [ "$free" -ge "$2" ] || fail "$FAILED" "$3 needs $2 GB at $1, and $free GB are free."
+    [ "$free" -ge "$2" ] || fail "$FAILED" "$3 needs $2 GB in $1, but only $free GB are free."
 }
 
-# ── The steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 make_environment() {
     step "Python environment with the pinned versions"
     [ -x "$PYTHON" ] || check_space "$PROJECT" "$ENVIRONMENT_GB" "the Python environment"
-    make -C "$PROJECT" setup || fail "$FAILED" "the environment could not be made; the lines above say why. Running install.sh again goes on from there."
+    make -C "$PROJECT" setup || fail "$FAILED" "the Python environment could not be installed; see the messages above. Run install.sh again to continue."
 }
 
-# URL, CACHE_DIR, STOP_SECONDS, WITH_CSM and OLD_PID, as the service will see them.
+# Set URL, CACHE_DIR, STOP_SECONDS, WITH_CSM and OLD_PID from the settings that the service will use.
 read_settings() {
-    local facts
-    facts="$(helper facts)" || exit "$?"
+    local lines
+    lines="$(helper describe)" || exit "$?"
     {
         IFS= read -r URL
         IFS= read -r CACHE_DIR
@@ -114,19 +114,19 @@ read_settings() {
         IFS= read -r WITH_CSM
         IFS= read -r OLD_PID
     } <<EOF
-$facts
+$lines
 EOF
 }
 
 fetch_model() {
-    step "Sesame's model"
+    step "CSM-1B"
     if [ "$WITH_CSM" = "-" ]; then
-        say "Not on this machine (CSM in .env): the built-in voice speaks."
+        say "Not used on this machine (setting CSM); the built-in voice speaks."
     elif [ "$DOWNLOAD" = "no" ]; then
-        say "Left for later: the server fetches it when it first runs; /health shows how far it is."
+        say "Not downloaded now. The server downloads it when it first runs; /health shows the progress."
     else
         helper fetch || fail "$FAILED" \
-            "the model could not be fetched; the lines above say why. Running install.sh again resumes it, --no-download goes on without."
+            "the model could not be downloaded; see the messages above. Run install.sh again to resume, or use --no-download to continue without it."
     fi
 }
 
@@ -140,29 +140,29 @@ loaded() {
     fi
 }
 
-# launchctl's bootout returns before the service has ended, and a bootstrap that comes too early fails.
+# Wait, because bootout returns before the service has ended, and bootstrap fails until then.
 stop_on_mac() {
     local waited=0
     launchctl bootout "$DOMAIN/$LABEL" >/dev/null 2>&1 || true
     while launchctl print "$DOMAIN/$LABEL" >/dev/null 2>&1; do
-        [ "$waited" -lt "$((STOP_SECONDS + 15))" ] || fail "$FAILED" "launchd did not end the running service within $waited seconds."
+        [ "$waited" -lt "$((STOP_SECONDS + 15))" ] || fail "$FAILED" "launchd did not stop the running service within $waited seconds."
         sleep 1
         waited=$((waited + 1))
     done
 }
 
 start_on_mac() {
-    local try
+    local attempt
     launchctl enable "$DOMAIN/$LABEL" >/dev/null 2>&1 || true
-    for try in 1 2 3; do
+    for attempt in 1 2 3; do
         if launchctl bootstrap "$DOMAIN" "$PLIST"; then return 0; fi
-        say "launchd was not ready (try $try of 3)."
+        say "launchd could not start the service (attempt $attempt of 3)."
         sleep 2
     done
-    fail "$FAILED" "launchd did not take the service. It needs you to be logged in at the Mac's own screen: a login over ssh alone has no $DOMAIN."
+    fail "$FAILED" "launchd could not start the service. You must be logged in at the Mac's own screen: an ssh login alone has no domain $DOMAIN."
 }
 
-# Asked before the running service is stopped: a mistake in .env must not end it.
+# Runs before the service is stopped, so that a mistake in .env does not end a running server.
 check_port() {
     local running=""
     if loaded; then running="yes"; fi
@@ -188,7 +188,7 @@ start_service() {
 linger_hint() {
     local linger
     linger="$(loginctl show-user "$(id -un)" --property=Linger --value 2>/dev/null || true)"
-    [ "$linger" = "yes" ] || warn "the service ends when you log out. To keep it: loginctl enable-linger $(id -un)"
+    [ "$linger" = "yes" ] || warn "the service stops when you log out. To keep it running: loginctl enable-linger $(id -un)"
 }
 
 wait_for_health() {
@@ -196,19 +196,19 @@ wait_for_health() {
     if [ "$OLD_PID" = "-" ]; then set --; else set -- --not-pid "$OLD_PID"; fi
     helper wait "$HEALTH_SECONDS" "$@" && return 0
     show_logs 20
-    fail "$FAILED" "the server did not answer within $HEALTH_SECONDS seconds. The end of its logs is above; ./install.sh --status says more."
+    fail "$FAILED" "the server did not answer within $HEALTH_SECONDS seconds. See the end of its logs above, and ./install.sh --status."
 }
 
-# With the default voice if its model comes up in time, else with the built-in one, which always can.
+# Speak with the default voice if its model is ready in time, otherwise with the built-in voice.
 speak() {
     local sample="$CACHE_DIR/installed.wav" seconds="$READY_SECONDS"
-    step "One sentence"
+    step "Test sentence"
     if [ "$WITH_CSM" != "-" ] && [ "$DOWNLOAD" = "no" ]; then seconds=5; fi
     if helper ready "$seconds"; then
-        helper speak "$sample" || fail "$FAILED" "the server runs, but could not speak. ./install.sh --logs says more."
+        helper speak "$sample" || fail "$FAILED" "the server runs, but could not speak. See ./install.sh --logs."
     else
-        say "Sesame is not ready yet (./install.sh --status says how far it is); the built-in voice speaks meanwhile."
-        helper speak "$sample" --voice heart || fail "$FAILED" "the server runs, but could not speak. ./install.sh --logs says more."
+        say "The default voice is not ready yet (./install.sh --status shows the progress); using the built-in voice."
+        helper speak "$sample" --voice heart || fail "$FAILED" "the server runs, but could not speak. See ./install.sh --logs."
     fi
     play "$sample"
 }
@@ -226,18 +226,18 @@ play() {
 next_steps() {
     cat <<EOF
 
-Sesame TTS runs at $URL and starts again by itself after a crash and at every login.
+Sesame TTS runs at $URL. It starts at every login and restarts after a crash.
 
-  Hear it in a browser:   $URL/
-  Any OpenAI client:      base URL $URL/v1, any API key unless API_KEY is set in .env
-  Settings:               copy .env.example to .env, change it, then ./install.sh --restart
-  Upgrade:                git pull, then ./install.sh
-  Logs:                   ./install.sh --logs   ($CACHE_DIR/server.log)
-  Remove:                 ./install.sh --uninstall
+  Web page:         $URL/
+  OpenAI clients:   base URL $URL/v1; any API key, unless API_KEY is set in .env
+  Settings:         copy .env.example to .env, edit it, then run ./install.sh --restart
+  Upgrade:          git pull, then ./install.sh
+  Logs:             ./install.sh --logs   ($CACHE_DIR/server.log)
+  Uninstall:        ./install.sh --uninstall
 EOF
 }
 
-# ── The commands ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 install_service() {
     if on_mac; then check_mac; else check_linux; fi
@@ -252,11 +252,11 @@ install_service() {
 }
 
 need_environment() {
-    [ -x "$PYTHON" ] || fail "$FAILED" "there is no environment yet. ./install.sh makes it and installs the service."
+    [ -x "$PYTHON" ] || fail "$FAILED" "the Python environment is not installed. Run ./install.sh first."
 }
 
 need_installed() {
-    installed || fail "$FAILED" "the service is not installed. ./install.sh installs it."
+    installed || fail "$FAILED" "the service is not installed. Run ./install.sh first."
 }
 
 show_status() {
@@ -268,7 +268,7 @@ show_status() {
         if loaded; then
             launchctl print "$DOMAIN/$LABEL" | grep -E '^[[:space:]]*(state|pid|runs|last exit code) = ' || true
         else
-            say "launchd has not loaded it."
+            say "The service is not loaded in launchd."
             state="$FAILED"
         fi
     else
@@ -286,7 +286,7 @@ restart_service() {
     step "Restarting"
     check_port
     if on_mac; then
-        # Not `kickstart -k`: bootout is known to send SIGTERM and to wait for ExitTimeOut, so that nothing being spoken is cut off.
+        # Not `kickstart -k`: bootout is known to send SIGTERM and to wait for ExitTimeOut, so that requests in progress can finish.
         if loaded; then stop_on_mac; fi
         start_on_mac
     else
@@ -303,7 +303,7 @@ show_logs() { # lines [follow]
     done
     if ! on_mac; then journalctl --user --unit "$UNIT" --lines 5 --no-pager 2>/dev/null || true; fi
     if [ "${#files[@]}" -eq 0 ]; then
-        say "There is no log yet in $CACHE_DIR."
+        say "There are no logs in $CACHE_DIR yet."
     elif [ "${2:-}" = "follow" ]; then
         exec tail -n "$1" -F "${files[@]}"
     else
@@ -319,10 +319,10 @@ logs() {
 
 uninstall_service() {
     if ! installed && ! { on_mac && loaded; }; then
-        say "The service is not installed; there is nothing to remove."
+        say "The service is not installed."
         return 0
     fi
-    STOP_SECONDS=600 # the largest SHUTDOWN_TIMEOUT: launchd knows the right one, the environment may be gone
+    STOP_SECONDS=600 # the maximum of SHUTDOWN_TIMEOUT, because the settings can no longer be read if .venv was deleted
     if on_mac; then
         stop_on_mac
         rm -f "$PLIST"
@@ -332,10 +332,10 @@ uninstall_service() {
         systemctl --user daemon-reload || true
     fi
     cat <<EOF
-The service is removed. What stays, until you delete it:
-  voices, logs              CACHE_DIR of .env, $HOME/.cache/sesame-tts if none is set
-  Sesame's model            Hugging Face's cache, $HOME/.cache/huggingface/hub if nothing else is set
-  this folder               $PROJECT, with the Python environment in .venv
+The service is removed. These files are kept until you delete them:
+  voices and logs   CACHE_DIR from .env, by default $HOME/.cache/sesame-tts
+  models            Hugging Face's cache, by default $HOME/.cache/huggingface/hub
+  this folder       $PROJECT, with the Python environment in .venv
 EOF
 }
 
@@ -359,7 +359,7 @@ main() {
     --logs) logs ;;
     --uninstall) uninstall_service ;;
     --render)
-        [ "$#" -eq 2 ] || fail "$USAGE" "--render needs a folder."
+        [ "$#" -eq 2 ] || fail "$USAGE" "--render needs the name of a folder."
         render_files "$2"
         ;;
     --help | -h) usage ;;

@@ -1,4 +1,4 @@
-"""What `install.sh` asks of Python: the settings a service will see, its files, and what the running server answers."""
+"""The parts of `install.sh` that need Python: read the settings, write the service files, download the model, call the server."""
 
 from __future__ import annotations
 
@@ -17,60 +17,61 @@ from typing import Any, cast
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
-from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules lie one folder up
+from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules are one folder up
 from server_process import listen  # noqa: E402
 from speech_model import LoadProgress, ModelLoadError  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 UNIT_TEMPLATE = PROJECT_DIR / "deploy" / "sesame-tts.service"
 
-# Where the model lies: a service started by the system does not see what a shell's profile exports.
-_CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME")
-_GRACE_SECONDS = 15  # beyond SHUTDOWN_TIMEOUT: telling the rest 503, closing the models, flushing the log
+# Where models are stored. Copied into the service files, because a service does not see what a shell's profile exports.
+_MODEL_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME")
+_GRACE_SECONDS = 15  # after SHUTDOWN_TIMEOUT: to answer the remaining requests with 503, close the models and flush the log
 _SENTENCE = "Hello. Sesame is installed, and this is how it sounds."
 _SPEECH_SECONDS = 180.0
 
 
 def service_settings() -> Settings:
-    """The settings as the service will have them: from `.env` and the defaults, whatever this shell exports.
+    """Load the settings as the service will, from `.env` alone: variables that this shell exports are ignored, with a note.
 
     Raises:
-        SettingsError: `.env` holds something that cannot be used.
+        SettingsError: `.env` contains an invalid setting.
     """
     names = {name.upper() for name in Settings.model_fields}
     ignored = sorted(name for name in os.environ if name.upper() in names)
     for name in ignored:
         del os.environ[name]
     if ignored:
-        print(f"Note: {', '.join(ignored)} in this shell is not seen by a service. Put it into .env to make it count.", file=sys.stderr)
+        print(f"Note: the service does not see {', '.join(ignored)} from this shell. Set it in .env instead.", file=sys.stderr)
     return load_settings()
 
 
 def address(settings: Settings) -> tuple[str, int]:
-    """Host and port at which this machine reaches the server."""
+    """Return host and port for requests from this machine."""
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - a comparison, nothing is bound
     return everywhere.get(settings.host, settings.host), settings.port
 
 
 def exit_timeout(settings: Settings) -> int:
-    """Seconds between SIGTERM and SIGKILL that leave the server its SHUTDOWN_TIMEOUT."""
+    """Return the seconds from SIGTERM to SIGKILL: SHUTDOWN_TIMEOUT and some more."""
     return math.ceil(settings.shutdown_timeout) + _GRACE_SECONDS
 
 
 def render_plist(settings: Settings, environment: dict[str, str]) -> bytes:
-    """The launchd service: the template with absolute paths, its ExitTimeOut, and `environment` added."""
+    """Return the launchd service file: the template with absolute paths, ExitTimeOut and `environment`."""
     plist = plistlib.loads(PLIST_TEMPLATE.read_bytes())
-    rendered = cast("dict[str, Any]", _replaced(plist, {"@PROJECT@": str(PROJECT_DIR), "@CACHE_DIR@": str(settings.cache_dir)}))
+    rendered = cast("dict[str, Any]", _replace(plist, {"@PROJECT@": str(PROJECT_DIR), "@CACHE_DIR@": str(settings.cache_dir)}))
     rendered["ExitTimeOut"] = exit_timeout(settings)
     rendered["EnvironmentVariables"].update(environment)
     return plistlib.dumps(rendered, sort_keys=False)
 
 
-def _replaced(value: object, names: dict[str, str]) -> object:
+def _replace(value: object, names: dict[str, str]) -> object:
+    """Replace names in all strings of a nested value."""
     if isinstance(value, dict):
-        return {key: _replaced(item, names) for key, item in value.items()}
+        return {key: _replace(item, names) for key, item in value.items()}
     if isinstance(value, list):
-        return [_replaced(item, names) for item in value]
+        return [_replace(item, names) for item in value]
     if isinstance(value, str):
         for name, text in names.items():
             value = value.replace(name, text)
@@ -78,7 +79,7 @@ def _replaced(value: object, names: dict[str, str]) -> object:
 
 
 def render_unit(settings: Settings, environment: dict[str, str]) -> str:
-    """The systemd user unit: the template with absolute paths, its TimeoutStopSec, and `environment` added."""
+    """Return the systemd user unit: the template with absolute paths, TimeoutStopSec and `environment`."""
     lines = []
     for line in UNIT_TEMPLATE.read_text("utf-8").splitlines():
         escape = _unit_command if line.startswith("ExecStart=") else _unit_text
@@ -89,30 +90,31 @@ def render_unit(settings: Settings, environment: dict[str, str]) -> str:
 
 
 def _unit_text(text: str) -> str:
-    """`%` starts a specifier in a unit file (systemd.unit(5))."""
+    """Escape `%`, which starts a specifier in a unit file (systemd.unit(5))."""
     return text.replace("%", "%%")
 
 
 def _unit_quoted(text: str) -> str:
+    """Escape text inside double quotes."""
     return _unit_text(text.replace("\\", "\\\\").replace('"', '\\"'))
 
 
 def _unit_command(text: str) -> str:
-    """Inside quotes of a command line `$` starts a variable as well (systemd.service(5))."""
+    """Escape text inside double quotes of a command line, where `$` starts a variable too (systemd.service(5))."""
     return _unit_quoted(text).replace("$", "$$")
 
 
-def carried_environment() -> dict[str, str]:
-    """What this shell says about where models lie."""
-    return {name: os.environ[name] for name in _CARRIED if os.environ.get(name)}
+def model_environment() -> dict[str, str]:
+    """Return the variables of this shell that say where models are stored."""
+    return {name: os.environ[name] for name in _MODEL_VARIABLES if os.environ.get(name)}
 
 
 def ask(settings: Settings, method: str, path: str, body: object = None, timeout: float = 5.0) -> tuple[int, bytes]:
-    """Status and body of one request to the server, with its key if it has one.
+    """Send a request to the server, with its API key if one is set, and return the response's status and body.
 
     Raises:
-        OSError: Nobody answers.
-        http.client.HTTPException: Somebody answers, but not in HTTP.
+        OSError: The server cannot be reached.
+        http.client.HTTPException: The response is not valid HTTP.
     """
     host, port = address(settings)
     headers = {"Content-Type": "application/json"}
@@ -128,7 +130,7 @@ def ask(settings: Settings, method: str, path: str, body: object = None, timeout
 
 
 def _health(settings: Settings) -> dict[str, Any] | None:
-    """What /health says, or None while nobody does."""
+    """Return the content of /health, or None if the server does not answer."""
     try:
         status, body = ask(settings, "GET", "/health")
         found = json.loads(body) if status == 200 else None
@@ -138,7 +140,7 @@ def _health(settings: Settings) -> dict[str, Any] | None:
 
 
 def _until(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether `condition` came true in time; asked four times a second."""
+    """Wait until `condition` is true, at most `seconds`; return whether it is."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -148,7 +150,7 @@ def _until(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 def _pid_file(settings: Settings) -> dict[str, Any]:
-    """What the running server has written down of itself, or nothing."""
+    """Return the content of the PID file, or an empty dict if there is none."""
     try:
         found = json.loads((settings.cache_dir / "server.pid").read_bytes())
     except (OSError, ValueError):
@@ -156,8 +158,8 @@ def _pid_file(settings: Settings) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def facts(settings: Settings, _: argparse.Namespace) -> int:
-    """One a line, for the shell: URL, cache folder, seconds a stop may take, `csm` if it is wanted, the running server's PID; `-` for nothing."""
+def describe(settings: Settings, _: argparse.Namespace) -> int:
+    """Print URL, cache folder, maximum seconds of a stop, `csm` if CSM is used, and the server's PID, one per line; `-` if there is none."""
     host, port = address(settings)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(
@@ -172,9 +174,9 @@ def facts(settings: Settings, _: argparse.Namespace) -> int:
 
 
 def render(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Write the service files that the endings of `arguments.files` ask for, readable by their owner alone."""
-    environment = carried_environment()
-    settings.cache_dir.mkdir(parents=True, exist_ok=True)  # launchd makes the log file, but not its folder
+    """Write the service files, a plist or a unit by the ending of their names, readable by their owner only."""
+    environment = model_environment()
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)  # launchd creates the log file, but not its folder
     for target in arguments.files:
         content = render_plist(settings, environment) if target.suffix == ".plist" else render_unit(settings, environment).encode()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,7 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def fetch(settings: Settings, _: argparse.Namespace) -> int:
-    """Fetch what is missing of Sesame's model, and say how far it is. Stopped at any point, the next run goes on from there."""
+    """Download the missing files of CSM-1B and print the progress. An interrupted download is resumed."""
     from csm_files import find_model
 
     try:
@@ -195,21 +197,21 @@ def fetch(settings: Settings, _: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. What has been fetched is kept.", file=sys.stderr)
+        print("\nStopped. The next run resumes the download.", file=sys.stderr)
         return 1
-    print(f"All of {files.source} is on this machine." + (f" ({files.note}.)" if files.note else ""))
+    print(f"{files.source} is downloaded completely." + (f" ({files.note}.)" if files.note else ""))
     return 0
 
 
 class _Progress:
-    """On a terminal one line that counts up; elsewhere a line for each tenth."""
+    """Prints download progress: one line that is updated on a terminal, otherwise a line for every 10 %."""
 
     def __init__(self, on_terminal: bool) -> None:
         self._on_terminal = on_terminal
         self._tenth = -1
 
     def report(self, progress: LoadProgress) -> None:
-        """Called twice a second at most while something is fetched."""
+        """Print `progress`; called at most twice a second."""
         if not progress.total:
             return
         done = progress.done or 0
@@ -223,7 +225,7 @@ class _Progress:
 
 
 def port(settings: Settings, arguments: argparse.Namespace) -> int:
-    """0 if the port can be had, or is the running service's own; else the server's own words about who holds it."""
+    """Check that the port is free, or used by the running service itself."""
     if arguments.running and _pid_file(settings).get("port") == settings.port:
         return 0
     listen(settings).close()
@@ -231,7 +233,7 @@ def port(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def wait(settings: Settings, arguments: argparse.Namespace) -> int:
-    """0 as soon as a server answers /health, and is not the one with `arguments.not_pid`."""
+    """Wait until a server with another PID than `arguments.not_pid` answers /health; 1 if none does in time."""
 
     def answers() -> bool:
         pid = str(_pid_file(settings).get("pid", ""))
@@ -242,7 +244,7 @@ def wait(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def ready(settings: Settings, arguments: argparse.Namespace) -> int:
-    """0 as soon as the default voice can speak; 1 when its model failed or the time is over."""
+    """Wait until the default voice is ready; 1 if its model failed or the time is over."""
 
     def settled() -> bool:
         health = _health(settings) or {}
@@ -257,7 +259,7 @@ def ready(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def speak(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Write one spoken sentence to `arguments.file`, as WAV."""
+    """Generate a sentence and write it to `arguments.file` as WAV."""
     voice = arguments.voice or settings.default_voice
     request = {"model": "tts-1", "input": _SENTENCE, "voice": voice, "response_format": "wav"}
     try:
@@ -269,18 +271,18 @@ def speak(settings: Settings, arguments: argparse.Namespace) -> int:
         print(f"The server answered {status}: {body[:500].decode('utf-8', 'replace')}", file=sys.stderr)
         return 1
     arguments.file.write_bytes(body)
-    print(f"It spoke with the voice {voice}: {arguments.file}")
+    print(f"Spoken with the voice {voice}: {arguments.file}")
     return 0
 
 
 def status(settings: Settings, _: argparse.Namespace) -> int:
-    """Say what /health says, in a line or two; 1 if nobody answers or something is wrong."""
+    """Print a summary of /health; 1 if the server does not answer or has a problem."""
     health = _health(settings)
     host, at = address(settings)
     if health is None:
-        print(f"Nobody answers at {host}:{at}/health.")
+        print(f"The server does not answer at {host}:{at}/health.")
         return 1
-    print(f"Answers at {host}:{at}: {health.get('status')}, PID {_pid_file(settings).get('pid', 'unknown')}.")
+    print(f"The server answers at {host}:{at}: {health.get('status')}, PID {_pid_file(settings).get('pid', 'unknown')}.")
     for name, model in health.get("models", {}).items():
         print(f"{name}: {model.get('state')}. {model.get('error') or ''}".rstrip())
     return 0 if health.get("status") in {"ok", "loading"} else 1
@@ -289,13 +291,13 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (facts, render, fetch, port, wait, ready, speak, status):
+    for command in (describe, render, fetch, port, wait, ready, speak, status):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         if command is render:
             sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
         if command is port:
-            sub.add_argument("--running", action="store_true", help="the service runs already, and may hold the port")
+            sub.add_argument("--running", action="store_true", help="the service is running and may use the port")
         if command in (wait, ready):
             sub.add_argument("seconds", type=float)
         if command is wait:
@@ -307,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the command named on the command line; 2 for a setting that cannot be used."""
+    """Run the command named on the command line; 2 for an invalid setting."""
     arguments = _parser().parse_args()
     try:
         result: int = arguments.command(service_settings(), arguments)

@@ -155,6 +155,13 @@ def test_install_sh_is_clean_for_bash_and_shellcheck() -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
+def test_make_help_lists_every_target() -> None:
+    targets = next(line for line in (PROJECT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:")).split()[1:]
+    listed = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == targets
+    assert all(len(line.split()) > 2 for line in listed)
+
+
 def test_the_plist_is_a_valid_template_that_names_only_what_is_replaced() -> None:
     text = (PROJECT / f"{LABEL}.plist").read_text()
     plist = plistlib.loads(text.encode())
@@ -195,7 +202,7 @@ def test_where_models_lie_is_carried_into_the_service_and_no_secret_is(machine: 
 
 def test_a_setting_of_the_shell_that_the_service_will_not_see_is_told(machine: Machine) -> None:
     result = machine.install("--render", str(machine.home / "out"), PORT="1")
-    assert "PORT in this shell is not seen by a service" in result.stderr
+    assert "the service does not see PORT from this shell" in result.stderr
 
 
 def test_the_systemd_unit_passes_systemds_own_check(machine: Machine) -> None:
@@ -251,7 +258,7 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
     status = machine.install("--status")
     assert status.returncode == 0, status.stdout + status.stderr
     assert f"pid = {machine.manager()['pid']}" in status.stdout
-    assert f"Answers at 127.0.0.1:{machine.port}: ok" in status.stdout
+    assert f"The server answers at 127.0.0.1:{machine.port}: ok" in status.stdout
     logs = machine.install("--logs")
     assert logs.returncode == 0
     assert "listens on" in logs.stdout
@@ -325,7 +332,7 @@ def test_a_model_that_is_there_is_not_fetched_again(machine: Machine) -> None:
     hub = tiny_csm.build()
     helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
     result = subprocess.run(helper, env=machine.environment | tiny_csm.environment(hub), capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "All of sesame/csm-1b is on this machine.\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "sesame/csm-1b is downloaded completely.\n"), result.stderr
 
 
 def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_was(machine: Machine, tmp_path: Path) -> None:
@@ -335,7 +342,7 @@ def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_wa
         hub.file_errors[tiny_csm.MIMI] = (404, "")  # the last of the files
         broken = machine.install(**environment)
         assert (broken.returncode, machine.calls("launchctl bootstrap")) == (1, []), broken.stderr
-        assert "Running install.sh again resumes it" in broken.stderr
+        assert "Run install.sh again to resume" in broken.stderr
         there = set(hub.requests)
         assert any(path.endswith("/model.safetensors") for path, _ in there)
         hub.file_errors.clear()
@@ -347,7 +354,7 @@ def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_wa
     lines = [line for line in went_on.stdout.splitlines() if " GB  downloading " in line]
     assert len(lines) > 1, "a line for each tenth"
     assert all("." in line.split()[0] and " of " in line for line in lines)
-    assert went_on.stdout.splitlines()[-1] == f"All of {tiny_csm.MLX_COMMUNITY} is on this machine."
+    assert went_on.stdout.splitlines()[-1] == f"{tiny_csm.MLX_COMMUNITY} is downloaded completely."
 
 
 def test_wrong_usage_is_told(machine: Machine) -> None:
@@ -360,7 +367,7 @@ def test_a_port_that_another_program_holds_is_told_and_nothing_is_started(machin
     with socket.create_server(("127.0.0.1", machine.port)):
         result = machine.install()
     assert result.returncode == 2
-    assert f"PORT={machine.port} is taken" in result.stderr
+    assert f"PORT={machine.port} is in use" in result.stderr
     assert machine.calls("launchctl bootstrap") == []
 
 
