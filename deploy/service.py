@@ -212,15 +212,13 @@ class _Progress:
 
     def report(self, progress: LoadProgress) -> None:
         """Print `progress`; called at most twice a second."""
-        if not progress.total:
+        if progress.fraction is None:
             return
-        done = progress.done or 0
-        tenth = 10 * done // progress.total
-        line = f"{done / 1e9:6.2f} of {progress.total / 1e9:.2f} GB  {progress.stage}"
+        tenth = int(10 * progress.fraction)
         if self._on_terminal:
-            print(f"\r{line:<110.110}", end="\n" if done >= progress.total else "", flush=True)
+            print(f"\r{progress!s:<110.110}", end="\n" if progress.fraction >= 1 else "", flush=True)
         elif tenth > self._tenth:
-            print(line, flush=True)
+            print(progress, flush=True)
         self._tenth = tenth
 
 

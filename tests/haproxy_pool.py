@@ -1,4 +1,4 @@
-"""Two real servers behind a real HAProxy that reads `deploy/haproxy.cfg`, all on loopback; for the tests and for `benchmarks/pool.py`."""
+"""Two servers behind HAProxy with `deploy/haproxy.cfg`, all on loopback; for the tests and `benchmarks/pool.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("one", "two")
 
 
 def haproxy_program() -> str | None:
-    """HAProxy, if it is installed. Debian puts it where a user's PATH does not look."""
+    """Return the path of HAProxy, or None. Debian installs it in a folder that is not on a user's PATH."""
     return shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
@@ -28,7 +28,7 @@ def until(condition: Callable[[], object], seconds: float = START_SECONDS) -> No
     """Wait for `condition`.
 
     Raises:
-        AssertionError: It did not come true in time.
+        AssertionError: It did not become true in time.
     """
     end = time.monotonic() + seconds
     while not condition():
@@ -37,17 +37,19 @@ def until(condition: Callable[[], object], seconds: float = START_SECONDS) -> No
 
 
 class Pool:
-    """The servers `one` and `two`, and HAProxy in front of them.
+    """The servers `one` and `two` with HAProxy in front.
 
     Args:
-        folder: For the servers' files.
-        settings: Of both servers, by their environment names.
+        folder: Folder for the servers' files.
+        settings: Settings of both servers, by the names of their environment variables.
     """
 
     def __init__(self, folder: Path, **settings: object) -> None:
         self._folder = folder
         self._settings = settings
-        self._short = Path(tempfile.mkdtemp(prefix="pool-"))  # a socket's path may have 104 characters on a Mac, 108 on Linux
+        self._short = Path(
+            tempfile.mkdtemp(prefix="pool-")
+        )  # short, because a socket's path is limited to 104 characters on a Mac and 108 on Linux
         self._socket = self._short / "admin.sock"
         self.ports = dict(zip(NAMES, (free_port(), free_port()), strict=True))
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -55,7 +57,7 @@ class Pool:
         self._haproxy: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start everything, and wait until HAProxy has found both servers ready."""
+        """Start both servers and HAProxy, and wait until HAProxy uses both."""
         for name in NAMES:
             self.start_server(name)
         program = haproxy_program()
@@ -69,17 +71,17 @@ class Pool:
             self.wait_until_up(name)
 
     def start_server(self, name: str) -> None:
-        """Start one server, on the port it always has; not waited for."""
+        """Start one server on its port, without waiting until it is ready."""
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
         self.servers[name] = start_server(folder, PORT=self.ports[name], **self._settings)
 
     def wait_until_up(self, name: str) -> None:
-        """Wait until HAProxy gives the server work."""
+        """Wait until HAProxy sends requests to the server."""
         until(lambda: self.statistics(name)["status"].startswith("UP"))
 
     def tell(self, command: str) -> str:
-        """What HAProxy answers to a line on its admin socket."""
+        """Send a command to HAProxy's admin socket and return the answer."""
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(10)
             line.connect(str(self._socket))
@@ -87,12 +89,12 @@ class Pool:
             return b"".join(iter(lambda: line.recv(65536), b"")).decode()
 
     def statistics(self, name: str) -> dict[str, str]:
-        """HAProxy's figures of one server (or of `BACKEND`) for speech: `scur` sessions now, `stot` so far, `qcur` waiting, `status`."""
+        """Return HAProxy's statistics of one speech server, or of `BACKEND`: `scur` current sessions, `stot` total, `qcur` queued, `status`."""
         rows = csv.DictReader(self.tell("show stat").removeprefix("# ").splitlines())
         return next(row for row in rows if (row["pxname"], row["svname"]) == ("speech", name))
 
     def restart_in_order(self, name: str) -> int:
-        """As docs/DEPLOY.md says: no new work from HAProxy, SIGTERM, start again, wait until it is ready. The stopped server's exit status."""
+        """Restart a server as described in docs/DEPLOY.md: drain, stop, start, wait until ready. Return the exit status of the old process."""
         self.tell(f"set server speech/{name} state drain")
         until(lambda: self.statistics(name)["scur"] == "0")
         status = self.servers[name].stop()
@@ -103,11 +105,11 @@ class Pool:
         return status
 
     def client(self, **options: object) -> httpx.Client:
-        """An HTTP client of the pool."""
-        return httpx.Client(base_url=self.url, timeout=120, **options)  # type: ignore[arg-type]  # handed on as they are
+        """Return an HTTP client for the pool."""
+        return httpx.Client(base_url=self.url, timeout=120, **options)  # type: ignore[arg-type]  # passed on unchanged
 
     def stop(self) -> None:
-        """End everything."""
+        """Stop HAProxy and the servers."""
         if self._haproxy:
             self._haproxy.kill()
             self._haproxy.wait(10)

@@ -1,8 +1,8 @@
-"""A small service manager that does what the keys of our launchd plist, or of our systemd unit, say; it takes the place of both in tests.
+"""A small service manager that runs the job of our launchd plist or systemd unit; it replaces both in tests.
 
     python tests/supervisor.py FILE STATE [--throttle-scale 0.1]
 
-SIGTERM ends the job in order and then the supervisor, SIGHUP restarts the job. STATE is a JSON file that says how things stand.
+SIGTERM stops the job gracefully and then the supervisor; SIGHUP restarts the job. STATE is a JSON file with the job's state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TICK_SECONDS = 0.05
 
 
 class State(TypedDict):
-    """What the state file says: the supervisor's process, the job's (if it runs), when it was started, and what each run ended with."""
+    """The content of the state file: the PIDs of supervisor and job, the start times, and the exit status of each run."""
 
     supervisor: int
     pid: int | None
@@ -36,7 +36,7 @@ class State(TypedDict):
 
 @dataclass(frozen=True)
 class Job:
-    """What the service file says, in launchd's terms (launchd.plist(5)) and seconds."""
+    """The content of the service file, with launchd's names (launchd.plist(5)); times in seconds."""
 
     arguments: list[str]
     directory: str
@@ -51,7 +51,7 @@ class Job:
 
     @classmethod
     def read(cls, file: Path) -> Job:
-        """The job of a plist or a unit, by the file's ending."""
+        """Read a plist or a unit, by the ending of its name."""
         return cls._from_plist(file) if file.suffix == ".plist" else cls._from_unit(file)
 
     @classmethod
@@ -92,11 +92,11 @@ class Job:
 
 @dataclass
 class Supervisor:
-    """Keeps one job running.
+    """Keep one job running.
 
     Attributes:
-        starts: When the job was started, by the monotonic clock.
-        statuses: What it ended with, in order; negative for a signal.
+        starts: Start times, on the monotonic clock.
+        statuses: Exit statuses, in order; negative for a signal.
     """
 
     job: Job
@@ -108,7 +108,7 @@ class Supervisor:
     _wanted: str = "run"
 
     def run(self) -> None:
-        """Until SIGTERM."""
+        """Run until SIGTERM."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGHUP, self._on_signal)
         while self._wanted != "stop":
@@ -126,7 +126,7 @@ class Supervisor:
         self._wanted = "stop" if number == signal.SIGTERM else "restart"
 
     def _due(self) -> bool:
-        """launchd counts the ThrottleInterval from start to start."""
+        """Return whether to start the job. launchd counts ThrottleInterval from start to start."""
         if not self.starts:
             return True
         if not self.job.keep_alive or self.statuses[-1] in self.job.final_statuses:
@@ -134,7 +134,7 @@ class Supervisor:
         return time.monotonic() - self.starts[-1] >= self.job.throttle * self.throttle_scale
 
     def _start(self) -> None:
-        # A service inherits nothing of a shell: HOME and what the file itself says.
+        # A service inherits no environment from a shell, only HOME and the variables in its file.
         environment = {"HOME": os.environ["HOME"], **self.job.environment}
         output = Path(self.job.output).open("ab") if self.job.output else self.state_file.with_suffix(".journal").open("ab")  # noqa: SIM115
         self.starts.append(time.monotonic())
@@ -150,7 +150,7 @@ class Supervisor:
                 umask=self.job.umask,
                 preexec_fn=self._limit_descriptors,
             )
-        self._tell()
+        self._write_state()
 
     def _limit_descriptors(self) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -161,13 +161,13 @@ class Supervisor:
         if process is None or process.poll() is None:
             return
         self.statuses.append(process.returncode)
-        with contextlib.suppress(ProcessLookupError):  # launchd ends what a job leaves behind in its process group
+        with contextlib.suppress(ProcessLookupError):  # launchd kills what remains of a job's process group
             os.killpg(process.pid, signal.SIGKILL)
         self._process = None
-        self._tell()
+        self._write_state()
 
     def _stop(self) -> None:
-        """SIGTERM, and SIGKILL when ExitTimeOut has passed."""
+        """Send SIGTERM, and SIGKILL after ExitTimeOut."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -177,7 +177,7 @@ class Supervisor:
                 self._process.wait()
         self._reap()
 
-    def _tell(self) -> None:
+    def _write_state(self) -> None:
         state: State = {
             "supervisor": os.getpid(),
             "pid": self._process.pid if self._process else None,
@@ -190,7 +190,7 @@ class Supervisor:
 
 
 def main() -> None:
-    """Run the job of the file on the command line."""
+    """Run the supervisor."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("state", type=Path)

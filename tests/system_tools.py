@@ -1,7 +1,7 @@
-"""Stand-ins for Apple's and systemd's own tools, so that install.sh's way on either system can be gone anywhere.
+"""Replacements for the tools of macOS and systemd, so that install.sh can be tested for both systems on any machine.
 
-They write down how they were called. `launchctl` and `systemctl` really keep the service running, through `supervisor.py`.
-Run as `python tests/system_tools.py TOOL ARGUMENTS…`; the environment names the folder with their state (STAND_IN_STATE).
+Each call is recorded. `launchctl` and `systemctl` really run the service, with `supervisor.py`.
+Usage: `python tests/system_tools.py TOOL ARGUMENTS…`; the variable STAND_IN_STATE names the folder of their state.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from supervisor import State
 
 THROTTLE_SCALE = "0.1"
 
-_NO_SUCH_SERVICE = 113  # what launchctl print says of a service that is not loaded
-_NOT_LOADED = 3  # what launchctl bootout says of it
-_IN_PROGRESS = 36  # what bootout says of one that takes its time to end
-_ALREADY_LOADED = 5  # what bootstrap says of one that is there, as "Input/output error"
+# Exit statuses of launchctl
+_NO_SUCH_SERVICE = 113  # print: the service is not loaded
+_NOT_LOADED = 3  # bootout: the service is not loaded
+_IN_PROGRESS = 36  # bootout: the service has not ended yet
+_ALREADY_LOADED = 5  # bootstrap: the service is loaded, reported as "Input/output error"
 
 
 def _state_dir() -> Path:
@@ -30,13 +31,13 @@ def _state_dir() -> Path:
 
 
 def _answer(name: str, default: str) -> str:
-    """What a test wants a tool to answer; a file in the state folder."""
+    """Return the output that a test has chosen for a tool: the content of a file in the state folder."""
     file = _state_dir() / name
     return file.read_text().strip() if file.exists() else default
 
 
 def _service() -> State | None:
-    """What the running supervisor says of its job, or nothing when none runs."""
+    """Return the state file of the running supervisor, or None if none is running."""
     try:
         state: State = json.loads((_state_dir() / "service.json").read_text())
         os.kill(state["supervisor"], 0)
@@ -104,7 +105,7 @@ def _systemctl(arguments: list[str]) -> int:
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {"launchctl": _launchctl, "systemctl": _systemctl}
 
-# Tools that answer one thing, whatever they are asked: the file in the state folder that changes it, and what they answer without one.
+# Tools with a fixed output: the file in the state folder that overrides it, and the default.
 ANSWERS = {
     "sw_vers": ("macos", "26.3"),
     "sysctl": ("rosetta", "0"),
@@ -112,7 +113,7 @@ ANSWERS = {
     "loginctl": ("linger", "no"),
     "afplay": ("player", ""),
     "journalctl": ("journal", ""),
-    # The environment is there already; the Makefile's target is tested where the whole project is.
+    # The test's environment exists already, so `make setup` has nothing to do.
     "make": ("make", ""),
     "uname -s": ("system", "Darwin"),
     "uname -m": ("processor", "arm64"),
@@ -122,7 +123,7 @@ ANSWERS = {
 
 
 def install_tools(folder: Path) -> None:
-    """Put an executable for each tool into `folder`, for the front of PATH."""
+    """Write an executable for each tool into `folder`."""
     folder.mkdir()
     scripts = {name: f'exec "{sys.executable}" -S "{__file__}" {name} "$@"\n' for name in PROGRAMS}
     for words, (file, default) in ANSWERS.items():
@@ -137,13 +138,13 @@ def install_tools(folder: Path) -> None:
 
 
 def calls(state: Path) -> list[str]:
-    """How the tools were called, in order."""
+    """Return all calls of the tools, in order."""
     file = state / "calls"
     return file.read_text().splitlines() if file.exists() else []
 
 
 def main() -> int:
-    """Be the tool that the first argument names."""
+    """Run the tool that the first argument names."""
     name, arguments = sys.argv[1], sys.argv[2:]
     with (_state_dir() / "calls").open("a") as file:
         file.write(" ".join([name, *arguments]) + "\n")

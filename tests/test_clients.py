@@ -1,4 +1,4 @@
-"""OpenAI's own libraries, curl and Open WebUI's calls, against a running server, with what docs/CLIENTS.md and the README say to write."""
+"""OpenAI's libraries, curl and Open WebUI's requests, with the configuration from docs/CLIENTS.md and the README."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_openai_for_python_streams_into_a_file(server: RunningServer, tmp_path: 
     assert_says((tmp_path / "speech.mp3").read_bytes(), "mp3", SENTENCE)
 
 
-def test_openai_for_python_speaks_without_waiting(server: RunningServer) -> None:
+def test_openai_for_python_speaks_asynchronously(server: RunningServer) -> None:
     async def speak() -> list[bytes]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
             create = client.audio.speech.create
@@ -62,7 +62,7 @@ def test_openai_for_python_speaks_without_waiting(server: RunningServer) -> None
     assert_says(streamed, "pcm", SENTENCE)
 
 
-def test_openai_for_python_tells_errors_apart(make_server: Callable[..., RunningServer]) -> None:
+def test_openai_for_python_raises_the_right_errors(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(API_KEY="secret-1")
     with client_of(server) as stranger, pytest.raises(openai.AuthenticationError) as refused:
         stranger.models.list()
@@ -117,10 +117,10 @@ def speak_twice_with_node(server: RunningServer, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("speak_twice", [speak_twice_with_python, speak_twice_with_node])
-def test_openais_libraries_try_again_when_the_server_was_busy(
+def test_openais_libraries_retry_when_the_server_is_busy(
     make_server: Callable[..., RunningServer], tmp_path: Path, speak_twice: Callable[[RunningServer, Path], None]
 ) -> None:
-    """Of two requests at once, one finds the queue full (429), the other waits for its turn in vain (503)."""
+    """Of two requests at once, one finds the queue full (429), the other one times out in the queue (503)."""
     server = make_server(MAX_QUEUE=1, QUEUE_TIMEOUT=1)
     with ThreadPoolExecutor(1) as pool:
         with busy(server, 1):
@@ -159,8 +159,8 @@ def test_the_readmes_curl_runs(server: RunningServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "host.docker.internal"])
-def test_open_webui_gets_what_it_parses(server: RunningServer, host: str) -> None:
-    """The calls, headers and fields of Open WebUI 0.12.4's audio router, with its documented settings."""
+def test_open_webuis_requests(server: RunningServer, host: str) -> None:
+    """Send the requests of Open WebUI 0.12.4's audio router, with its documented settings."""
     settings = dict(line.split("=", 1) for line in documented("Open WebUI", server).splitlines())
     assert settings["AUDIO_TTS_ENGINE"] == "openai"
     base = settings["AUDIO_TTS_OPENAI_API_BASE_URL"]
@@ -172,10 +172,10 @@ def test_open_webui_gets_what_it_parses(server: RunningServer, host: str) -> Non
     body = {"input": SENTENCE, "voice": settings["AUDIO_TTS_VOICE"], "model": settings["AUDIO_TTS_MODEL"]}
     headers["Authorization"] = f"Bearer {settings['AUDIO_TTS_OPENAI_API_KEY']}"
     answer = httpx.post(f"{base}/audio/speech", json=body, headers=headers, timeout=120)
-    assert answer.headers["content-type"] == "audio/mpeg"  # it keeps the answer under a name that ends in .mp3
+    assert answer.headers["content-type"] == "audio/mpeg"  # it stores the answer as an .mp3 file
     assert_says(answer.content, "mp3", SENTENCE)
     refused = httpx.post(f"{base}/audio/speech", json=body | {"voice": "nobody"}, headers=headers)
-    assert "nobody" in refused.json()["error"]["message"]  # what it shows its user
+    assert "nobody" in refused.json()["error"]["message"]  # shown to the user
 
 
 def test_every_block_of_the_document_is_run_by_a_test() -> None:

@@ -1,4 +1,4 @@
-"""OpenClaw itself, headless, against a running server: what it asks for, what it makes of the answer, what it shows, when it gives up."""
+"""OpenClaw, headless, with a running server: its requests, its output, the errors it shows, and its timeouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPENCLAW = CLIENTS / "node_modules" / "openclaw" / "openclaw.mjs"
 
 
 def openclaw(folder: Path, *arguments: str, ok: bool = True, **variables: str) -> CompletedProcess[str]:
-    """Run OpenClaw with everything it keeps in `folder`, and with no other network than the one the test names."""
+    """Run OpenClaw with all of its files in `folder`."""
     kept = {
         "OPENCLAW_STATE_DIR": str(folder / "state"),
         "OPENCLAW_CONFIG_PATH": str(folder / "openclaw.json"),
@@ -33,7 +33,7 @@ def convert(folder: Path, text: str, *, ok: bool = True, **variables: str) -> Co
 
 
 def written(ended: CompletedProcess[str]) -> tuple[bytes, str]:
-    """The file that OpenClaw wrote, and the format it believes it has."""
+    """Return the content of the file that OpenClaw wrote, and the format that it reports."""
     (output,) = json.loads(ended.stdout)["outputs"]
     return Path(output["path"]).read_bytes(), output["format"]
 
@@ -61,7 +61,7 @@ def test_it_speaks_by_environment_variables_alone(server: RunningServer, tmp_pat
 
 
 def test_it_speaks_with_base_url_and_key_only_and_without_v1(server: RunningServer, tmp_path: Path) -> None:
-    """It then asks for OpenAI's model and voice; `opus` as a user can force it."""
+    """It then requests OpenAI's model and voice; `opus` is set by the user."""
     configure(tmp_path, {"apiKey": "local", "baseUrl": server.url, "responseFormat": "opus"})
     data, fmt = written(convert(tmp_path, SENTENCE))
     assert fmt == "opus"
@@ -69,7 +69,7 @@ def test_it_speaks_with_base_url_and_key_only_and_without_v1(server: RunningServ
     assert_says(data, "opus", SENTENCE)
 
 
-def test_it_speaks_on_the_telephone_in_voice_notes_and_in_talk(server: RunningServer, tmp_path: Path) -> None:
+def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer, tmp_path: Path) -> None:
     config = json.loads(documented("OpenClaw", server)) | json.loads(documented("OpenClaw Talk", server))
     file = tmp_path / "openclaw.json"
     file.write_text(json.dumps(config))
@@ -85,20 +85,20 @@ def test_it_speaks_on_the_telephone_in_voice_notes_and_in_talk(server: RunningSe
         assert_says((tmp_path / name).read_bytes(), name.rsplit(".", 1)[1], SENTENCE)
 
 
-def test_it_shows_its_user_what_is_wrong(server: RunningServer, tmp_path: Path) -> None:
+def test_it_shows_the_servers_error_to_the_user(server: RunningServer, tmp_path: Path) -> None:
     configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1", "speakerVoice": "nobody"})
     ended = convert(tmp_path, SENTENCE, ok=False)
     assert ended.returncode != 0
     shown = ended.stdout + ended.stderr
     assert "invalid_voice" in shown
-    assert "heart" in shown  # the voices there are
+    assert "heart" in shown  # the list of voices
     logged = [line for line in log_lines(server) if "status=400" in line][-1]
     assert re.findall(r" id=(\w{32}) ", logged)[0] in shown
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_what_it_gives_up_is_given_up_here_too(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
-    """Whether its request is being spoken, or still waits behind others."""
+def test_a_timeout_in_openclaw_cancels_the_request(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
+    """The request is either being spoken (0 ahead) or waits in the queue."""
     server = make_server()
     configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1"}, timeoutMs=1000)
     text = LONG[:3990]
@@ -115,7 +115,7 @@ def log_lines(server: RunningServer) -> list[str]:
     return server.log_text().splitlines()
 
 
-def test_its_doctor_turns_older_configurations_into_the_documented_one(tmp_path: Path) -> None:
+def test_its_doctor_converts_older_configurations_to_the_documented_one(tmp_path: Path) -> None:
     client_node()
     headings = ("OpenClaw 2026.3.28 to 2026.7", "OpenClaw 2026.3.7 to 2026.3.22")
 

@@ -1,4 +1,4 @@
-"""Home Assistant's bridge, LiveKit Agents and Pipecat, themselves, speaking streamed samples from a running server."""
+"""Home Assistant's Wyoming bridge, LiveKit Agents and Pipecat, with streamed samples from a running server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 
 
 def speak(server: RunningServer, program: str, heading: str, folder: Path) -> dict[str, Any]:
-    """Run one of our programs with the `tts` that the document sets up; it writes speech.pcm."""
+    """Run one of our client programs with the `tts` from the document; it writes speech.pcm."""
     (folder / "users.py").write_text(documented(heading, server))
     ended = run_program([client_python(".venv"), CLIENTS / program, "users.py", SENTENCE, "speech.pcm"], folder)
     assert_says((folder / "speech.pcm").read_bytes(), "pcm", SENTENCE)
@@ -39,7 +39,7 @@ def test_pipecat_speaks(server: RunningServer, tmp_path: Path) -> None:
 
 @contextmanager
 def bridge(server: RunningServer, folder: Path) -> Iterator[str]:
-    """The bridge as Home Assistant's user starts it, on another port and on loopback only; its URI."""
+    """Start the bridge as documented for Home Assistant, but on another port and loopback only; return its URI."""
     port = free_port()
     block = documented("Home Assistant", server).replace("0.0.0.0:10300", f"127.0.0.1:{port}")
     _, *arguments = shlex.split(block.replace("\\\n", " "))

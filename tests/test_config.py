@@ -1,4 +1,4 @@
-"""Settings: what is read, what is refused and how it is said, and that none is missing from the documents."""
+"""Settings: sources, validation messages, documentation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_defaults_are_the_users_table() -> None:
     assert settings.default_voice == ("conversational" if settings.csm_enabled else "heart")
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / ".env"
     file.write_text("PORT=1234\nDEFAULT_VOICE=heart\nAPI_KEY=one, two\nHF_TOKEN=\n")
     monkeypatch.setenv("PORT", "4321")
@@ -54,7 +54,7 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.presets_dir == PROJECT / "voices"
 
 
-def test_the_hubs_variables_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_faces_variables_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "")
     monkeypatch.delenv("HF_ENDPOINT")
     file = tmp_path / ".env"
@@ -80,14 +80,14 @@ def test_a_bad_value_names_variable_value_and_what_is_allowed(monkeypatch: pytes
     assert "\n" not in message
 
 
-def test_a_misspelt_line_in_the_file_is_told_with_the_right_name(tmp_path: Path) -> None:
+def test_a_misspelled_name_in_the_file_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("DEFUALT_VOICE=heart\n")
     with pytest.raises(SettingsError, match="Did you mean DEFAULT_VOICE"):
         load_settings(file)
 
 
-def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_bytes(b"PORT=\xff\xfe")
     with pytest.raises(SettingsError, match="UTF-8"):
@@ -103,7 +103,7 @@ def test_any_value_gives_settings_or_one_clear_line(name: str, value: str) -> No
     try:
         load_settings(NONE)
     except SettingsError as error:
-        assert str(error).startswith(f"{name.upper()}=")  # noqa: PT017 - either outcome is right
+        assert str(error).startswith(f"{name.upper()}=")  # noqa: PT017 - both outcomes are valid
     finally:
         del os.environ[name.upper()]
 

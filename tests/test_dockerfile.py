@@ -1,4 +1,4 @@
-"""The Dockerfile: what can be known of it where no container engine is."""
+"""The Dockerfile: everything that can be checked without a container engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCKERFILE = PROJECT / "deploy" / "Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Each instruction and what it says, with continued lines joined."""
+    """Return each instruction and its arguments, with continued lines joined."""
     text = DOCKERFILE.read_text().replace("\\\n", " ")
     return [
         (name, rest.strip())
@@ -39,7 +39,7 @@ def test_hadolint_finds_nothing() -> None:
     assert (found.returncode, found.stdout + found.stderr) == (0, "")
 
 
-def test_everything_that_is_copied_exists_and_gets_past_dockerignore() -> None:
+def test_all_copied_files_exist_and_are_allowed_by_dockerignore() -> None:
     allowed = [line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for sources in (shlex.split(rest)[:-1] for name, rest in instructions() if name == "COPY"):
         for source in sources:
@@ -54,14 +54,14 @@ def test_all_of_the_servers_modules_and_folders_are_copied() -> None:
     assert {"*.py", "presets", "playground", "pyproject.toml"} <= copied
 
 
-def test_it_is_not_root_and_has_the_same_uv_as_the_makefile() -> None:
+def test_the_user_is_not_root_and_uv_is_the_makefiles() -> None:
     assert only("USER").isdigit()
     assert int(only("USER")) > 0
     pinned = next(word for word in (PROJECT / "Makefile").read_text().split() if word.startswith("uv=="))
     assert pinned in DOCKERFILE.read_text().split()
 
 
-def test_its_health_check_tells_a_server_that_answers_from_none(server: RunningServer) -> None:
+def test_the_health_check_needs_a_running_server(server: RunningServer) -> None:
     words = json.loads(only("HEALTHCHECK").partition("CMD ")[2])
     command = [sys.executable, *words[1:]]
     assert words[0] == ".venv/bin/python"

@@ -1,4 +1,4 @@
-"""A pool of machines: two real servers behind a real HAProxy, with machines dying and being restarted under load."""
+"""A pool of two servers behind HAProxy, which are killed and restarted under load."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def speak(pool: Pool, sentences: int = 2, **fields: object) -> httpx.Response:
 
 
 class Load:
-    """Clients that keep asking until told to stop; every answer is kept."""
+    """Clients that send requests until `end`; all answers are kept."""
 
     def __init__(self, pool: Pool, clients: int, sentences: int) -> None:
         self._pool = pool
@@ -57,7 +57,7 @@ class Load:
                 self.answers.append(error)
 
     def end(self) -> list[httpx.Response | httpx.TransportError]:
-        """Let the last requests finish; the answers that are not a whole file."""
+        """Let the last requests finish and return the answers that are not a complete file."""
         self._over = True
         for future in self._futures:
             future.result()
@@ -66,14 +66,14 @@ class Load:
         return [answer for answer in self.answers if not isinstance(answer, httpx.Response) or len(answer.content) != whole]
 
 
-def test_haproxy_accepts_the_configuration_as_it_is() -> None:
+def test_haproxy_accepts_the_configuration() -> None:
     program = haproxy_program()
     assert program
     checked = subprocess.run([program, "-c", "-f", CONFIG], capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_requests_are_shared_out_one_a_machine_and_the_rest_waits_in_front(pool: Pool) -> None:
+def test_each_server_gets_one_request_and_the_others_wait_in_haproxy(pool: Pool) -> None:
     before = {name: int(pool.statistics(name)["stot"]) for name in NAMES}
     with ThreadPoolExecutor(8) as executor:
         futures = [executor.submit(speak, pool, 4) for _ in range(8)]
@@ -85,13 +85,13 @@ def test_requests_are_shared_out_one_a_machine_and_the_rest_waits_in_front(pool:
                 assert health["queue"]["waiting"] == 0
         answers = [future.result() for future in futures]
     assert [answer.status_code for answer in answers] == [200] * 8
-    assert len({answer.content for answer in answers}) == 1, "every machine says the same for the same seed"
+    assert len({answer.content for answer in answers}) == 1, "the same seed gives the same audio on both servers"
     shares = [int(pool.statistics(name)["stot"]) - before[name] for name in NAMES]
     assert sum(shares) == 8
     assert min(shares) >= 1
 
 
-def test_the_key_goes_through_and_errors_come_back_as_the_machine_made_them(pool: Pool) -> None:
+def test_keys_and_errors_are_passed_through(pool: Pool) -> None:
     with pool.client() as client:
         refused = client.post("/v1/audio/speech", json=request(1))
     assert refused.status_code == 401
@@ -100,19 +100,21 @@ def test_the_key_goes_through_and_errors_come_back_as_the_machine_made_them(pool
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "invalid_voice")
 
 
-def test_a_stream_arrives_while_it_is_being_spoken_and_unchanged(pool: Pool) -> None:
+def test_a_stream_is_neither_buffered_nor_changed(pool: Pool) -> None:
     fields = request(20, response_format="pcm", stream=True)
     with pool.client(headers=KEY) as client, client.stream("POST", "/v1/audio/speech", json=fields) as answer:
         chunks = answer.iter_raw()
         through = next(chunks)
-        assert sum(int(pool.statistics(name)["scur"]) for name in NAMES) == 1, "the first sound is here, and the machine still speaks"
+        assert sum(int(pool.statistics(name)["scur"]) for name in NAMES) == 1, (
+            "the first audio has arrived while the server still generates"
+        )
         through += b"".join(chunks)
     with pool.servers["one"].client(headers=KEY) as client:
         direct = client.post("/v1/audio/speech", json=fields).content
     assert through == direct
 
 
-def test_captions_are_asked_of_the_machine_that_spoke(pool: Pool) -> None:
+def test_timestamps_come_from_the_server_that_spoke(pool: Pool) -> None:
     with ThreadPoolExecutor(4) as executor:
         answers = list(executor.map(lambda _: speak(pool, timestamps=True), range(4)))
     with pool.client(headers=KEY) as client:
@@ -121,7 +123,7 @@ def test_captions_are_asked_of_the_machine_that_spoke(pool: Pool) -> None:
             assert captions.status_code == 200, captions.text
 
 
-def test_what_belongs_to_one_machine_is_not_changed_through_the_pool(pool: Pool) -> None:
+def test_the_pool_refuses_what_belongs_to_a_single_server(pool: Pool) -> None:
     with pool.client(headers=KEY) as client:
         assert client.post("/v1/audio/voices", data={"name": "x"}).json()["error"]["code"] == "forbidden"
         assert client.delete("/v1/audio/voices/x").status_code == 403
@@ -138,7 +140,7 @@ def test_what_belongs_to_one_machine_is_not_changed_through_the_pool(pool: Pool)
         assert client.get("/v1/audio/voices").status_code == 200
 
 
-def test_a_voice_whose_folder_is_copied_to_another_machine_is_known_there_at_once(pool: Pool) -> None:
+def test_a_copied_voice_folder_is_used_at_once(pool: Pool) -> None:
     one, two = (pool.servers[name] for name in NAMES)
     with one.client(headers=KEY) as client:
         sample = client.post("/v1/audio/speech", json=request(1)).content
@@ -149,7 +151,7 @@ def test_a_voice_whose_folder_is_copied_to_another_machine_is_known_there_at_onc
         assert "Shared" in {voice["name"] for voice in client.get("/v1/audio/voices").json()["voices"]}
 
 
-def test_who_hangs_up_while_waiting_leaves_the_queue(pool: Pool) -> None:
+def test_disconnected_clients_leave_the_queue(pool: Pool) -> None:
     with ThreadPoolExecutor(2) as executor:
         busy = [executor.submit(speak, pool, 20) for _ in NAMES]
         until(lambda: all(pool.statistics(name)["scur"] == "1" for name in NAMES))
@@ -158,10 +160,10 @@ def test_who_hangs_up_while_waiting_leaves_the_queue(pool: Pool) -> None:
             client.post("/v1/audio/speech", json=request(1), timeout=0.2)
         until(lambda: pool.statistics("BACKEND")["qcur"] == "0")
         assert [future.result().status_code for future in busy] == [200, 200]
-    assert sum(int(pool.statistics(name)["stot"]) for name in NAMES) == before, "no machine has spoken for nobody"
+    assert sum(int(pool.statistics(name)["stot"]) for name in NAMES) == before, "no server has generated speech for a disconnected client"
 
 
-def test_a_machine_killed_under_load_fails_only_what_it_was_speaking(pool: Pool) -> None:
+def test_a_server_killed_under_load_fails_only_its_request_in_progress(pool: Pool) -> None:
     load = Load(pool, clients=3, sentences=4)
     until(lambda: len(load.answers) >= 4)
     until(lambda: pool.statistics("one")["scur"] == "1")
@@ -175,13 +177,13 @@ def test_a_machine_killed_under_load_fails_only_what_it_was_speaking(pool: Pool)
     before = int(pool.statistics("one")["stot"])
     until(lambda: int(pool.statistics("one")["stot"]) > before)
     failed = load.end()
-    assert len(failed) <= 1, "it was speaking one text"
+    assert len(failed) <= 1, "it had one request in progress"
     for answer in failed:
         assert isinstance(answer, httpx.Response)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "machine_lost")
 
 
-def test_a_stream_of_a_machine_that_dies_breaks_visibly_and_the_others_speak_on(pool: Pool) -> None:
+def test_a_killed_server_disconnects_its_stream_and_the_other_one_works(pool: Pool) -> None:
     fields = request(20, response_format="pcm", stream=True)
     with pool.client(headers=KEY) as client, client.stream("POST", "/v1/audio/speech", json=fields) as answer:
         chunks = answer.iter_raw()
@@ -192,12 +194,12 @@ def test_a_stream_of_a_machine_that_dies_breaks_visibly_and_the_others_speak_on(
         victim.wait(10)
         with pytest.raises(httpx.RemoteProtocolError):
             list(chunks)
-    assert [speak(pool).status_code for _ in range(3)] == [200] * 3, "a refused connection goes to another machine"
+    assert [speak(pool).status_code for _ in range(3)] == [200] * 3, "a refused connection is retried on another server"
     pool.start_server(speaking)
     pool.wait_until_up(speaking)
 
 
-def test_a_rolling_restart_fails_nobody(pool: Pool) -> None:
+def test_a_rolling_restart_fails_no_request(pool: Pool) -> None:
     load = Load(pool, clients=4, sentences=3)
     for name in NAMES:
         count = len(load.answers)
@@ -206,7 +208,7 @@ def test_a_rolling_restart_fails_nobody(pool: Pool) -> None:
     assert load.end() == []
 
 
-def test_without_any_machine_the_answer_is_an_error_that_clients_understand(pool: Pool) -> None:
+def test_without_a_server_the_error_has_openais_format(pool: Pool) -> None:
     for name in NAMES:
         pool.tell(f"set server speech/{name} state maint")
     try:

@@ -1,4 +1,4 @@
-"""The service: its files key by key, install.sh from end to end, and how the server behaves under a service manager."""
+"""The service: its files, install.sh from end to end, and the server under a service manager."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import plistlib
+import re
 import shutil
 import signal
 import socket
@@ -33,13 +34,13 @@ SECONDS = 90
 def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.05)
 
 
 @dataclass
 class Machine:
-    """A home, a copy of the project in a folder with an awkward name, and the stand-ins of the system's tools."""
+    """A home folder, a copy of the project in a folder with an unusual name, and replacements for the system's tools."""
 
     home: Path
     project: Path
@@ -69,7 +70,7 @@ class Machine:
         (self.project / ".env").write_text("".join(f'{name}="{value}"\n' for name, value in lines.items()))
 
     def says(self, **answers: str) -> None:
-        """What the system's tools are to answer from now on."""
+        """Set the output of the system's tools."""
         for name, answer in answers.items():
             (self.state / name).write_text(answer)
 
@@ -88,7 +89,7 @@ class Machine:
         return [call for call in system_tools.calls(self.state) if call.startswith(tool)]
 
     def manager(self) -> State:
-        """The service manager's own view."""
+        """Return the service manager's state."""
         state: State = json.loads((self.state / "service.json").read_text())
         return state
 
@@ -102,7 +103,7 @@ class Machine:
         return "".join(file.read_text(errors="replace") for file in sorted(self.cache_dir.glob("*.log")))
 
     def end(self) -> None:
-        """End the supervisor, and with it the server."""
+        """Stop the supervisor and the server."""
         if self.supervisor:
             self.supervisor.terminate()
             self.supervisor.wait(SECONDS)
@@ -169,7 +170,7 @@ def test_the_plist_is_a_valid_template_that_names_only_what_is_replaced() -> Non
     assert {word for word in text.split("@") if word.isupper()} == {"PROJECT", "CACHE_DIR"}
 
 
-def test_the_rendered_plist_is_right_key_by_key(machine: Machine) -> None:
+def test_every_key_of_the_rendered_plist(machine: Machine) -> None:
     plist, _ = rendered(machine)
     log = str(machine.cache_dir / "launchd.log")
     assert plist == {
@@ -187,10 +188,10 @@ def test_the_rendered_plist_is_right_key_by_key(machine: Machine) -> None:
         "StandardOutPath": log,
         "StandardErrorPath": log,
     }
-    assert machine.cache_dir.is_dir(), "launchd does not make the folder of its log"
+    assert machine.cache_dir.is_dir(), "launchd does not create the folder of its log"
 
 
-def test_where_models_lie_is_carried_into_the_service_and_no_secret_is(machine: Machine) -> None:
+def test_the_service_gets_the_model_folders_but_no_secrets(machine: Machine) -> None:
     plist, unit = rendered(machine, HF_HOME="/Volumes/big disk/hf", HF_TOKEN="hf_secret", PORT="1")
     environment = plist["EnvironmentVariables"]
     assert isinstance(environment, dict)
@@ -200,7 +201,7 @@ def test_where_models_lie_is_carried_into_the_service_and_no_secret_is(machine: 
     assert "PORT" not in environment
 
 
-def test_a_setting_of_the_shell_that_the_service_will_not_see_is_told(machine: Machine) -> None:
+def test_a_note_names_shell_variables_that_the_service_does_not_see(machine: Machine) -> None:
     result = machine.install("--render", str(machine.home / "out"), PORT="1")
     assert "the service does not see PORT from this shell" in result.stderr
 
@@ -222,7 +223,7 @@ def test_the_systemd_unit_passes_systemds_own_check(machine: Machine) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_away(machine: Machine) -> None:
+def test_mac_install_upgrade_restart_and_uninstall(machine: Machine) -> None:
     installed = machine.install()
     assert installed.returncode == 0, installed.stdout + installed.stderr + machine.log()
     assert machine.calls("launchctl bootstrap") == [f"launchctl bootstrap gui/501 {machine.plist}"]
@@ -234,7 +235,7 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
         assert spoken.getframerate() == 24000
         assert spoken.getnframes() > 24000
     assert sample.stat().st_mode & 0o077 == 0o044 or sample.stat().st_mode & 0o077 == 0
-    assert (machine.cache_dir / "server.log").stat().st_mode & 0o077 == 0, "the service's files are its owner's"
+    assert (machine.cache_dir / "server.log").stat().st_mode & 0o077 == 0, "only the owner can read the service's files"
     first = machine.manager()["pid"]
 
     upgraded = machine.install()
@@ -251,7 +252,7 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
     assert len(machine.calls("launchctl bootout")) == 2
     assert machine.manager()["pid"] != second["pid"]
     stopped = [line for line in (machine.cache_dir / "server.log").read_text().splitlines() if line.endswith(" stopped")]
-    assert len(stopped) == 2, "the server ended in order, both times"
+    assert len(stopped) == 2, "the server was shut down gracefully both times"
 
     while not machine.answers("/health/ready"):
         time.sleep(0.1)
@@ -267,13 +268,13 @@ def test_a_mac_gets_a_service_that_speaks_is_upgraded_with_one_restart_and_goes_
     assert removed.returncode == 0, removed.stderr
     assert not machine.plist.exists()
     assert not machine.answers()
-    assert machine.cache_dir.is_dir(), "voices and logs are the user's"
+    assert machine.cache_dir.is_dir(), "voices and logs are kept"
     again = machine.install("--uninstall")
     assert (again.returncode, "not installed" in again.stdout) == (0, True)
     assert machine.install("--status").returncode == 1
 
 
-def test_linux_gets_a_user_unit_that_speaks_and_goes_away(machine: Machine) -> None:
+def test_linux_install_restart_and_uninstall(machine: Machine) -> None:
     machine.says(system="Linux", processor="x86_64")
     machine.configure(API_KEY="it's a secret")
     installed = machine.install("--no-download")
@@ -290,7 +291,7 @@ def test_linux_gets_a_user_unit_that_speaks_and_goes_away(machine: Machine) -> N
     assert not machine.answers()
 
 
-def test_linux_without_a_systemd_for_users_is_told_what_to_do_instead(machine: Machine) -> None:
+def test_linux_without_systemd_for_users_gets_advice(machine: Machine) -> None:
     machine.says(system="Linux", systemd="absent")
     result = machine.install()
     assert result.returncode == 3
@@ -307,9 +308,7 @@ def test_linux_without_a_systemd_for_users_is_told_what_to_do_instead(machine: M
         ({"user": "0"}, "without sudo"),
     ],
 )
-def test_a_machine_that_cannot_run_it_is_refused_before_anything_is_changed(
-    machine: Machine, answers: dict[str, str], message: str
-) -> None:
+def test_an_unsuitable_machine_is_refused_before_any_change(machine: Machine, answers: dict[str, str], message: str) -> None:
     machine.says(**answers)
     result = machine.install()
     assert result.returncode == 1
@@ -318,7 +317,7 @@ def test_a_machine_that_cannot_run_it_is_refused_before_anything_is_changed(
     assert not machine.plist.exists()
 
 
-def test_a_model_that_cannot_be_fetched_stops_the_installation_and_says_how_to_go_on(machine: Machine) -> None:
+def test_a_failed_download_stops_the_installation_with_advice(machine: Machine) -> None:
     machine.configure(CSM="on")
     result = machine.install(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(machine.home / "hub"))
     assert result.returncode == 1
@@ -327,7 +326,7 @@ def test_a_model_that_cannot_be_fetched_stops_the_installation_and_says_how_to_g
     assert machine.calls("launchctl") == []
 
 
-def test_a_model_that_is_there_is_not_fetched_again(machine: Machine) -> None:
+def test_an_existing_model_is_not_downloaded_again(machine: Machine) -> None:
     machine.configure(CSM="on")
     hub = tiny_csm.build()
     helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
@@ -335,7 +334,7 @@ def test_a_model_that_is_there_is_not_fetched_again(machine: Machine) -> None:
     assert (result.returncode, result.stdout) == (0, "sesame/csm-1b is downloaded completely.\n"), result.stderr
 
 
-def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_was(machine: Machine, tmp_path: Path) -> None:
+def test_a_download_shows_progress_and_resumes(machine: Machine, tmp_path: Path) -> None:
     machine.configure(CSM="on", MODEL_ID=tiny_csm.MLX_COMMUNITY)
     with SmallHub(write_small_repositories(tmp_path / "repositories")) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "hf")}
@@ -350,20 +349,20 @@ def test_a_model_is_fetched_with_progress_and_a_broken_fetch_goes_on_where_it_wa
         helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "fetch"]
         went_on = subprocess.run(helper, env=machine.environment | environment, capture_output=True, text=True, check=False)
         assert went_on.returncode == 0, went_on.stderr
-        assert "model.safetensors" not in str(hub.requests), "what was fetched is not fetched again"
-    lines = [line for line in went_on.stdout.splitlines() if " GB  downloading " in line]
-    assert len(lines) > 1, "a line for each tenth"
-    assert all("." in line.split()[0] and " of " in line for line in lines)
+        assert "model.safetensors" not in str(hub.requests), "what was downloaded is not downloaded again"
+    lines = [line for line in went_on.stdout.splitlines() if line.startswith("downloading ")]
+    assert len(lines) > 1, "a line for every 10 %"
+    assert all(re.search(r", \d+% of \d+ MB$", line) for line in lines)
     assert went_on.stdout.splitlines()[-1] == f"{tiny_csm.MLX_COMMUNITY} is downloaded completely."
 
 
-def test_wrong_usage_is_told(machine: Machine) -> None:
+def test_exit_status_of_wrong_arguments(machine: Machine) -> None:
     assert machine.install("--instal").returncode == 2
     assert machine.install("--render").returncode == 2
     assert machine.install("--help").returncode == 0
 
 
-def test_a_port_that_another_program_holds_is_told_and_nothing_is_started(machine: Machine) -> None:
+def test_a_port_in_use_is_reported_and_nothing_is_started(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", machine.port)):
         result = machine.install()
     assert result.returncode == 2
@@ -371,7 +370,7 @@ def test_a_port_that_another_program_holds_is_told_and_nothing_is_started(machin
     assert machine.calls("launchctl bootstrap") == []
 
 
-def test_a_mistake_in_env_does_not_end_the_service_that_runs(machine: Machine) -> None:
+def test_a_mistake_in_env_does_not_stop_the_running_service(machine: Machine) -> None:
     assert machine.install().returncode == 0
     machine.configure(DEFAULT_FORMAT="ogg")
     result = machine.install()
@@ -385,14 +384,14 @@ def test_a_mistake_in_env_does_not_end_the_service_that_runs(machine: Machine) -
 
 
 def supervise(machine: Machine) -> None:
-    """Start the job of the rendered plist, with a throttle of a tenth: one second."""
+    """Start the job of the rendered plist, with a throttle interval of one second."""
     files = (PROJECT / "tests" / "supervisor.py", machine.home / "out" / f"{LABEL}.plist", machine.state / "service.json")
     command = [sys.executable, *map(str, files), "--throttle-scale", system_tools.THROTTLE_SCALE]
     machine.supervisor = subprocess.Popen(command, env=machine.environment, start_new_session=True)
     until(lambda: (machine.state / "service.json").exists())
 
 
-def test_a_server_that_is_killed_is_started_again_but_not_before_the_throttle(machine: Machine) -> None:
+def test_a_killed_server_is_restarted_after_the_throttle_interval(machine: Machine) -> None:
     rendered(machine)
     supervise(machine)
     until(machine.answers, START_SECONDS)
@@ -406,10 +405,10 @@ def test_a_server_that_is_killed_is_started_again_but_not_before_the_throttle(ma
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL]
     assert all(later - earlier >= 1.0 for earlier, later in pairwise(starts))
     pid = json.loads((machine.cache_dir / "server.pid").read_text())["pid"]
-    assert pid == machine.manager()["pid"], "the file of the killed server hinders nobody"
+    assert pid == machine.manager()["pid"], "the killed server's PID file is replaced"
 
 
-def test_a_server_that_is_told_to_stop_finishes_its_sentence_and_exits_with_0(machine: Machine) -> None:
+def test_sigterm_lets_a_request_finish_and_exits_with_0(machine: Machine) -> None:
     rendered(machine)
     supervise(machine)
     until(lambda: machine.answers("/health/ready"), START_SECONDS)
@@ -434,7 +433,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_sentence_and_exits_with_0(ma
     assert not (machine.cache_dir / "server.pid").exists()
 
 
-def test_a_setting_that_cannot_be_used_shows_in_the_log_and_keeps_the_machine_quiet(machine: Machine) -> None:
+def test_an_invalid_setting_is_logged_and_restarts_are_throttled(machine: Machine) -> None:
     rendered(machine)
     machine.configure(MAX_QUEUE="many")
     supervise(machine)
@@ -446,7 +445,7 @@ def test_a_setting_that_cannot_be_used_shows_in_the_log_and_keeps_the_machine_qu
 
 
 def test_a_real_systemd_runs_the_unit(machine: Machine) -> None:
-    """Under a name of its own, and only for as long as the user's manager runs: a service of the same user stays untouched."""
+    """Use a separate unit name and a runtime link, so that an installed service is not affected."""
     systemctl = ["systemctl", "--user", "--quiet"]
     if not shutil.which("systemctl") or subprocess.run([*systemctl, "show-environment"], capture_output=True, check=False).returncode:
         pytest.skip("no systemd runs services for this user")

@@ -1,4 +1,4 @@
-"""The end of a server: told to stop, told twice, out of time, killed; and the start after it."""
+"""Shutdown: one signal, two signals, SHUTDOWN_TIMEOUT, SIGKILL; and the next start."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def busy(health: dict[str, Any], waiting: int = 0) -> bool:
 
 
 def left_over(cache_dir: Path) -> list[str]:
-    """What a server leaves in its folders beside the log."""
+    """Return the files in the cache folder, except the log."""
     return sorted(
         str(file.relative_to(cache_dir)) for file in cache_dir.rglob("*") if file.is_file() and not file.name.startswith("server.log")
     )
 
 
-def test_what_runs_is_finished_and_who_waits_is_told(make_server: Callable[..., RunningServer]) -> None:
+def test_a_request_in_progress_finishes_and_waiting_ones_get_503(make_server: Callable[..., RunningServer]) -> None:
     server = make_server()
     with ThreadPoolExecutor(4) as pool:
         running = pool.submit(speak, server, LONG)
@@ -66,7 +66,7 @@ def test_what_runs_is_finished_and_who_waits_is_told(make_server: Callable[..., 
         speak(server, SHORT)
 
 
-def test_a_stream_is_finished_too(make_server: Callable[..., RunningServer]) -> None:
+def test_a_stream_finishes_too(make_server: Callable[..., RunningServer]) -> None:
     server = make_server()
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=LONG | {"stream_format": "sse"}) as response:
         pieces = response.iter_text()
@@ -78,7 +78,7 @@ def test_a_stream_is_finished_too(make_server: Callable[..., RunningServer]) -> 
     assert server.process.wait(30) == 0
 
 
-def test_a_second_sigterm_changes_nothing_and_a_second_ctrl_c_cuts_it_short(make_server: Callable[..., RunningServer]) -> None:
+def test_a_second_sigterm_changes_nothing_and_a_second_ctrl_c_stops_at_once(make_server: Callable[..., RunningServer]) -> None:
     for number, finishes in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         server = make_server()
         with server.client() as client, client.stream("POST", "/v1/audio/speech", json=LONG | {"stream": True}) as response:
@@ -98,7 +98,7 @@ def test_a_second_sigterm_changes_nothing_and_a_second_ctrl_c_cuts_it_short(make
 
 
 def half_requests(port: int) -> list[socket.socket]:
-    """Connections that are idle, in the middle of a head, and in the middle of a body."""
+    """Open three connections: idle, in the middle of a head, and in the middle of a body."""
     started = [b"", b"POST /v1/audio/speech HTTP/1.1\r\nHost: localh", b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"]  # fmt: skip
     sockets = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in started]
     for opened, data in zip(sockets, started, strict=True):
@@ -106,7 +106,7 @@ def half_requests(port: int) -> list[socket.socket]:
     return sockets
 
 
-def test_requests_that_have_not_arrived_are_not_waited_for(make_server: Callable[..., RunningServer]) -> None:
+def test_shutdown_does_not_wait_for_incomplete_requests(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(SHUTDOWN_TIMEOUT=600)
     idle, in_head, in_body = half_requests(server.port)
     server.wait_for(lambda health: health["status"] == "ok")
@@ -121,7 +121,7 @@ def test_requests_that_have_not_arrived_are_not_waited_for(make_server: Callable
         opened.close()
 
 
-def test_what_is_not_done_in_time_is_told_so_and_the_status_is_still_0(make_server: Callable[..., RunningServer]) -> None:
+def test_requests_after_the_timeout_get_503_and_the_exit_status_is_0(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(SHUTDOWN_TIMEOUT=0)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(speak, server, LONG | {"speed": 0.25, "response_format": "flac"})
@@ -135,7 +135,7 @@ def test_what_is_not_done_in_time_is_told_so_and_the_status_is_still_0(make_serv
     assert left_over(server.cache_dir) == []
 
 
-def test_a_stream_that_is_not_done_in_time_breaks_visibly(make_server: Callable[..., RunningServer]) -> None:
+def test_a_stream_after_the_timeout_is_disconnected(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(SHUTDOWN_TIMEOUT=0)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -156,7 +156,7 @@ def test_a_stream_that_is_not_done_in_time_breaks_visibly(make_server: Callable[
     assert not received.endswith(b"0\r\n\r\n")
 
 
-def test_a_kill_in_the_middle_of_everything_hinders_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_starts_after_a_kill_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -179,7 +179,7 @@ def test_a_kill_in_the_middle_of_everything_hinders_no_start(tmp_path: Path, mon
             thread.join()
         for opened in half:
             opened.close()
-        psutil.wait_procs(children, 10)  # an encoder ends by itself when its input does
+        psutil.wait_procs(children, 10)  # an encoder ends when its input is closed
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     again = start_server(tmp_path)
     try:
@@ -196,7 +196,7 @@ def test_a_kill_in_the_middle_of_everything_hinders_no_start(tmp_path: Path, mon
 
 
 def quietly(call: Callable[..., object], *arguments: object) -> None:
-    """Make a request that nobody answers any more."""
+    """Make a request and ignore a lost connection."""
     try:
         call(*arguments)
     except httpx.HTTPError:
@@ -209,14 +209,14 @@ def add_voice(server: RunningServer, recording: bytes, name: str) -> httpx.Respo
 
 
 def wave_bytes() -> bytes:
-    """30 s of a sound, as WAV."""
+    """Return 30 s of audio as WAV."""
     samples = (8000 * np.sin(np.arange(30 * 24_000) / 20)).astype("<i2")
     file = io.BytesIO()
     soundfile.write(file, samples, 24_000, format="WAV")
     return file.getvalue()
 
 
-def test_a_pid_file_with_any_content_hinders_no_start(tmp_path: Path) -> None:
+def test_the_server_starts_with_any_content_in_the_pid_file(tmp_path: Path) -> None:
     path = tmp_path / "server.pid"
     for content in (b"", b"not json", b'{"pid": 1, "port": 1}', b'{"pid": "x"}', b"[]", b'{"pid": 99999999, "port": 1}', b"\xff"):
         path.write_bytes(content)

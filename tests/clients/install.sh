@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs the programs of other people that tests/test_clients*.py run against the server, into this folder and nowhere else:
-# node_modules/ (with a Node of its own, because OpenClaw needs a newer one than most systems have), .venv/ and .venv-wyoming/.
+# Install the client programs that tests/test_clients*.py run against the server, into this folder only: node_modules/ (with its own Node,
+# because OpenClaw needs a newer one than most systems have), .venv/ and .venv-wyoming/.
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-uv}
 
-# wyoming-openai is written in Python 3.12's syntax. Where there is no such Python, uv fetches one.
+# wyoming-openai needs Python 3.12 or newer. If there is none, uv downloads it.
 newer_python() {
     local candidate
     for candidate in python3.12 python3.13 python3.14 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[234].*/bin/python3; do
@@ -17,7 +17,7 @@ newer_python() {
     echo 3.12
 }
 
-# Whether $1 was installed from just these files ($2 ...); if not, it is installed anew.
+# Return whether $1 was installed from exactly these files ($2 ...).
 is_current() {
     local stamp=$1/.installed-from
     [ -f "$stamp" ] && cat "${@:2}" | cmp --silent - "$stamp"
@@ -27,17 +27,17 @@ install_python() {
     local folder=$1 requirements=$2
     is_current "$folder" "$requirements" && return
     "$uv" venv --quiet --clear --python "$(newer_python)" "$folder"
-    # From elsewhere, because in this project uv would hold them to the server's own versions.
+    # In another folder, because inside this project uv would apply the server's version constraints.
     (here=$PWD && cd / && "$uv" pip install --quiet --python "$here/$folder/bin/python" --requirement "$here/$requirements")
     cp "$requirements" "$folder/.installed-from"
 }
 
-# Without scripts: nothing that is installed here may run before a test starts it. The engines that npm warns of are the Node it
-# runs on itself, not the one the tests run.
+# Without install scripts, so that nothing runs before a test starts it. npm's warnings about engines refer to the Node that runs npm, not to
+# the one that runs the tests.
 install_node() {
     is_current node_modules package.json && return
     if ! npm ping >/dev/null 2>&1; then
-        echo "clients: npm, or its registry, cannot be reached; the tests of the clients from npm will be skipped." >&2
+        echo "clients: npm or its registry cannot be reached; the tests of the npm clients will be skipped." >&2
         return
     fi
     npm install --ignore-scripts --no-package-lock --no-audit --no-fund --loglevel=error

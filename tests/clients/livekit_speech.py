@@ -1,4 +1,4 @@
-"""Lets LiveKit Agents speak with the `tts` that a user's file sets up; writes its samples.
+"""Speak through LiveKit Agents with the `tts` from a user's file and write the samples.
 
 Usage: python livekit_speech.py USERS_FILE TEXT FILE; prints rate, channels and the number of frames as JSON.
 """
@@ -13,18 +13,18 @@ from pathlib import Path
 
 
 async def speak(users_file: str, text: str) -> tuple[bytes, dict[str, int]]:
-    """One utterance, frame by frame as an agent takes it: its samples, and what is printed."""
+    """Generate one utterance frame by frame, as an agent does; return the samples and the values to print."""
     tts = runpy.run_path(users_file)["tts"]
     frames = []
     async with tts.synthesize(text) as stream:
         async for spoken in stream:
             frames.append(spoken.frame)
     await tts.aclose()
-    told = {"rate": frames[0].sample_rate, "channels": frames[0].num_channels, "frames": len(frames)}
-    return b"".join(bytes(frame.data) for frame in frames), told
+    results = {"rate": frames[0].sample_rate, "channels": frames[0].num_channels, "frames": len(frames)}
+    return b"".join(bytes(frame.data) for frame in frames), results
 
 
 if __name__ == "__main__":
-    samples, told = asyncio.run(speak(sys.argv[1], sys.argv[2]))
+    samples, results = asyncio.run(speak(sys.argv[1], sys.argv[2]))
     Path(sys.argv[3]).write_bytes(samples)
-    print(json.dumps(told))
+    print(json.dumps(results))

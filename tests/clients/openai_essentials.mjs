@@ -1,5 +1,5 @@
-// The essentials of OpenAI's own library for Node, against the server named by OPENAI_BASE_URL; prints what it found as JSON.
-// Usage: node openai_essentials.mjs TEXT FOLDER; writes one file a format, and streamed.pcm.
+// Use the main functions of OpenAI's library for Node with the server at OPENAI_BASE_URL and print the results as JSON.
+// Usage: node openai_essentials.mjs TEXT FOLDER; writes one file for each format, and streamed.pcm.
 
 import { writeFile } from "node:fs/promises";
 import path from "node:path";

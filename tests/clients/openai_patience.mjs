@@ -1,4 +1,4 @@
-// Two requests at once with OpenAI's library for Node and its own retries, against the server named by OPENAI_BASE_URL.
+// Send two requests at once with OpenAI's library for Node, with its default retries, to the server at OPENAI_BASE_URL.
 // Usage: node openai_patience.mjs TEXT FOLDER; writes 0.mp3 and 1.mp3.
 
 import { writeFile } from "node:fs/promises";

@@ -1,5 +1,5 @@
-// What OpenClaw's command line does not reach: speech for telephone calls, for voice notes, and for Talk, through OpenClaw's own code.
-// Usage: node openclaw_channels.mjs CONFIG TEXT FOLDER; writes telephony.pcm, voice-note.opus and talk.mp3, prints what OpenClaw says of each.
+// Use OpenClaw's code for speech that its command line cannot produce: telephone calls, voice notes and Talk.
+// Usage: node openclaw_channels.mjs CONFIG TEXT FOLDER; writes telephony.pcm, voice-note.opus and talk.mp3, and prints OpenClaw's results.
 
 import { readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
@@ -8,16 +8,16 @@ import { textToSpeechTelephony } from "openclaw/plugin-sdk/tts-runtime";
 const [configPath, text, folder] = process.argv.slice(2);
 const cfg = JSON.parse(await readFile(configPath, "utf8"));
 
-// The provider that a gateway would load; the package does not export it by name.
+// The provider that a gateway loads; the package does not export it.
 const packageFolder = path.dirname(path.dirname(path.dirname(new URL(import.meta.resolve("openclaw/plugin-sdk/tts-runtime")).pathname)));
 const catalog = await import(path.join(packageFolder, "dist/extensions/openai/capability-catalog.js"));
 const provider = catalog.default({}).speechProviders.find((each) => each.id === "openai");
 
-const told = {};
+const results = {};
 
-async function keep(name, { audioBuffer, ...facts }) {
+async function keep(name, { audioBuffer, ...details }) {
   if (audioBuffer) await writeFile(path.join(folder, name), audioBuffer);
-  told[name] = facts;
+  results[name] = details;
 }
 
 const call = await textToSpeechTelephony({ text, cfg });
@@ -34,5 +34,5 @@ const talkConfig = provider.resolveTalkConfig({
 });
 await keep("talk.mp3", await provider.synthesize({ text, cfg, providerConfig: talkConfig, target: "audio-file", timeoutMs: 60_000 }));
 
-console.log(JSON.stringify(told));
+console.log(JSON.stringify(results));
 process.exit(0); // OpenClaw keeps timers running

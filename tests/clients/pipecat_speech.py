@@ -1,4 +1,4 @@
-"""Lets a Pipecat pipeline speak with the `tts` that a user's file sets up; writes its samples.
+"""Speak through a Pipecat pipeline with the `tts` from a user's file and write the samples.
 
 Usage: python pipecat_speech.py USERS_FILE TEXT FILE; prints rate, channels, the number of frames and any errors as JSON.
 """
@@ -17,11 +17,11 @@ from pipecat.pipeline.worker import PipelineParams  # type: ignore[import-not-fo
 from pipecat.tests.utils import run_test  # type: ignore[import-not-found]
 
 RATE = 24_000
-START_SECONDS = 60  # Pipecat's own second is not enough on a busy machine
+START_SECONDS = 60  # Pipecat's default of one second is too short on a busy machine
 
 
 async def speak(users_file: str, text: str) -> tuple[bytes, dict[str, Any]]:
-    """One utterance through a pipeline that holds nothing but the speech service: its samples, and what is printed."""
+    """Generate one utterance in a pipeline with only the speech service; return the samples and the values to print."""
     tts = runpy.run_path(users_file)["tts"]
     down, up = await run_test(
         tts,
@@ -30,16 +30,16 @@ async def speak(users_file: str, text: str) -> tuple[bytes, dict[str, Any]]:
         start_timeout=START_SECONDS,
     )
     sound = [frame for frame in down if isinstance(frame, TTSAudioRawFrame)]
-    told = {
+    results = {
         "rates": sorted({frame.sample_rate for frame in sound}),
         "channels": sorted({frame.num_channels for frame in sound}),
         "frames": len(sound),
         "errors": [frame.error for frame in up if isinstance(frame, ErrorFrame)],
     }
-    return b"".join(frame.audio for frame in sound), told
+    return b"".join(frame.audio for frame in sound), results
 
 
 if __name__ == "__main__":
-    samples, told = asyncio.run(speak(sys.argv[1], sys.argv[2]))
+    samples, results = asyncio.run(speak(sys.argv[1], sys.argv[2]))
     Path(sys.argv[3]).write_bytes(samples)
-    print(json.dumps(told))
+    print(json.dumps(results))
