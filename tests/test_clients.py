@@ -52,9 +52,9 @@ def test_openai_for_python_speaks_asynchronously(server: RunningServer) -> None:
             )
             streaming = client.audio.speech.with_streaming_response
             async with streaming.create(model="m", voice="alloy", input=SENTENCE, response_format="pcm", stream_format="sse") as response:
-                told = [json.loads(line.removeprefix("data: ")) async for line in response.iter_lines() if line]
-        assert told[-1]["type"] == "speech.audio.done"
-        return [*(answer.content for answer in answers), b"".join(base64.b64decode(event["audio"]) for event in told[:-1])]
+                events = [json.loads(line.removeprefix("data: ")) async for line in response.iter_lines() if line]
+        assert events[-1]["type"] == "speech.audio.done"
+        return [*(answer.content for answer in answers), b"".join(base64.b64decode(event["audio"]) for event in events[:-1])]
 
     first, second, streamed = asyncio.run(speak())
     assert_says(first, "wav", SENTENCE)
@@ -83,21 +83,21 @@ def test_openai_for_python_raises_the_right_errors(make_server: Callable[..., Ru
 def test_openai_for_node_does_the_same(server: RunningServer, tmp_path: Path) -> None:
     program = CLIENTS / "openai_essentials.mjs"
     variables: Any = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "any"}
-    told = last_json(run_program([client_node(), program, SENTENCE, tmp_path], tmp_path, **variables).stdout)
+    results = last_json(run_program([client_node(), program, SENTENCE, tmp_path], tmp_path, **variables).stdout)
     for name in FORMATS:
         assert_says((tmp_path / f"speech.{name}").read_bytes(), name, SENTENCE)
     assert_says((tmp_path / "by-id.mp3").read_bytes(), "mp3", SENTENCE)
     assert_says((tmp_path / "streamed.pcm").read_bytes(), "pcm", SENTENCE)
-    assert told["deltas"] > 0
-    assert told["usage"]["total_tokens"] > 0
-    assert told["models"] == ["csm-1b", "hibari"]
-    refusals = {name: (told[name]["class"], told[name]["code"]) for name in ("invalidVoice", "notReady", "unknownModel")}
+    assert results["deltas"] > 0
+    assert results["usage"]["total_tokens"] > 0
+    assert results["models"] == ["csm-1b", "hibari"]
+    refusals = {name: (results[name]["class"], results[name]["code"]) for name in ("invalidVoice", "notReady", "unknownModel")}
     assert refusals == {
         "invalidVoice": ("BadRequestError", "invalid_voice"),
         "notReady": ("InternalServerError", "model_not_ready"),
         "unknownModel": ("NotFoundError", "model_not_found"),
     }
-    assert told["invalidVoice"]["requestID"]
+    assert results["invalidVoice"]["requestID"]
 
 
 def speak_twice_with_python(server: RunningServer, folder: Path) -> None:

@@ -75,13 +75,13 @@ def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer
     file.write_text(json.dumps(config))
     assert "Config valid" in openclaw(tmp_path, "config", "validate").stdout
     variables: Any = {"OPENCLAW_STATE_DIR": str(tmp_path / "state"), "OPENCLAW_CONFIG_PATH": str(file)}
-    told = last_json(
+    results = last_json(
         run_program([client_node(), CLIENTS / "openclaw_channels.mjs", file, SENTENCE, tmp_path], tmp_path, **variables).stdout
     )
-    assert (told["telephony.pcm"]["outputFormat"], told["telephony.pcm"]["sampleRate"]) == ("pcm", 24_000)
-    assert (told["voice-note.opus"]["outputFormat"], told["voice-note.opus"]["voiceCompatible"]) == ("opus", True)
-    assert told["talk.mp3"]["outputFormat"] == "mp3"
-    for name in told:
+    assert (results["telephony.pcm"]["outputFormat"], results["telephony.pcm"]["sampleRate"]) == ("pcm", 24_000)
+    assert (results["voice-note.opus"]["outputFormat"], results["voice-note.opus"]["voiceCompatible"]) == ("opus", True)
+    assert results["talk.mp3"]["outputFormat"] == "mp3"
+    for name in results:
         assert_says((tmp_path / name).read_bytes(), name.rsplit(".", 1)[1], SENTENCE)
 
 

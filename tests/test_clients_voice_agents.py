@@ -26,15 +26,15 @@ def speak(server: RunningServer, program: str, heading: str, folder: Path) -> di
 
 
 def test_livekit_agents_speaks(server: RunningServer, tmp_path: Path) -> None:
-    told = speak(server, "livekit_speech.py", "LiveKit Agents", tmp_path)
-    assert (told["rate"], told["channels"]) == (24_000, 1)
-    assert told["frames"] > 1
+    results = speak(server, "livekit_speech.py", "LiveKit Agents", tmp_path)
+    assert (results["rate"], results["channels"]) == (24_000, 1)
+    assert results["frames"] > 1
 
 
 def test_pipecat_speaks(server: RunningServer, tmp_path: Path) -> None:
-    told = speak(server, "pipecat_speech.py", "Pipecat", tmp_path)
-    assert (told["rates"], told["channels"], told["errors"]) == ([24_000], [1], [])
-    assert told["frames"] > 1
+    results = speak(server, "pipecat_speech.py", "Pipecat", tmp_path)
+    assert (results["rates"], results["channels"], results["errors"]) == ([24_000], [1], [])
+    assert results["frames"] > 1
 
 
 @contextmanager
@@ -66,9 +66,9 @@ def bridge(server: RunningServer, folder: Path) -> Iterator[str]:
 def test_home_assistants_bridge_speaks(server: RunningServer, tmp_path: Path) -> None:
     with bridge(server, tmp_path) as uri:
         command: list[str | Path] = [client_python(".venv-wyoming"), CLIENTS / "wyoming_speech.py", uri, SENTENCE, "alloy"]
-        told = last_json(run_program([*command, "speech.pcm"], tmp_path).stdout)
-    assert told["voices"] == ["alloy"]
-    assert (told["rate"], told["width"], told["channels"]) == (24_000, 2, 1)
-    assert told["chunks"] > 1
+        results = last_json(run_program([*command, "speech.pcm"], tmp_path).stdout)
+    assert results["voices"] == ["alloy"]
+    assert (results["rate"], results["width"], results["channels"]) == (24_000, 2, 1)
+    assert results["chunks"] > 1
     assert_says((tmp_path / "speech.pcm").read_bytes(), "pcm", SENTENCE)
     assert "format=pcm speed=1 streamed=yes" in server.log_text().splitlines()[-1]

@@ -52,11 +52,11 @@ def test_a_request_in_progress_finishes_and_waiting_ones_get_503(make_server: Ca
         waiting = [pool.submit(speak, server, SHORT) for _ in range(3)]
         server.wait_for(lambda health: busy(health, waiting=3))
         server.process.terminate()
-        finished, told = running.result(), [answer.result() for answer in waiting]
+        finished, refused = running.result(), [answer.result() for answer in waiting]
     samples, rate = decode(finished.content, "wav")
     assert finished.status_code == 200
     assert samples.size / rate == pytest.approx(float(finished.headers["x-audio-duration"]), abs=0.01)
-    for answer in told:
+    for answer in refused:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
         assert int(answer.headers["retry-after"]) > 0
     assert server.process.wait(30) == 0
