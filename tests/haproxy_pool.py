@@ -60,6 +60,8 @@ class Pool:
         """Start both servers and HAProxy, and wait until HAProxy uses both."""
         for name in NAMES:
             self.start_server(name)
+        for server in self.servers.values():
+            server.wait_for(lambda health: health["status"] == "ok")  # HAProxy treats a server as ready until its first check
         program = haproxy_program()
         assert program, "HAProxy is not installed"
         addresses = {f"POOL_{name.upper()}": f"127.0.0.1:{port}" for name, port in self.ports.items()}
