@@ -1,4 +1,4 @@
-"""Joins the segments' samples into one utterance: silence at the edges trimmed, a set pause between, no click at the joints."""
+"""Join segments into one utterance: trim the silence at their edges, put a fixed pause between them, fade against clicks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from audio_formats import Samples
 from speech_model import SegmentChunk
 
-# The level is watched in hops, counted from the segment's first sample, so that chunk borders cannot matter.
+# The level is measured in hops counted from the segment's first sample, so the result does not depend on the chunk boundaries.
 _HOP_SECONDS = 0.005
 # A hop is sound when its peak is above -60 dBFS and within 50 dB of the segment's loudest hop so far. Measured on the built-in voice
-# (peaks at -9 to -13 dBFS): the final f, th, p and t of "cliff", "path", "map" and "cat" die away from -40 to -55 dBFS, its pauses lie
-# under -80. The second limit keeps a noisy recording's pauses, up to 50 dB under its speech, from counting as sound.
+# (peaks at -9 to -13 dBFS): the final f, th, p and t of "cliff", "path", "map" and "cat" fade at -40 to -55 dBFS; its pauses are
+# below -80. The second limit treats noise at least 50 dB below the speech as silence.
 _FLOOR = np.float32(10 ** (-60 / 20))
 _BELOW_PEAK = np.float32(10 ** (-50 / 20))
-# What is kept of the silence around the sound, so that onsets and endings softer than the limits stay whole.
+# Silence that is kept around the sound, so that onsets and endings softer than the limits are not cut.
 _HEAD_SECONDS = 0.025
 _TAIL_SECONDS = 0.070
 _LEAST_HEAD_SECONDS = 0.010
@@ -27,12 +27,12 @@ _FADE_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class SegmentTimestamp:
-    """Where a segment is heard.
+    """Where a segment is in the joined audio.
 
     Attributes:
         segment: The segment's index.
-        start: Seconds from the beginning of the joined audio to the segment's first sample.
-        end: Seconds to the end of its last one; the pause follows.
+        start: Seconds from the start of the audio to the segment's first sample.
+        end: Seconds from the start of the audio to the end of the segment's last sample; the pause follows.
     """
 
     segment: int
@@ -41,20 +41,21 @@ class SegmentTimestamp:
 
 
 class SegmentJoiner:
-    """Takes a model's chunks in order and gives back the samples that may be played now.
+    """Takes a model's chunks in order and returns the samples that can be played so far.
 
-    Of the silence around each segment up to 25 ms before and 70 ms behind the sound are kept; the pause counts what is kept, so the heard
-    gap is `pause_ms` (for a pause below 95 ms less is kept, but never less than 10 and 20 ms, so that no soft ending is cut). It is put in front of a segment's first
-    sound: none comes before the first segment or after the last, and a silent segment adds nothing. The first and last 5 ms of a segment are
-    faded with a raised cosine to zero, where the pause's digital silence begins. All samples together do not depend on how the
-    segments were cut into chunks. Held back are only the last 5 ms, an unfinished hop, and silence that may turn out to be the segment's end.
+    - Silence: up to 25 ms before and 70 ms after a segment's sound are kept. The pause includes them, so the gap between two sounds is
+      `pause_ms`. A pause below 95 ms keeps less, but at least 10 and 20 ms, so that no soft ending is cut.
+    - Pauses: only between two segments with sound. A silent segment adds nothing.
+    - Fades: the first and last 5 ms of a segment follow a raised cosine from and to zero.
+    - Chunks: their boundaries do not affect the result.
+    - Delay: only the last 5 ms, an incomplete hop, and silence that may be the segment's end are held back.
 
     Args:
-        sample_rate: Of the samples, in Hz.
-        pause_ms: The silence that is heard between two segments, in milliseconds.
+        sample_rate: In Hz.
+        pause_ms: The silence between two segments, in milliseconds.
 
     Attributes:
-        timestamps: Of each finished segment that is heard, in order; exact to the sample.
+        timestamps: One for each finished segment with sound, in order; exact to the sample.
     """
 
     def __init__(self, sample_rate: int, pause_ms: int) -> None:
@@ -65,37 +66,37 @@ class SegmentJoiner:
         scale = min(1.0, pause_ms / 1000 / (_HEAD_SECONDS + _TAIL_SECONDS))
         self._head = int(sample_rate * max(_LEAST_HEAD_SECONDS, _HEAD_SECONDS * scale))
         self._tail = int(sample_rate * max(_LEAST_TAIL_SECONDS, _TAIL_SECONDS * scale))
-        self._played = 0
-        self._silence_kept = 0  # at the end of what was played last
+        self._length = 0
+        self._silence_kept = 0  # at the end of the previous segment
         self._segment = _Segment()
         self.timestamps: list[SegmentTimestamp] = []
 
     @property
     def duration(self) -> float:
-        """Seconds of audio given back so far."""
-        return self._played / self._rate
+        """Seconds of audio returned so far."""
+        return self._length / self._rate
 
     def push(self, chunk: SegmentChunk) -> Samples:
-        """The samples that may be played after this chunk: float32, shape (n,), possibly empty."""
+        """Return the samples that can be played after this chunk: float32, shape (n,), possibly empty."""
         segment = self._segment
-        segment.take(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
+        segment.append(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
         self._find_sound(segment, ended=chunk.last)
         if not segment.sound_end:
-            segment.forget(segment.heard - self._head)
+            segment.forget(segment.measured - self._head)
             ready = np.zeros(0, np.float32)
         elif segment.begun:
-            ready = self._emit(segment, ended=chunk.last)
+            ready = self._take_final(segment, ended=chunk.last)
         else:
-            ready = np.concatenate([self._begin(segment), self._emit(segment, ended=chunk.last)])
-        self._played += len(ready)
+            ready = np.concatenate([self._begin(segment), self._take_final(segment, ended=chunk.last)])
+        self._length += len(ready)
         if chunk.last:
             self._finish(chunk.segment, segment)
         return ready
 
     def _find_sound(self, segment: _Segment, *, ended: bool) -> None:
-        """Look at the hops that are complete (at the end: at the rest as well) and note where sound begins and ends."""
-        count = (segment.received - segment.heard) // self._hop
-        new = segment.pending[segment.heard - segment.base :]
+        """Measure the complete hops (at the end also the incomplete one) and note where the sound begins and ends."""
+        count = (segment.received - segment.measured) // self._hop
+        new = segment.pending[segment.measured - segment.base :]
         peaks = np.abs(new[: count * self._hop]).reshape(count, self._hop).max(axis=1)
         if ended and len(new) > count * self._hop:
             peaks = np.append(peaks, np.abs(new[count * self._hop :]).max())
@@ -105,74 +106,74 @@ class SegmentJoiner:
         sounding = np.flatnonzero(peaks > np.maximum(_FLOOR, loudest * _BELOW_PEAK))
         if len(sounding):
             if not segment.sound_end:
-                segment.sound_start = segment.heard + int(sounding[0]) * self._hop
-            segment.sound_end = min(segment.heard + (int(sounding[-1]) + 1) * self._hop, segment.received)
+                segment.sound_start = segment.measured + int(sounding[0]) * self._hop
+            segment.sound_end = min(segment.measured + (int(sounding[-1]) + 1) * self._hop, segment.received)
         segment.peak = loudest[-1]
-        segment.heard = min(segment.heard + len(peaks) * self._hop, segment.received)
+        segment.measured = min(segment.measured + len(peaks) * self._hop, segment.received)
 
     def _begin(self, segment: _Segment) -> Samples:
-        """The pause in front of a segment whose first sound has come; leading silence is dropped."""
+        """Drop the segment's leading silence and return the pause before it. Called at its first sound."""
         segment.begun = True
-        segment.start = segment.sent = max(segment.base, segment.sound_start - self._head)
+        segment.start = segment.returned = max(segment.base, segment.sound_start - self._head)
         segment.forget(segment.start)
         pause = 0 if not self.timestamps else max(0, self._pause - self._silence_kept - (segment.sound_start - segment.start))
-        segment.position = self._played + pause
+        segment.position = self._length + pause
         return np.zeros(pause, np.float32)
 
-    def _emit(self, segment: _Segment, *, ended: bool) -> Samples:
-        """What is certain to be heard: all but the silence that may be the end, and the samples that may have to be faded out."""
+    def _take_final(self, segment: _Segment, *, ended: bool) -> Samples:
+        """Return what is final: all except silence that may be the end, and the samples that may have to be faded out."""
         fade = len(self._fade_in)
         end = min(segment.sound_end + self._tail, segment.received)
-        until = end if ended else max(segment.sent, end - fade)
-        ready = segment.pending[segment.sent - segment.base : until - segment.base].copy()
-        offset = segment.sent - segment.start
+        until = end if ended else max(segment.returned, end - fade)
+        ready = segment.pending[segment.returned - segment.base : until - segment.base].copy()
+        offset = segment.returned - segment.start
         if offset < fade:
             ready[: fade - offset] *= self._fade_in[offset : offset + len(ready)]
         if ended:
-            # `fade` samples were held back, unless the whole segment is shorter than that.
+            # `fade` samples were held back, or fewer if the segment is shorter.
             length = min(fade, len(ready))
             if length:
                 ready[-length:] *= self._fade_in[:length][::-1]
             self._silence_kept = end - segment.sound_end
-        segment.sent = until
+        segment.returned = until
         segment.forget(until)
         return ready
 
     def _finish(self, index: int, segment: _Segment) -> None:
         if segment.begun:
-            self.timestamps.append(SegmentTimestamp(index, segment.position / self._rate, self._played / self._rate))
+            self.timestamps.append(SegmentTimestamp(index, segment.position / self._rate, self._length / self._rate))
         self._segment = _Segment()
 
 
 class _Segment:
-    """The segment that is being received. All offsets count samples from its first one."""
+    """The segment that is being received. All offsets count samples from its first sample."""
 
     def __init__(self) -> None:
-        self.pending: NDArray[np.float32] = np.zeros(0, np.float32)  # received and not sent, from `base` on
+        self.pending: NDArray[np.float32] = np.zeros(0, np.float32)  # received and not yet returned; starts at offset `base`
         self.base = 0
-        self.heard = 0  # looked at so far
+        self.measured = 0
         self.peak = np.float32(0)
         self.sound_start = 0
-        self.sound_end = 0  # 0 while nothing has sounded
-        self.begun = False  # something was played
-        self.start = 0  # the first sample that is played
-        self.sent = 0
-        self.position = 0  # of `start` in the joined audio
+        self.sound_end = 0  # 0 until there is sound
+        self.begun = False  # whether some of it was returned
+        self.start = 0  # the first sample after the trimmed silence
+        self.returned = 0
+        self.position = 0  # where `start` is in the joined audio
 
     @property
     def received(self) -> int:
         return self.base + len(self.pending)
 
-    def take(self, samples: Samples) -> None:
+    def append(self, samples: Samples) -> None:
         self.pending = np.concatenate([self.pending, samples])
 
     def forget(self, until: int) -> None:
-        """Drop what lies before the sample `until`."""
+        """Drop the samples before offset `until`."""
         if until > self.base:
             self.pending = self.pending[until - self.base :]
             self.base = until
 
 
 def _raised_cosine(length: int) -> NDArray[np.float32]:
-    """A rise from 0 towards 1: sin² over a quarter turn, shape (length,)."""
+    """Return a rise from 0 towards 1: sin² over a quarter period, shape (length,)."""
     return (np.sin(np.linspace(0, np.pi / 2, length, endpoint=False)) ** 2).astype(np.float32)

@@ -1,12 +1,12 @@
-"""Everything that can go wrong, as one tree of errors, and the one envelope in which each is told to a client.
+"""The errors of the server, as one tree, and the JSON envelope in which a client gets them.
 
     TTSError
-    ├── InvalidRequestError            400  the request is at fault; sending it again cannot help
-    │   ├── InvalidInputError          400  invalid_input: no text, or nothing in it that can be said
+    ├── InvalidRequestError            400  the request is wrong; repeating it does not help
+    │   ├── InvalidInputError          400  invalid_input: no text, or nothing to speak in it
     │   ├── InputTooLongError          400  input_too_long
-    │   ├── InvalidVoiceError          400  invalid_voice: lists the voices there are
-    │   ├── InvalidFormatError         400  invalid_format: lists the formats there are
-    │   ├── InvalidAudioError          400  invalid_audio: a recording that cannot serve as a voice
+    │   ├── InvalidVoiceError          400  invalid_voice: lists the available voices
+    │   ├── InvalidFormatError         400  invalid_format: lists the available formats
+    │   ├── InvalidAudioError          400  invalid_audio: a recording that is not usable as a voice
     │   ├── AuthenticationError        401  invalid_api_key
     │   ├── ForbiddenError             403  forbidden
     │   ├── NotFoundError              404  not_found
@@ -16,9 +16,9 @@
     │   ├── BodyTooLargeError          413  body_too_large
     │   └── HostNotAllowedError        421  host_not_allowed
     ├── RateLimitError                 429  rate_limit_exceeded: the queue is full
-    └── ServerError                    500  the server is at fault
+    └── ServerError                    500  the server failed
         ├── ConversionError            500  conversion_failed: ffmpeg
-        ├── StorageError               500  storage_failed: the disk is full, or cannot be written to
+        ├── StorageError               500  storage_failed: the disk is full or not writable
         ├── InternalError              500  internal_error
         ├── ModelNotReadyError         503  model_not_ready
         ├── QueueTimeoutError          503  queue_timeout
@@ -27,8 +27,8 @@
         ├── ConnectionsExhaustedError  503  too_many_connections
         └── ShuttingDownError          503  shutting_down
 
-The eight rows of the first draft's error table keep their status and code; the others follow its style. The envelope is OpenAI's,
-`{"error": {"message", "type", "param", "code"}}`, because its clients read those four fields and no others.
+The envelope is OpenAI's, `{"error": {"message", "type", "param", "code"}}`: its clients read these four fields. Errors of libraries are
+translated where they are caught: those of a model in `tts_engine`, of a load in `model_host`, of ffmpeg in `ffmpeg`.
 """
 
 from __future__ import annotations
@@ -38,24 +38,14 @@ from typing import Any
 _SHOWN_CHARACTERS = 60
 
 
-def shorten(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
-    """`value` as a short, printable Python literal, fit for a message: nothing a client sends can flood a log or an answer."""
-    text = value if isinstance(value, str) else repr(value)
-    # A lone surrogate from JSON ("\\ud800") cannot be encoded as UTF-8: it would make the error message itself fail.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    shown = text if len(text) <= limit else text[: limit - 1] + "…"
-    return repr(shown) if isinstance(value, str) else shown
-
-
 class TTSError(Exception):
-    """An error with a place in OpenAI's envelope.
+    """An error that a client gets in OpenAI's envelope.
 
     Args:
-        message: A sentence that says which value, what was wrong with it and what would be right. It reaches the client: no path,
-            no spoken text, no key.
-        param: The request field at fault, if one is.
-        code: A narrower code than the class's own.
-        headers: Extra response headers, `Retry-After` above all.
+        message: What failed, with the value, and what to do. The client reads it: it contains no path, no spoken text and no key.
+        param: The request field that is wrong, if any.
+        code: Replaces the class's code.
+        headers: Response headers such as `Retry-After`.
     """
 
     status = 500
@@ -70,12 +60,12 @@ class TTSError(Exception):
         self.headers = headers or {}
 
     def envelope(self) -> dict[str, dict[str, Any]]:
-        """The body of the answer."""
+        """Return the response body."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequestError(TTSError):
-    """The request is at fault."""
+    """The request is wrong."""
 
     status = 400
     type = "invalid_request_error"
@@ -83,86 +73,86 @@ class InvalidRequestError(TTSError):
 
 
 class InvalidInputError(InvalidRequestError):
-    """`input` is empty, or nothing in it can be said."""
+    """`input` is empty or has nothing to speak."""
 
     code = "invalid_input"
 
 
 class InputTooLongError(InvalidRequestError):
-    """`input` has more than MAX_INPUT_LENGTH characters."""
+    """`input` is longer than MAX_INPUT_LENGTH characters."""
 
     code = "input_too_long"
 
 
 class InvalidVoiceError(InvalidRequestError):
-    """`voice` names no preset and no alias."""
+    """`voice` is neither a voice nor an alias."""
 
     code = "invalid_voice"
 
 
 class InvalidFormatError(InvalidRequestError):
-    """`response_format` is none of the formats."""
+    """`response_format` is not an available format."""
 
     code = "invalid_format"
 
 
 class InvalidAudioError(InvalidRequestError):
-    """A recording that cannot serve as a voice prompt: unreadable, silent, too short or too long."""
+    """A recording is not usable as a voice: unreadable, silent, too short or too long."""
 
     code = "invalid_audio"
 
 
 class AuthenticationError(InvalidRequestError):
-    """The server has an API key and the request does not carry it."""
+    """The server requires an API key, and the request has none or a wrong one."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class ForbiddenError(InvalidRequestError):
-    """The request may not do this from where it comes."""
+    """The request is not allowed from its origin or address."""
 
     status = 403
     code = "forbidden"
 
 
 class NotFoundError(InvalidRequestError):
-    """Nothing is at this path, or under this id."""
+    """There is nothing with this path or id."""
 
     status = 404
     code = "not_found"
 
 
 class MethodNotAllowedError(InvalidRequestError):
-    """The path exists, the method does not."""
+    """The path does not support the method."""
 
     status = 405
     code = "method_not_allowed"
 
 
 class RequestTimeoutError(InvalidRequestError):
-    """The request did not arrive in the time that one may take."""
+    """The request did not arrive in time."""
 
     status = 408
     code = "request_timeout"
 
 
 class ConflictError(InvalidRequestError):
-    """The name is taken."""
+    """The name is already used."""
 
     status = 409
     code = "already_exists"
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """The body is larger than any request needs."""
+    """The body is larger than the limit."""
 
     status = 413
     code = "body_too_large"
 
 
 class HostNotAllowedError(InvalidRequestError):
-    """The Host header names a host this server does not answer for (a guard against DNS rebinding)."""
+    """The Host header is not an allowed host (protection against DNS rebinding)."""
 
     status = 421
     code = "host_not_allowed"
@@ -177,23 +167,23 @@ class RateLimitError(TTSError):
 
 
 class ServerError(TTSError):
-    """The server is at fault; the same request may succeed later."""
+    """The server failed; the same request may succeed later."""
 
 
 class ConversionError(ServerError):
-    """ffmpeg is missing, failed or hung."""
+    """ffmpeg is missing, failed or hangs."""
 
     code = "conversion_failed"
 
 
 class StorageError(ServerError):
-    """The server cannot keep what it was given: its disk is full or cannot be written to."""
+    """The server cannot store a file: its disk is full or not writable."""
 
     code = "storage_failed"
 
 
 class InternalError(ServerError):
-    """Something nobody foresaw; the log has the traceback under the request's id."""
+    """An unexpected error; the log has the traceback with the request's id."""
 
 
 class ModelNotReadyError(ServerError):
@@ -204,28 +194,28 @@ class ModelNotReadyError(ServerError):
 
 
 class QueueTimeoutError(ServerError):
-    """The request waited longer than QUEUE_TIMEOUT for its turn."""
+    """The request waited longer than QUEUE_TIMEOUT in the queue."""
 
     status = 503
     code = "queue_timeout"
 
 
 class GenerationTimeoutError(ServerError):
-    """The model gave no sound for longer than GENERATION_TIMEOUT."""
+    """The model made no progress for longer than GENERATION_TIMEOUT."""
 
     status = 503
     code = "generation_timeout"
 
 
 class InsufficientMemoryError(ServerError):
-    """The machine ran out of memory for this utterance."""
+    """The machine has too little free memory for this utterance."""
 
     status = 503
     code = "insufficient_memory"
 
 
 class ConnectionsExhaustedError(ServerError):
-    """There are as many connections as the machine's limits allow, and all are in use."""
+    """The limit of connections is reached, and all are in use."""
 
     status = 503
     code = "too_many_connections"
@@ -239,3 +229,12 @@ class ShuttingDownError(ServerError):
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})
+
+
+def shorten(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
+    """Return `value` as a short, printable Python literal for a message, so that no input floods a log or a response."""
+    text = value if isinstance(value, str) else repr(value)
+    # A lone surrogate from JSON ("\\ud800") cannot be encoded as UTF-8 and would make the error message itself fail.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    shown = text if len(text) <= limit else text[: limit - 1] + "…"
+    return repr(shown) if isinstance(value, str) else shown

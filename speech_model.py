@@ -1,4 +1,4 @@
-"""What a speech model is: the shape that both of ours have, and the values that pass in and out of it."""
+"""The interface of a speech model, and the values it takes and returns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from voice_presets import Voice
 
 @dataclass(frozen=True)
 class SpeechOptions:
-    """How one utterance is to be spoken.
+    """The options of one utterance.
 
     Attributes:
-        seed: Of the utterance's own random stream: the same text, voice and seed give the same samples.
-        temperature: The sampler's temperature, in place of the preset's.
-        top_k: The sampler's top-k, in place of the preset's.
-        streamed: Somebody listens while it is generated, so the first segment's samples are wanted as they come.
+        seed: The same text, voice and seed give the same samples.
+        temperature: Overrides the preset's sampling temperature.
+        top_k: Overrides the preset's top-k.
+        streamed: The samples are sent while they are generated, so the first segment is returned in small chunks.
     """
 
     seed: int
@@ -31,15 +31,15 @@ class SpeechOptions:
 class SegmentChunk:
     """Some samples of one segment.
 
-    Chunks come in the text's order: all of segment 0, then all of segment 1. Each segment ends with exactly one chunk whose `last` is true
-    (its samples may be empty).
+    All chunks of segment 0 come first, then all of segment 1, and so on. Exactly one chunk of each segment, the final one, has `last`
+    set; its samples may be empty.
 
     Attributes:
-        segment: The segment's index among those that were asked for.
+        segment: The segment's index in the text.
         samples: float32, shape (n,), at the model's sample rate.
-        last: No more of this segment follows.
-        retries: How often the segment was generated again (told with the last chunk).
-        word_error_rate: What a recogniser made of the segment, where one was asked (told with the last chunk).
+        last: Whether this is the segment's final chunk.
+        retries: How often the segment was generated again (final chunk only).
+        word_error_rate: Between the text and what a recogniser heard, if one checked it (final chunk only).
     """
 
     segment: int
@@ -51,12 +51,12 @@ class SegmentChunk:
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """How long a text a model says well in one go, in characters.
+    """How long a segment may be for a model to speak it well, in characters.
 
     Attributes:
-        target: Sentences are packed together up to this length.
-        maximum: A single sentence longer than this is broken at a clause, else at a word.
-        first: The target of the first segment, shorter so that sound starts early.
+        target: Sentences are joined up to this length.
+        maximum: A longer sentence is split at a clause, else at a word.
+        first: The target of the first segment: shorter, so that audio starts early.
     """
 
     target: int
@@ -89,47 +89,47 @@ class LoadProgress:
 
 
 class SpeechModel(Protocol):
-    """A model that speaks. All its methods but `info` and `refusal` run on the model's own one thread, from `load` to `close`."""
+    """A speech model. All methods except `info` and `refusal` run on the model's own thread."""
 
     id: str
     sample_rate: int
     segment_lengths: SegmentLengths
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
-        """Make the model ready to speak.
+        """Load the model; pass each step to `report`.
 
         Raises:
-            ModelLoadError: With a sentence that says what failed and what to do.
+            ModelLoadError: Says what failed and what to do.
         """
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
-        """Do once, after the load, what the first caller would else pay for. `voices` are those that this model speaks."""
+        """Do the work that would slow down the first request. `voices` are the presets of this model."""
 
     def refusal(self, text: str) -> str | None:
-        """Why this model cannot say `text`, if that can be seen without trying. Safe to call from any thread, loaded or not."""
+        """Return why the model cannot speak `text`, or None. Safe to call from any thread, also before the load."""
 
     def fits(self, text: str, voice: Voice) -> bool:
-        """Whether `text`, behind this voice's prompt, fits into the model's context."""
+        """Return whether the voice's prompt and `text` fit into the model's context."""
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
-        """Say each segment in turn.
+        """Speak the segments, one after another.
 
-        `cancelled` is asked at least once a frame; when it says yes, the iterator ends at once, without a last chunk.
-        Closing the iterator has the same effect.
+        The model calls `cancelled` at least once a frame and ends at once, without a final chunk, when it returns true. Closing the
+        iterator has the same effect.
         """
 
     def info(self) -> dict[str, Any]:
-        """Facts for `/health`: source, dtype, memory, watermark. Safe to call from any thread, at any time."""
+        """Return details for `/health`: source, dtype, memory, watermark. Safe to call from any thread, at any time."""
 
     def close(self) -> None:
-        """Give the memory back; `load` may be called again."""
+        """Free the memory; `load` may be called again."""
 
 
 class ModelLoadError(Exception):
-    """A load failed; the message says what failed and what to do about it, without a path or a token.
+    """A load failed. The message says what failed and what to do, without a path or a token.
 
     Attributes:
-        retry: Whether another try, later, can succeed without anybody doing anything.
+        retry: Whether a later attempt can succeed without anyone's help.
     """
 
     def __init__(self, message: str, *, retry: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The engine: models that load and speak, the built-in one and CSM through real mlx-audio, and what it does when a model misbehaves."""
+"""The engine: the built-in model and CSM (through real mlx-audio) load and speak, and a model that fails is handled."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp
     with_engine(work, tmp_path)
 
 
-def test_closing_an_utterance_frees_the_turn_for_the_next(tmp_path: Path) -> None:
+def test_closing_an_utterance_frees_the_slot_for_the_next(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
         voice, queue = presets.catalog.resolve("heart"), engine.hosts["hibari"].queue
         running = engine.speak(TEXT * 60, voice, SpeechOptions(seed=1))
@@ -90,7 +90,7 @@ def test_closing_an_utterance_frees_the_turn_for_the_next(tmp_path: Path) -> Non
     with_engine(work, tmp_path)
 
 
-def test_texts_with_nothing_to_say_are_refused(tmp_path: Path) -> None:
+def test_texts_with_nothing_to_speak_are_refused(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, _: VoicePresetManager) -> None:
         for text in ("***", "🎉", "\n\n---\n\n", "\u200b"):
             with pytest.raises(InvalidInputError):
@@ -104,7 +104,7 @@ def test_texts_with_nothing_to_say_are_refused(tmp_path: Path) -> None:
 
 
 class FaultyVoice(HibariModel):
-    """The built-in voice with a fault that a test sets off, as a broken model would have it."""
+    """The built-in voice, which calls `fault` at a segment that contains "fault"."""
 
     def __init__(self, fault: Callable[[], None]) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class FaultyVoice(HibariModel):
 
 
 def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: Path, stall_seconds: float = 60.0) -> None:
-    """A fault reaches the reader of the utterance it spoils, and the next utterance is spoken."""
+    """Check that the utterance's reader gets the fault and that the next utterance works."""
 
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
         await engine.hosts["hibari"].close()
@@ -141,7 +141,7 @@ def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(3), KeyboardInterrupt()])
-def test_whatever_a_model_raises_reaches_the_caller_and_spares_the_thread(error: BaseException, tmp_path: Path) -> None:
+def test_whatever_a_model_raises_reaches_the_caller_and_the_thread_survives(error: BaseException, tmp_path: Path) -> None:
     def fault() -> None:
         raise error
 
@@ -157,13 +157,13 @@ def test_out_of_memory_has_its_own_error(tmp_path: Path) -> None:
     with_faulty(fault, InsufficientMemoryError, tmp_path)
 
 
-def test_a_hung_model_is_left_behind_and_loaded_anew(tmp_path: Path) -> None:
+def test_a_hung_model_is_abandoned_and_loaded_again(tmp_path: Path) -> None:
     hangs = iter([20.0])
     with_faulty(lambda: time.sleep(next(hangs, 0)), GenerationTimeoutError, tmp_path, stall_seconds=1.0)
 
 
 class FailingLoad(HibariModel):
-    """Fails to load as often as it is told to."""
+    """Fails to load once for each of `failures`."""
 
     def __init__(self, failures: list[BaseException]) -> None:
         super().__init__()
@@ -176,15 +176,15 @@ class FailingLoad(HibariModel):
         super().load(report)
 
 
-def test_a_failed_load_is_told_and_tried_again_when_asked() -> None:
+def test_a_failed_load_is_reported_and_retried_on_reload() -> None:
     async def scenario() -> None:
         failures: list[BaseException] = [ModelLoadError("The disk is full: free 7 GB."), ValueError("?"), MemoryError()]
         host = ModelHost(lambda: FailingLoad(failures), RequestQueue(5, 30), stall_seconds=60)
         host.start()
-        for told in ("The disk is full: free 7 GB.", "Unexpected error during the load (ValueError)", "not enough memory"):
+        for message in ("The disk is full: free 7 GB.", "Unexpected error during the load (ValueError)", "not enough memory"):
             await host.settled()
             assert host.state == "failed"
-            assert told in (host.error or "")
+            assert message in (host.error or "")
             host.reload()
         await host.settled()
         assert host.state == "ready"
@@ -205,7 +205,7 @@ def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
         async with host.queue.slot():
             rate = await host.run(lambda model: model.sample_rate, Heartbeat())
         assert rate == 24_000
-        assert str(host.state) == "ready"  # mypy believes it unloaded still
+        assert str(host.state) == "ready"  # str: mypy still assumes "unloaded"
         await host.close()
 
     asyncio.run(scenario())
@@ -213,7 +213,7 @@ def test_an_idle_model_is_unloaded_and_loaded_again_on_demand() -> None:
 
 @pytest.fixture(scope="module")
 def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Settings for a server whose CSM is the tiny checkpoint: a few frames of noise a segment, so nothing is judged."""
+    """Settings for a server whose CSM is the tiny checkpoint: a few frames of noise a segment, so its output is not checked."""
     presets = tmp_path_factory.mktemp("presets")
     tiny = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 240}
     (presets / "tiny.json").write_text(json.dumps(tiny))
@@ -257,8 +257,8 @@ def test_csm_loads_from_a_hugging_face_cache_and_speaks(csm_server: RunningServe
     assert health["model"]["loaded"] is True
     assert health["model"]["sample_rate"] == 24_000
     assert health["model"]["peak_memory_gb"] > 0
-    facts = health["models"]["csm-1b"]
-    assert (facts["source"], facts["dtype"], facts["watermark"]) == ("sesame/csm-1b", "float32", False)
+    csm = health["models"]["csm-1b"]
+    assert (csm["source"], csm["dtype"], csm["watermark"]) == ("sesame/csm-1b", "float32", False)
     response = speak(csm_server)
     samples, rate = decode(response.content, "wav")
     assert rate == 24_000

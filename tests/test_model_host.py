@@ -1,4 +1,4 @@
-"""A model's thread that dies: with a job, between two, while it loads, while it unloads. Who waits is told, and the next one is served."""
+"""A model's thread that ends during or between jobs, or during a load or unload: the caller gets an error, the next one is served."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from errors import GenerationTimeoutError
 from hibari_model import HibariModel
 from model_host import Heartbeat, ModelHost, RequestQueue
 
-# The threads are to die, and Python says so.
+# The tests end threads on purpose, and pytest warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def doom(host: ModelHost) -> None:
-    """Have the interpreter end the model's thread at its next step, wherever that is: not by the code that runs there."""
+    """Make the interpreter raise SystemExit in the model's thread at its next step."""
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(host._worker._thread.ident or 0), ctypes.py_object(SystemExit)) == 1
 
 
@@ -46,7 +46,7 @@ async def reached(host: ModelHost, state: str) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_a_thread_that_dies_takes_one_request_with_it_and_the_model_comes_back() -> None:
+def test_a_thread_that_dies_fails_one_request_and_the_model_recovers() -> None:
     async def work(host: ModelHost) -> None:
         await host.settled()
         for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_thread_that_dies_between_load_and_unload_is_replaced() -> None:
     with_host(work, idle_seconds=0.3)
 
 
-def test_a_thread_that_dies_before_a_load_is_told_and_the_load_made_again_when_asked() -> None:
+def test_a_thread_that_dies_before_a_load_is_reported_and_a_reload_works() -> None:
     async def work(host: ModelHost) -> None:
         await host.settled()
         doom(host)
@@ -78,7 +78,7 @@ def test_a_thread_that_dies_before_a_load_is_told_and_the_load_made_again_when_a
         await host.settled()
         assert host.state == "failed"
         assert "thread ended" in (host.error or "")
-        assert host.next_try_seconds() is not None, "it is tried again without being asked, too"
+        assert host.next_try_seconds() is not None, "it is retried without a reload, too"
         host.reload()
         await host.settled()
         assert await rate(host) == 24_000

@@ -1,4 +1,4 @@
-"""RequestQueue: order, bounds, and clients that go away at any moment."""
+"""The request queue: order, limits, and clients that disconnect at any moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def idle(health: dict[str, Any]) -> bool:
     return bool(health["queue"]["active"] == 0 and health["queue"]["waiting"] == 0)
 
 
-def test_turns_come_in_the_order_of_asking() -> None:
+def test_requests_are_served_in_the_order_of_arrival() -> None:
     async def scenario() -> list[int]:
         queue, order = RequestQueue(limit=50, timeout=10), []
 
@@ -43,7 +43,7 @@ def test_turns_come_in_the_order_of_asking() -> None:
     assert asyncio.run(scenario()) == list(range(30))
 
 
-def test_one_too_many_is_refused_and_told_when_to_come_again() -> None:
+def test_one_request_too_many_is_refused_with_a_retry_after() -> None:
     async def scenario() -> RateLimitError:
         queue = RequestQueue(limit=2, timeout=10)
 
@@ -64,7 +64,7 @@ def test_one_too_many_is_refused_and_told_when_to_come_again() -> None:
     assert int(asyncio.run(scenario()).headers["Retry-After"]) >= 1
 
 
-def test_waiting_has_an_end_and_costs_no_turn() -> None:
+def test_a_wait_that_times_out_loses_no_slot() -> None:
     async def scenario() -> None:
         queue = RequestQueue(limit=5, timeout=0.05)
         async with queue.slot():
@@ -77,7 +77,7 @@ def test_waiting_has_an_end_and_costs_no_turn() -> None:
     asyncio.run(scenario())
 
 
-def test_cancelled_waiters_never_keep_a_turn() -> None:
+def test_cancelled_waiters_never_keep_the_slot() -> None:
     async def scenario() -> None:
         queue, generator = RequestQueue(limit=100, timeout=10), random.Random(1)
 
@@ -97,7 +97,7 @@ def test_cancelled_waiters_never_keep_a_turn() -> None:
     asyncio.run(scenario())
 
 
-def test_closing_tells_those_who_wait_and_lets_the_active_finish() -> None:
+def test_closing_refuses_the_waiting_and_lets_the_active_finish() -> None:
     async def scenario() -> None:
         queue = RequestQueue(limit=5, timeout=10)
         async with queue.slot():
@@ -113,7 +113,7 @@ def test_closing_tells_those_who_wait_and_lets_the_active_finish() -> None:
     asyncio.run(scenario())
 
 
-def test_thirty_clients_are_all_answered_or_told_to_wait(make_server: Callable[..., RunningServer]) -> None:
+def test_thirty_clients_are_all_answered_or_refused_with_a_retry_after(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(MAX_QUEUE=12)
     with ThreadPoolExecutor(30) as pool, server.client(limits=httpx.Limits(max_connections=40)) as client:
         answers = list(pool.map(lambda n: client.post("/v1/audio/speech", json=BODY | {"input": SENTENCE * 6, "seed": n}), range(30)))
@@ -127,7 +127,7 @@ def test_thirty_clients_are_all_answered_or_told_to_wait(make_server: Callable[.
     server.wait_for(idle)
 
 
-def test_a_wait_that_is_too_long_is_told(make_server: Callable[..., RunningServer]) -> None:
+def test_a_wait_that_is_too_long_is_refused(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(QUEUE_TIMEOUT=0.2)
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
         response = client.post("/v1/audio/speech", json=BODY | {"input": SENTENCE})
@@ -137,7 +137,7 @@ def test_a_wait_that_is_too_long_is_told(make_server: Callable[..., RunningServe
 
 
 def post_and_leave(port: int, body: bytes, after: float) -> None:
-    """A client that sends its request and closes its socket `after` seconds later, whatever has come by then."""
+    """Send a request and close the socket `after` seconds later, whatever has arrived by then."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
         connection.settimeout(after)
@@ -149,8 +149,8 @@ def post_and_leave(port: int, body: bytes, after: float) -> None:
             pass
 
 
-def test_clients_that_leave_at_random_moments_leave_nothing_behind(server: RunningServer) -> None:
-    process, told_before = psutil.Process(server.process.pid), len(server.log_text())
+def test_clients_that_disconnect_at_random_moments_leave_nothing_behind(server: RunningServer) -> None:
+    process, log_before = psutil.Process(server.process.pid), len(server.log_text())
     httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
     threads, generator = process.num_threads(), random.Random(3)
     variants = ['"stream": true', '"stream_format": "sse"', '"response_format": "pcm"', '"response_format": "flac"']
@@ -161,11 +161,11 @@ def test_clients_that_leave_at_random_moments_leave_nothing_behind(server: Runni
     server.wait_for(idle, 30)
     assert process.children(recursive=True) == []
     assert process.num_threads() <= threads + 8  # the default executor's threads, which are kept
-    assert "Traceback" not in server.log_text()[told_before:]
+    assert "Traceback" not in server.log_text()[log_before:]
     assert httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60).status_code == 200
 
 
-def test_a_client_that_leaves_the_queue_frees_its_place_at_once(server: RunningServer) -> None:
+def test_a_client_that_disconnects_leaves_the_queue_at_once(server: RunningServer) -> None:
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
         body = f'{{"model": "m", "voice": "heart", "input": "{LONG}"}}'.encode()
         leaver = threading.Thread(target=post_and_leave, args=(server.port, body, 1.0))
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place_at_once(server: RunningS
     server.wait_for(idle, 30)
 
 
-def test_a_reader_of_one_byte_a_second_holds_up_nobody(server: RunningServer) -> None:
+def test_a_reader_of_one_byte_a_second_blocks_nobody(server: RunningServer) -> None:
     body = f'{{"model": "m", "voice": "heart", "input": "{LONG}", "response_format": "pcm"}}'.encode()
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -186,7 +186,7 @@ def test_a_reader_of_one_byte_a_second_holds_up_nobody(server: RunningServer) ->
         for _ in range(3):
             assert slow.recv(1)
             time.sleep(1)
-        # Its answer is some 8 MB of PCM, of which it has read three bytes; the turn is free again all the same.
+        # The client has read three bytes of about 8 MB of PCM, and the slot is free again nevertheless.
         server.wait_for(idle, 30)
         response = httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
         assert response.status_code == 200

@@ -116,7 +116,7 @@ def test_a_model_that_is_not_ready_names_a_voice_that_is(server: RunningServer) 
     ("text", "script"), [("東京へ行きます。", "Chinese"), ("The word 東京 means Tokyo.", "Chinese"), ("مرحبا", "Arabic")]
 )
 def test_a_text_that_the_voice_can_say_only_in_part_is_refused(server: RunningServer, text: str, script: str) -> None:
-    assert f"no sound for {script} letters" in refused(post(server, input=text), 400, "invalid_input", "input")
+    assert f"cannot pronounce {script} letters" in refused(post(server, input=text), 400, "invalid_input", "input")
 
 
 @pytest.mark.parametrize("text", ["Naïve cafés in Zürich cost 5 € and ½.", "The α particle.", "Use x → y, © 2026 ™."])
