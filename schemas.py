@@ -7,23 +7,22 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
 
 from audio_formats import FORMATS
 from errors import InputTooLongError, InvalidFormatError, InvalidInputError, InvalidRequestError, InvalidVoiceError, shorten
 
-# A cap on what one request may carry, in bytes: 4096 characters are 24 KiB at most when all are escaped (\\uXXXX).
 MAX_BODY_BYTES = 1 << 20
+"""Limit for a JSON body. The default limit of 4096 characters needs 24 KiB at most, when all are escaped (\\uXXXX)."""
 
 
 class VoiceId(BaseModel):
-    """A voice as an object, as OpenAI's clients send a custom one."""
+    """A voice as an object: OpenAI's clients send custom voices like this."""
 
     id: str = Field(max_length=200)
 
 
 def _clean(value: object) -> object:
-    r"""Without surrounding space, and without lone surrogates ("\ud800" in JSON), which are no characters and cannot be encoded."""
+    r"""Remove surrounding space and lone surrogates ("\ud800" in JSON), which cannot be encoded."""
     return value.encode("utf-8", "ignore").decode("utf-8").strip() if isinstance(value, str) else value
 
 
@@ -32,9 +31,9 @@ def _lower(value: object) -> object:
 
 
 def _number(value: object) -> object:
-    """A number, as JSON has them: pydantic takes true and "1" for one as well."""
+    """Refuse true and "1", which pydantic would accept as numbers."""
     if isinstance(value, bool | str):
-        raise ValueError("not a number")  # noqa: TRY004 - what pydantic makes a fault of the field
+        raise ValueError("not a number")  # noqa: TRY004 - pydantic reports a ValueError as a fault of the field
     return value
 
 
@@ -44,11 +43,11 @@ _EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own v
 
 
 class SpeechRequest(BaseModel):
-    """What OpenAI's clients send, and a few fields more. Unknown fields are ignored."""
+    """OpenAI's speech request with some more fields. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]})  # fmt: skip
 
-    model: str = Field(description="Accepted and not used: the voice decides which model speaks.", max_length=200)
+    model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
     input: Annotated[str, BeforeValidator(_clean)] = Field(
         description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters.", min_length=1
     )
@@ -56,34 +55,38 @@ class SpeechRequest(BaseModel):
     response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_lower)] = Field(
         None, description="`mp3` unless DEFAULT_FORMAT says otherwise. `pcm` is 16-bit little-endian mono at 24 kHz and always streams."
     )
-    speed: Annotated[float, _Number] = Field(1.0, ge=0.25, le=4.0, allow_inf_nan=False, description="Pace; the pitch is kept.")
-    instructions: str | None = Field(None, description="Accepted and not used.")
-    stream: bool = Field(False, strict=True, description="Send the sound while it is generated.")
+    speed: Annotated[float, _Number] = Field(
+        1.0, ge=0.25, le=4.0, allow_inf_nan=False, description="Speed of the speech; the pitch does not change."
+    )
+    instructions: str | None = Field(None, description="Ignored.")
+    stream: bool = Field(False, strict=True, description="Send the audio while it is generated.")
     stream_format: Literal["audio", "sse"] | None = Field(
         None, description="`audio` streams bytes, `sse` server-sent events with base64 chunks."
     )
     normalize: bool | None = Field(
-        None, strict=True, description="Read Markdown, URLs and emoji as a person would; NORMALIZE_TEXT when absent."
+        None, strict=True, description="Turn Markdown, URLs and emoji into plain sentences; the default is NORMALIZE_TEXT."
     )
-    timestamps: bool = Field(False, strict=True, description="Tell when each sentence starts and ends.")
+    timestamps: bool = Field(False, strict=True, description="Report the start and end of each segment.")
     seed: Annotated[int | None, _Number] = Field(
         None, ge=0, le=2**32 - 1, description="The same text, voice and seed give the same samples."
     )
     temperature: Annotated[float | None, _Number] = Field(
-        None, ge=0.0, le=2.0, allow_inf_nan=False, description="The sampler's, in place of the voice's."
+        None, ge=0.0, le=2.0, allow_inf_nan=False, description="Sampling temperature; the default is the voice's."
     )
-    top_k: Annotated[int | None, _Number] = Field(None, ge=1, le=2051, description="The sampler's, in place of the voice's.")
+    top_k: Annotated[int | None, _Number] = Field(
+        None, ge=1, le=2051, description="Number of candidates in sampling; the default is the voice's."
+    )
 
     @property
     def voice_name(self) -> str:
-        """The voice's name, however it was given."""
+        """The voice's name or id."""
         return self.voice if isinstance(self.voice, str) else self.voice.id
 
     def check_length(self, limit: int) -> None:
         """Refuse a text over MAX_INPUT_LENGTH.
 
         Raises:
-            InputTooLongError: Says how long the text is and how long it may be.
+            InputTooLongError: The text is longer than `limit`, in characters.
         """
         if len(self.input) > limit:
             raise InputTooLongError(
@@ -92,17 +95,17 @@ class SpeechRequest(BaseModel):
             )
 
 
-# pydantic's names of faults after which it is enough to say what is allowed.
+# pydantic's error types for which the allowed values are explanation enough.
 _OUT_OF_BOUNDS = {"greater_than_equal", "less_than_equal", "finite_number", "literal_error", "value_error"}
 _KINDS = {"input": InvalidInputError, "voice": InvalidVoiceError, "response_format": InvalidFormatError}
 
 
 def explain(fault: dict[str, Any], voices: list[str]) -> InvalidRequestError:
-    """One of pydantic's faults as an error of ours.
+    """Return a pydantic error as one of our errors.
 
     Args:
         fault: The first of `RequestValidationError.errors()`.
-        voices: The voices there are, for a fault of `voice`.
+        voices: Names of the available voices, for an error in `voice`.
     """
     if fault["type"] == "json_invalid":
         place = f" at character {fault['loc'][-1]}" if isinstance(fault["loc"][-1], int) else ""
@@ -112,28 +115,28 @@ def explain(fault: dict[str, Any], voices: list[str]) -> InvalidRequestError:
         return InvalidRequestError("The body must be a JSON object, sent with 'Content-Type: application/json'.", code="invalid_json")
     name = str(location[0])
     kind = _KINDS.get(name)
-    message = f"{_what(name, fault)}{_right(name, voices)}"
+    message = f"{_problem(name, fault)}{_allowed(name, voices)}"
     return kind(message, param=name) if kind else InvalidRequestError(message, param=name, code=f"invalid_{name}")
 
 
-def _what(name: str, fault: dict[str, Any]) -> str:
+def _problem(name: str, fault: dict[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"'{name}' is missing."
     if name == "input" and fault["type"] == "string_too_short":
         return "'input' is empty."
     given = "null" if fault["input"] is None else shorten(fault["input"])
-    value = "" if name == "input" else f"={given}"  # the text is never repeated: messages reach logs
-    reason = "" if fault["type"] in _OUT_OF_BOUNDS and _right(name, []) else f": {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    value = "" if name == "input" else f"={given}"  # the text is never logged, and messages are
+    reason = "" if fault["type"] in _OUT_OF_BOUNDS and _allowed(name, []) else f": {fault['msg'][0].lower()}{fault['msg'][1:]}"
     return f"'{name}'{value} is not valid{reason}."
 
 
-def _right(name: str, voices: list[str]) -> str:
+def _allowed(name: str, voices: list[str]) -> str:
     if name == "voice":
         return f" Available voices: {', '.join(voices) or 'none'}."
     if name == "response_format":
         return " Available formats: mp3, opus, aac, flac, wav, pcm."
     if name == "model":
-        return " Any text will do: the voice decides which model speaks."
+        return " Any text is allowed: the voice decides which model speaks."
     if name == "input":
         return " It must be a text of at least one character."
     field = SpeechRequest.model_fields.get(name)
@@ -143,18 +146,14 @@ def _right(name: str, voices: list[str]) -> str:
     return f" Allowed: {bounds[0]} to {bounds[1]}." if None not in bounds else ""
 
 
-Document = dict[str, Any]
-"""An OpenAPI document, or a part of one."""
-
-
-class _Shape(BaseModel):
-    """A JSON object; a later version may add fields."""
+class _Answer(BaseModel):
+    """A JSON object of an answer. Later versions may add fields."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class ErrorDetail(_Shape):
-    """What went wrong."""
+class ErrorDetail(_Answer):
+    """The error of an answer."""
 
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
@@ -162,14 +161,14 @@ class ErrorDetail(_Shape):
     code: str
 
 
-class Error(_Shape):
-    """OpenAI's envelope of every error."""
+class Error(_Answer):
+    """OpenAI's error envelope, the body of every error."""
 
     error: ErrorDetail
 
 
-class Model(_Shape):
-    """A model, as OpenAI lists it."""
+class Model(_Answer):
+    """A model in OpenAI's form."""
 
     id: str
     object: Literal["model"]
@@ -177,26 +176,26 @@ class Model(_Shape):
     owned_by: str
 
 
-class ModelList(_Shape):
+class ModelList(_Answer):
     """OpenAI's list of models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class AudioModel(_Shape):
-    """A model, as Open WebUI reads it."""
+class AudioModel(_Answer):
+    """A model in Open WebUI's form."""
 
     id: str
 
 
-class AudioModelList(_Shape):
+class AudioModelList(_Answer):
     """Open WebUI's list of models."""
 
     models: list[AudioModel]
 
 
-class VoiceEntry(_Shape):
+class VoiceEntry(_Answer):
     """A voice."""
 
     id: str
@@ -208,153 +207,193 @@ class VoiceEntry(_Shape):
     uploaded: bool
 
 
-class VoiceList(_Shape):
-    """The voices."""
+class VoiceList(_Answer):
+    """All voices."""
 
     voices: list[VoiceEntry]
 
 
 class VoiceDetails(VoiceEntry):
-    """One voice, and when it was added."""
+    """A voice, with the Unix time when it was added; null for presets."""
 
     object: Literal["audio.voice"]
     created_at: int | None
 
 
-class DeletedVoice(_Shape):
-    """What is left of a voice."""
+class DeletedVoice(_Answer):
+    """The answer to the deletion of a voice."""
 
     id: str
     object: Literal["audio.voice"]
     deleted: Literal[True]
 
 
-class SpokenCaption(_Shape):
-    """A segment and when it is heard, in seconds."""
+class SpokenCaption(_Answer):
+    """A segment of the text, with its start and end in seconds."""
 
-    segment: int
+    group: int
     text: str
     start: float
     end: float
 
 
-class Captions(_Shape):
-    """An answer's captions."""
+class Captions(_Answer):
+    """The timestamps of an answer."""
 
     captions: list[SpokenCaption]
 
 
-class Health(_Shape):
-    """How the server is; where a key is set, those without it are told `status` only."""
+State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
+
+
+class Progress(_Answer):
+    """The progress of a model that is loading; sizes in bytes, while files are downloaded."""
+
+    stage: str
+    done: int | None
+    total: int | None
+    fraction: float | None
+
+
+class ModelStatus(_Answer):
+    """The state of a model. What is known only after loading, or only in some states, is absent until then."""
+
+    id: str
+    state: State
+    loaded: bool
+    error: str | None
+    sample_rate: int
+    watermark: bool
+    active: int
+    waiting: int
+    next_try_seconds: float | None = None
+    progress: Progress | None = None
+    source: str | None = None
+    dtype: str | None = None
+    memory_gb: float | None = None
+    peak_memory_gb: float | None = None
+
+
+class CsmStatus(_Answer):
+    """The state of the model that MODEL_ID names."""
+
+    id: str
+    loaded: bool
+    sample_rate: int
+    peak_memory_gb: float | None
+    error: str | None
+
+
+class QueueStatus(_Answer):
+    """The request queues of all models together."""
+
+    active: int
+    waiting: int
+    limit: int
+
+
+class SkippedPresetFile(_Answer):
+    """A preset file that cannot be used."""
+
+    file: str
+    reason: str
+
+
+class Health(_Answer):
+    """The state of the server. If API_KEY is set, requests without the key get `status` only; other machines do not get `ffmpeg_path`."""
 
     status: Literal["ok", "loading", "degraded"]
+    model: CsmStatus | None = None
+    models: dict[str, ModelStatus] | None = None
+    ffmpeg: bool | None = None
+    ffmpeg_path: str | None = None
+    ffmpeg_version: str | None = None
+    voices: list[str] | None = None
+    default_voice: str | None = None
+    max_input_length: int | None = None
+    skipped_presets: list[SkippedPresetFile] | None = None
+    queue: QueueStatus | None = None
+    setting_faults: list[str] | None = None
+    peak_resident_gb: float | None = None
+    uptime_seconds: float | None = None
+    version: str | None = None
 
 
-class Readiness(_Shape):
+class Readiness(_Answer):
     """Whether the default voice can speak."""
 
     ready: bool
 
 
-class Reloaded(_Shape):
-    """The models' states."""
+class Reloaded(_Answer):
+    """The state of each model."""
 
-    models: dict[str, Literal["loading", "ready", "unloaded", "failed", "disabled"]]
+    models: dict[str, State]
 
+
+Document = dict[str, Any]
+"""An OpenAPI document, or a part of one."""
 
 _REASONS = {
-    400: "The request is at fault",
+    400: "The request is invalid",
     401: "The API key is missing or wrong",
-    403: "Only for the owner",
-    404: "There is nothing under this name or id",
+    403: "Allowed with the API key or from this machine only",
+    404: "Nothing has this name or id",
     408: "The request did not arrive in time",
     409: "The name is taken, or there are too many voices",
     413: "The body is too large",
-    421: "The Host header names a host this server does not answer for",
+    421: "The Host header names a host that is not allowed",
     429: "The queue is full",
-    500: "The server is at fault",
-    503: "The voice's model is not ready, the wait was too long, the memory too small, or the server goes down",
+    500: "Server error",
+    503: "The voice's model is not ready, the queue timeout has passed, memory is short, or the server is shutting down",
 }
-_EVERYWHERE = (400, 408, 413, 421, 500, 503)  # before a route is chosen, or whatever it is
-_OPEN = ("/health", "/health/ready")
-_REFUSALS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("post", "/v1/audio/speech"): (429,),
-    ("get", "/v1/audio/speech/{answer}/timestamps"): (404,),
-    ("get", "/v1/models/{model}"): (404,),
-    ("post", "/v1/audio/voices"): (403, 409, 429),
-    ("get", "/v1/audio/voices/{voice_id}"): (404,),
-    ("delete", "/v1/audio/voices/{voice_id}"): (403, 404),
-    ("post", "/admin/reload"): (403,),
-}
+
+
+def refusals(*statuses: int) -> dict[int | str, Document]:
+    """Return error answers for FastAPI's `responses`."""
+    return {status: {"model": Error, "description": _REASONS[status]} for status in statuses}
+
+
+COMMON_REFUSALS = refusals(400, 401, 408, 413, 421, 500, 503)
+"""Errors of every route: most are found before a route is chosen."""
+
+_BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
 _TEXT: Document = {"schema": {"type": "string"}}
-_ANSWERS: dict[tuple[str, str], type[_Shape] | Document] = {
-    ("post", "/v1/audio/speech"): {form.content_type: {} for form in FORMATS.values()} | {"text/event-stream": {}},
-    ("get", "/v1/audio/speech/{answer}/timestamps"): Captions,
-    ("get", "/v1/audio/models"): AudioModelList,
-    ("get", "/v1/models"): ModelList,
-    ("get", "/v1/models/{model}"): Model,
-    ("get", "/v1/audio/voices"): VoiceList,
-    ("post", "/v1/audio/voices"): VoiceDetails,
-    ("get", "/v1/audio/voices/{voice_id}"): VoiceDetails,
-    ("delete", "/v1/audio/voices/{voice_id}"): DeletedVoice,
-    ("get", "/health"): Health,
-    ("get", "/health/ready"): Readiness,
-    ("get", "/metrics"): {"text/plain": _TEXT},
-    ("post", "/admin/reload"): Reloaded,
-}
 _SPEECH_HEADERS = {
-    "X-Voice": "The voice that spoke.",
-    "X-Model": "Its model.",
-    "X-Seed": "With it, the same text and voice give the same samples again.",
-    "X-Queue-Time": "Seconds spent waiting for the turn.",
+    "X-Voice": "The voice that speaks.",
+    "X-Model": "The model of this voice.",
+    "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
+    "X-Queue-Time": "Seconds spent in the queue.",
 }
+SPEECH_ANSWER: Document = {
+    "description": "The speech",
+    "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _TEXT},
+    "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _SPEECH_HEADERS.items()},
+}
+CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip": _TEXT}}
+_WITHOUT_KEY = ("/health", "/health/ready")
 
 
 def complete_document(app: FastAPI, *, keyed: bool) -> None:
-    """Have /openapi.json say what the server really answers.
+    """Correct in /openapi.json what FastAPI cannot infer: where a key is needed, and that no answer has status 422.
 
     Args:
-        app: Its routes may be added later.
+        app: The application. Its routes may be added later.
         keyed: Whether API_KEY is set.
     """
-    plain = app.openapi
+    inferred = app.openapi
 
     @cache
     def completed() -> Document:
-        return _completed(plain(), keyed)
+        document = inferred()
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if not keyed or path in _WITHOUT_KEY:
+                    operation["responses"].pop("401")
+                    operation["security"].insert(0, {})
+        return document
 
-    app.openapi = completed  # type: ignore[method-assign]  # FastAPI's own way of extending the document
-
-
-def _completed(document: Document, keyed: bool) -> Document:
-    shapes: list[type[BaseModel]] = [Error, *(answer for answer in _ANSWERS.values() if isinstance(answer, type))]
-    _, schemas = models_json_schema([(shape, "validation") for shape in shapes], ref_template="#/components/schemas/{model}")
-    known = document["components"]["schemas"]
-    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own 422, which this server never sends
-        known.pop(unused, None)
-    known |= schemas["$defs"]
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            needs_key = keyed and path not in _OPEN
-            operation["security"] = [{"HTTPBearer": []}] if needs_key else [{}, {"HTTPBearer": []}]
-            operation["responses"] = _responses(method, path, needs_key=needs_key)
-    return document
-
-
-def _responses(method: str, path: str, *, needs_key: bool) -> Document:
-    answer = _ANSWERS.get((method, path), {})
-    good: Document = {"description": "As asked", "content": _json(answer) if isinstance(answer, type) else dict(answer)}
-    if answer is Captions:
-        good["content"] |= {"text/vtt": _TEXT, "application/x-subrip": _TEXT}
-    if path == "/v1/audio/speech":
-        good["description"] = "The speech"
-        good["headers"] = {name: {"description": text, "schema": {"type": "string"}} for name, text in _SPEECH_HEADERS.items()}
-    statuses = sorted({*_EVERYWHERE, *_REFUSALS.get((method, path), ()), *([401] if needs_key else [])})
-    refusals = {str(status): {"description": _REASONS[status], "content": _json(Error)} for status in statuses}
-    if path == "/health/ready":
-        refusals["503"] = {"description": "It cannot speak yet", "content": _json(Readiness)}
-    return {"200": good} | refusals
-
-
-def _json(shape: type[_Shape]) -> Document:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}}
+    app.openapi = completed  # type: ignore[method-assign]  # the way that FastAPI documents

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -29,7 +28,19 @@ from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TT
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
 from monitoring import Metrics, configure_logging
-from schemas import complete_document, explain
+from schemas import (
+    COMMON_REFUSALS,
+    CsmStatus,
+    Health,
+    ModelStatus,
+    QueueStatus,
+    Readiness,
+    Reloaded,
+    SkippedPresetFile,
+    complete_document,
+    explain,
+    refusals,
+)
 from server_process import listen, serve
 from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
@@ -46,6 +57,7 @@ VERSION = "1.0.0"
 # sixth, measured), and asyncio would make up to four more of them than there are cores.
 _HELPER_THREADS = 4
 
+_BEARER = Depends(HTTPBearer(auto_error=False, description="One of the keys in API_KEY, if it is set."))
 _PAGE_DIR = PROJECT_DIR / "playground"
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
@@ -106,32 +118,41 @@ class Server:
             return "loading"
         return "ok" if self.default_ready() else "degraded"
 
-    def health(self, *, to_owner: bool) -> dict[str, Any]:
-        """The whole of `/health`; where ffmpeg lies is for the owner only, as no path goes to another machine."""
-        models = {name: host.info() for name, host in self.engine.hosts.items()}
+    def health(self, *, to_owner: bool) -> Health:
+        """Return everything that `/health` shows. `ffmpeg_path` is for the owner only: no path leaves this machine."""
+        models = {name: ModelStatus.model_validate(host.info()) for name, host in self.engine.hosts.items()}
         csm = models["csm-1b"]
         ffmpeg = find_ffmpeg()
-        place = {"ffmpeg_path": ffmpeg} if to_owner else {}
-        return place | {
-            "status": self.status(),
-            "model": {key: csm.get(key) for key in ("loaded", "sample_rate", "peak_memory_gb", "error")} | {"id": self.settings.model_id},
-            "models": models,
-            "ffmpeg": ffmpeg is not None,
-            "ffmpeg_version": ffmpeg_version(),
-            "voices": self.presets.catalog.names(),
-            "default_voice": self.settings.default_voice,
-            "max_input_length": self.settings.max_input_length,
-            "skipped_presets": [asdict(skipped) for skipped in self.presets.catalog.skipped],
-            "queue": {
-                "active": sum(host.queue.active for host in self.engine.hosts.values()),
-                "waiting": sum(host.queue.waiting for host in self.engine.hosts.values()),
-                "limit": self.settings.max_queue,
-            },
-            "setting_faults": self.setting_faults(),
-            "peak_resident_gb": _peak_resident_gb(),
-            "uptime_seconds": round(time.monotonic() - self._started, 3),
-            "version": VERSION,
-        }
+        health = Health(
+            status=self.status(),
+            model=CsmStatus(
+                id=self.settings.model_id,
+                loaded=csm.loaded,
+                sample_rate=csm.sample_rate,
+                peak_memory_gb=csm.peak_memory_gb,
+                error=csm.error,
+            ),
+            models=models,
+            ffmpeg=ffmpeg is not None,
+            ffmpeg_version=ffmpeg_version(),
+            voices=self.presets.catalog.names(),
+            default_voice=self.settings.default_voice,
+            max_input_length=self.settings.max_input_length,
+            skipped_presets=[SkippedPresetFile(file=skipped.file, reason=skipped.reason) for skipped in self.presets.catalog.skipped],
+            queue=self._queue_status(),
+            setting_faults=self.setting_faults(),
+            peak_resident_gb=_peak_resident_gb(),
+            uptime_seconds=round(time.monotonic() - self._started, 3),
+            version=VERSION,
+        )
+        if to_owner:
+            health.ffmpeg_path = ffmpeg
+        return health
+
+    def _queue_status(self) -> QueueStatus:
+        queues = [host.queue for host in self.engine.hosts.values()]
+        active, waiting = sum(queue.active for queue in queues), sum(queue.waiting for queue in queues)
+        return QueueStatus(active=active, waiting=waiting, limit=self.settings.max_queue)
 
 
 async def _server(request: Request) -> Server:
@@ -144,28 +165,38 @@ CurrentServer = Annotated[Server, Depends(_server)]
 service_routes = APIRouter(tags=["service"])
 
 
-@service_routes.get("/health", summary="Get the server's state")
-async def health(request: Request, server: CurrentServer) -> dict[str, Any]:
+@service_routes.get(
+    "/health", operation_id="getHealth", summary="Get the server's state", response_model=Health, response_model_exclude_unset=True
+)
+async def health(request: Request, server: CurrentServer) -> Health:
     """Return the state of models, queue, ffmpeg and voices. If API_KEY is set, requests without the key get `status` only."""
     if server.settings.api_key and not request.state.authorized:
-        return {"status": server.status()}
+        return Health(status=server.status())
     return server.health(to_owner=is_owner(request))
 
 
-@service_routes.get("/health/ready", summary="Check whether the default voice is ready")
+@service_routes.get(
+    "/health/ready",
+    operation_id="getReadiness",
+    summary="Check whether the default voice is ready",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "The default voice is not ready"}},
+)
 async def ready(server: CurrentServer) -> JSONResponse:
     """Return 200 if the default voice can speak, else 503."""
     is_ready = server.default_ready()
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
 
-@service_routes.get("/metrics", response_class=PlainTextResponse, summary="Get metrics for Prometheus")
+@service_routes.get("/metrics", operation_id="getMetrics", summary="Get metrics for Prometheus", response_class=PlainTextResponse)
 async def get_metrics(server: CurrentServer) -> Response:
     """Return the queue, generation and first audio times, real-time factors and outcomes of speech requests."""
     return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@service_routes.post("/admin/reload", summary="Reload failed models")
+@service_routes.post(
+    "/admin/reload", operation_id="reloadModels", summary="Reload failed models", response_model=Reloaded, responses=refusals(403)
+)
 async def reload(request: Request, server: CurrentServer) -> dict[str, Any]:
     """Load models that failed to load again, without waiting for the next retry. Allowed from this machine, or with the key."""
     require_owner(request, server.settings)
@@ -210,11 +241,11 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _include_routers(app: FastAPI) -> None:
     """Add the API. Only its routes refresh the voices: the page's files do not need them."""
-    needed = [Depends(fresh_voices), Depends(HTTPBearer(auto_error=False, description="One of the keys in API_KEY, if it is set."))]
+    shared: dict[str, Any] = {"dependencies": [Depends(fresh_voices), _BEARER], "responses": COMMON_REFUSALS}
     for router in (speech_routes, voice_routes):
-        app.include_router(router, prefix="/v1", dependencies=needed)
-        app.include_router(router, dependencies=needed, include_in_schema=False)
-    app.include_router(service_routes, dependencies=needed)
+        app.include_router(router, prefix="/v1", **shared)
+        app.include_router(router, **shared, include_in_schema=False)
+    app.include_router(service_routes, **shared)
 
 
 def _look_around(server: Server) -> None:

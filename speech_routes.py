@@ -24,7 +24,7 @@ from config import Settings
 from errors import InternalError, ModelNotReadyError, NotFoundError, TTSError, shorten
 from http_middleware import run_until_gone
 from monitoring import Metrics
-from schemas import SpeechRequest
+from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechRequest, refusals
 from speech_model import SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
@@ -374,13 +374,25 @@ Endpoint = Annotated[SpeechEndpoint, Depends(_endpoint)]
 router = APIRouter(tags=["speech"])
 
 
-@router.post("/audio/speech", response_class=Response, summary="Create speech")
+@router.post(
+    "/audio/speech",
+    operation_id="createSpeech",
+    summary="Create speech",
+    response_class=Response,
+    responses={200: SPEECH_ANSWER, **refusals(429)},
+)
 async def create_speech(body: SpeechRequest, request: Request, endpoint: Endpoint) -> Response:
     """Speak a text. The answer is a complete audio file, or a stream of bytes or events if the request asks for one."""
     return await endpoint.answer(body, request)
 
 
-@router.get("/audio/speech/{answer}/timestamps", summary="Get timestamps")
+@router.get(
+    "/audio/speech/{answer}/timestamps",
+    operation_id="getTimestamps",
+    summary="Get timestamps",
+    response_model=Captions,
+    responses={200: CAPTION_FILES, **refusals(404)},
+)
 async def get_timestamps(answer: str, endpoint: Endpoint, format: Literal["json", "vtt", "srt"] = "json") -> Response:
     """Return the start and end of each segment of an answer that was requested with `timestamps: true`.
 
@@ -398,19 +410,19 @@ async def get_timestamps(answer: str, endpoint: Endpoint, format: Literal["json"
     return JSONResponse(to_json(found))
 
 
-@router.get("/audio/models", summary="List models for Open WebUI")
+@router.get("/audio/models", operation_id="listAudioModels", summary="List models for Open WebUI", response_model=AudioModelList)
 async def list_audio_models() -> dict[str, Any]:
     """Return the models in the form that Open WebUI reads."""
     return {"models": [{"id": name} for name in _MODELS]}
 
 
-@router.get("/models", summary="List models")
+@router.get("/models", operation_id="listModels", summary="List models", response_model=ModelList)
 async def list_models() -> dict[str, Any]:
     """Return the models in OpenAI's form."""
     return {"object": "list", "data": list(_MODELS.values())}
 
 
-@router.get("/models/{model}", summary="Get a model")
+@router.get("/models/{model}", operation_id="getModel", summary="Get a model", response_model=Model, responses=refusals(404))
 async def get_model(model: str) -> dict[str, Any]:
     """Return one model in OpenAI's form."""
     if model not in _MODELS:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar
 
 import regex
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -21,6 +20,7 @@ from errors import BodyTooLargeError, ForbiddenError, InvalidAudioError, Invalid
 from http_middleware import require_owner, run_until_gone
 from model_host import RequestQueue
 from recordings import read_recording_bytes
+from schemas import DeletedVoice, VoiceDetails, VoiceList, refusals
 from speech_model import ModelLoadError
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoiceCatalog, VoicePresetManager
@@ -316,25 +316,40 @@ FreshVoices = Annotated[VoiceCatalog, Depends(fresh_voices)]
 """The parameter of a route that uses the voices. FastAPI calls the dependency once a request."""
 
 
-@voice_routes.get("/audio/voices", summary="The voices")
+@voice_routes.get("/audio/voices", operation_id="listVoices", summary="List voices", response_model=VoiceList)
 async def list_voices(request: Request) -> dict[str, Any]:
     """Every voice, whether it is ready, and the other names that reach it."""
     return _endpoint(request).list()
 
 
-@voice_routes.post("/audio/voices", summary="Add a voice from a recording", openapi_extra=VoiceForm.OPENAPI)
-async def create_voice(request: Request) -> Response:
+@voice_routes.post(
+    "/audio/voices",
+    operation_id="createVoice",
+    summary="Add a voice from a recording",
+    response_model=VoiceDetails,
+    responses=refusals(403, 409, 429),
+    openapi_extra=VoiceForm.OPENAPI,
+)
+async def create_voice(request: Request) -> dict[str, Any]:
     """As OpenAI's custom voices, with the words of the recording; from this machine, or with the key."""
-    return JSONResponse(await _endpoint(request).add(request))
+    return await _endpoint(request).add(request)
 
 
-@voice_routes.get("/audio/voices/{voice_id}", summary="One voice")
+@voice_routes.get(
+    "/audio/voices/{voice_id}", operation_id="getVoice", summary="Get a voice", response_model=VoiceDetails, responses=refusals(404)
+)
 async def get_voice(voice_id: str, request: Request) -> dict[str, Any]:
     """A voice by its id."""
     return _endpoint(request).get(voice_id)
 
 
-@voice_routes.delete("/audio/voices/{voice_id}", summary="Delete a voice that was added")
+@voice_routes.delete(
+    "/audio/voices/{voice_id}",
+    operation_id="deleteVoice",
+    summary="Delete an added voice",
+    response_model=DeletedVoice,
+    responses=refusals(403, 404),
+)
 async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
     """The recording and all that was made from it go with it; from this machine, or with the key."""
     return await _endpoint(request).delete(voice_id, request)
