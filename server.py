@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -188,7 +188,13 @@ async def ready(server: CurrentServer) -> JSONResponse:
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
 
-@service_routes.get("/metrics", operation_id="getMetrics", summary="Get metrics for Prometheus", response_class=PlainTextResponse)
+@service_routes.get(
+    "/metrics",
+    operation_id="getMetrics",
+    summary="Get metrics for Prometheus",
+    response_class=Response,  # PlainTextResponse would document the errors as plain text, too
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def get_metrics(server: CurrentServer) -> Response:
     """Return the queue, generation and first audio times, real-time factors and outcomes of speech requests."""
     return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
