@@ -1,4 +1,4 @@
-"""The audio formats: one table that validation, conversion, answers, documents and tests all read."""
+"""The audio formats: the one table that validation, conversion, responses, documents and tests read."""
 
 from __future__ import annotations
 
@@ -13,45 +13,39 @@ Samples: TypeAlias = "NDArray[np.float32]"
 """Mono audio: float32, shape (samples,), nominally within [-1, 1]."""
 
 SAMPLE_RATE = 24_000
-"""Of everything that leaves the server, in Hz: what CSM and the built-in voice make, and what clients take raw PCM for."""
+"""The rate of all audio that the server sends, in Hz: CSM and the built-in voice produce it, and clients assume it for raw PCM."""
 
 
 @dataclass(frozen=True)
 class AudioFormat:
-    """One format that speech can be sent in; mono, 24 kHz.
+    """An output format; always mono, 24 kHz.
 
     Attributes:
-        name: What a request calls it.
-        content_type: Of the answer.
-        extension: Of the file, without a dot.
-        description: For people.
+        name: Its name in a request, and its file extension.
+        content_type: The response's Content-Type.
         encoder: ffmpeg's output options.
-        streaming: More of them, where the bytes are wanted as soon as they exist.
-        signatures: What a file of this format begins with (one of them); nothing for raw samples.
+        streaming: Further output options that make the bytes leave as soon as they exist.
+        signatures: The byte strings that a file of this format can begin with; none for raw samples.
         tagged: The container can hold a title and a comment.
     """
 
     name: str
     content_type: str
-    extension: str
-    description: str
     encoder: tuple[str, ...]
     streaming: tuple[str, ...] = ()
     signatures: tuple[bytes, ...] = ()
     tagged: bool = False
 
     def begins(self, data: bytes) -> bool:
-        """Whether `data` can be the beginning of such a file."""
+        """Return whether a file of this format can begin with `data`."""
         return bool(data) and (not self.signatures or data.startswith(self.signatures))
 
 
-# Bit rates and content types: the first draft's tables; aac and pcm as OpenAI's API has them.
+# Bit rates and content types as required for the first version; aac and pcm follow OpenAI's API.
 _TABLE = (
     AudioFormat(
         name="mp3",
         content_type="audio/mpeg",
-        extension="mp3",
-        description="MP3, 64 kbit/s",
         encoder=("-c:a", "libmp3lame", "-b:a", "64k", "-f", "mp3"),
         signatures=(b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"),
         tagged=True,
@@ -59,10 +53,8 @@ _TABLE = (
     AudioFormat(
         name="opus",
         content_type="audio/opus",
-        extension="opus",
-        description="Opus in Ogg, 32 kbit/s",
         encoder=("-c:a", "libopus", "-b:a", "32k", "-frame_duration", "20", "-f", "opus"),
-        # An Ogg page is held back until it is full, after 1 s by default. One frame a page costs 1.4 kB/s.
+        # ffmpeg holds an Ogg page back until it is full: 1 s by default. One frame per page costs 1.4 kB/s.
         streaming=("-page_duration", "20000"),
         signatures=(b"OggS",),
         tagged=True,
@@ -70,18 +62,14 @@ _TABLE = (
     AudioFormat(
         name="aac",
         content_type="audio/aac",
-        extension="aac",
-        description="AAC in ADTS, 64 kbit/s",
         encoder=("-c:a", "aac", "-b:a", "64k", "-f", "adts"),
         signatures=(b"\xff\xf1", b"\xff\xf9"),
     ),
     AudioFormat(
         name="flac",
         content_type="audio/flac",
-        extension="flac",
-        description="FLAC, lossless",
         encoder=("-c:a", "flac", "-f", "flac"),
-        # Frames of 24 ms instead of 96 ms: sound leaves sooner, for 2 % more bytes.
+        # Frames of 24 ms instead of 96 ms: the audio leaves sooner, for 2 % more bytes.
         streaming=("-frame_size", "576"),
         signatures=(b"fLaC",),
         tagged=True,
@@ -89,8 +77,6 @@ _TABLE = (
     AudioFormat(
         name="wav",
         content_type="audio/wav",
-        extension="wav",
-        description="WAV, 16 bit",
         encoder=("-c:a", "pcm_s16le", "-f", "wav"),
         signatures=(b"RIFF",),
         tagged=True,
@@ -98,46 +84,35 @@ _TABLE = (
     AudioFormat(
         name="pcm",
         content_type="audio/pcm",
-        extension="pcm",
-        description="raw samples: signed 16 bit, little-endian, mono, 24 kHz, no header",
         encoder=("-c:a", "pcm_s16le", "-f", "s16le"),
     ),
 )
 
 FORMATS: dict[str, AudioFormat] = {fmt.name: fmt for fmt in _TABLE}
-"""Every format, by its name in a request."""
+"""All formats by name."""
 
 
 @dataclass(frozen=True)
 class SyntheticTag:
-    """Says in a file's metadata that a machine made the speech. It says nothing of the text.
+    """Metadata that says that a machine generated the speech. It contains nothing of the text.
 
     Attributes:
         model: The model's id.
-        voice: The preset's name.
+        voice: The voice's name.
     """
 
     model: str
     voice: str
 
-    @property
-    def title(self) -> str:
-        """For the title field."""
-        return "Synthetic speech"
 
-    @property
-    def comment(self) -> str:
-        """For the comment field."""
-        return f"No person said this: generated by Sesame TTS (model {_plain(self.model)}, voice {_plain(self.voice)})."
+def tag_arguments(fmt: AudioFormat, tag: SyntheticTag | None) -> list[str]:
+    """Return ffmpeg's output options that write `tag`; none if there is no tag or the container cannot hold one."""
+    if tag is None or not fmt.tagged:
+        return []
+    comment = f"No person said this: generated by Sesame TTS (model {_plain(tag.model)}, voice {_plain(tag.voice)})."
+    return ["-metadata", "title=Synthetic speech", "-metadata", f"comment={comment}"]
 
 
 def _plain(name: str) -> str:
-    """`name` fit for an argument: an uploaded voice's name was chosen by somebody else, and NUL cannot be in an argument at all."""
+    """Return `name` fit for an argument: users choose the names of uploaded voices, and an argument cannot contain NUL."""
     return "".join(character for character in name if character.isprintable())[:64]
-
-
-def tag_arguments(fmt: AudioFormat, tag: SyntheticTag | None) -> list[str]:
-    """ffmpeg's output options for `tag`, where the container has room for it."""
-    if tag is None or not fmt.tagged:
-        return []
-    return ["-metadata", f"title={tag.title}", "-metadata", f"comment={tag.comment}"]

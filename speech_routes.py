@@ -294,7 +294,7 @@ class _EncodedUtterance:
 
 def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
     return {
-        "Content-Disposition": f"attachment; filename=speech.{plan.format.extension}",
+        "Content-Disposition": f"attachment; filename=speech.{plan.format.name}",
         "X-Queue-Time": f"{utterance.queue_time:.3f}",
         "X-Voice": plan.voice.preset.name,
         "X-Model": plan.voice.preset.model,

@@ -1,4 +1,4 @@
-"""Makes a text normalize_text: what a reader sees as form (Markdown, HTML, links, emoji) goes, what a listener can hear stays."""
+"""Turn written text into plain sentences: remove what cannot be spoken (Markdown, HTML, links, emoji), keep the words."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import regex
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-# Each pass can uncover marks (an escaped asterisk, an entity), so passes repeat until nothing changes; four were enough for all tries.
+# A pass can uncover new markup (an escaped asterisk, an entity), so passes repeat until nothing changes. Four were enough in all tests.
 _PASSES = 4
 _MAX_NESTING = 60
 
-# What a voice can say: letters and digits of any script, and the symbols that have a spoken name.
+# What can be spoken: letters and digits of any script, and the symbols that have a spoken name.
 _SPEECH = regex.compile(r"[\p{L}\p{N}%&@+°§©®×÷±√∞]|(?<!=)=(?!=)")
 _MARKUP = regex.compile(r"[*_`\[\]<>&~|\\]|://|\bwww\.|(?m)^[ \t]{0,3}(?:#|[-+]\s|=|-{2,}|\d{1,9}[.)](?:\s|$))|[ ]{2}\n")
 
 # --- Characters ---
 
 _LINE_BREAK = regex.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028]")
-# Pictures: all emoji but those that are text with a name (© ® ™, arrows), and the blocks of drawing, dingbats and game signs.
+# Pictures: all emoji except those with a spoken name (© ® ™, arrows), and the Unicode blocks of box drawing, dingbats and game symbols.
 _PICTURE = (
     r"(?:[[\p{RI}\p{Emoji_Presentation}\p{Extended_Pictographic}\u2500-\u27BF\u2800-\u28FF\u2B00-\u2BFF\U0001F000-\U0001F0FF]"
     r"--[©®™‼⁉ℹ\u2190-\u21FF♭♮♯\u2776-\u2793]]|ℹ\uFE0F)[\uFE0E\uFE0F\u200D\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F]*+"
@@ -30,9 +30,9 @@ _PICTURES = rf"{_PICTURE}(?:[ \t]*+{_PICTURE})*+"
 _BULLET = regex.compile(r"(?m)^([ \t]*)[•‣◦▪●■□▶►➤][ \t]+")
 _PICTURE_LINE = regex.compile(rf"(?m)^([ \t]*+){_PICTURES}[ \t]*+(?=\S)", flags=regex.V1)
 _ANY_PICTURE = regex.compile(rf"(?<![ \t])([ \t]*+){_PICTURES}([ \t]*+)", flags=regex.V1)
-_BEHIND_OPENING = regex.compile(r"(?:^|\s)[*_~(\[“\"]{1,4}$")
+_AFTER_OPENING = regex.compile(r"(?:^|\s)[*_~(\[“\"]{1,4}$")
 _KEYCAP_LINE = regex.compile(r"(?m)^([ \t]*)([0-9])\uFE0F?\u20E3[ \t]*")
-# Joiners are spelling in Arabic and Indic scripts, everything else that is invisible is not.
+# Joiners belong to the spelling in Arabic and Indic scripts. All other invisible characters go.
 _INVISIBLE = regex.compile(
     r"(?<=[\p{M}\p{Arabic}])[\u200C\u200D](?=\p{L})(*SKIP)(*FAIL)"
     r"|[[\p{Default_Ignorable_Code_Point}\p{Cc}\p{Cs}\p{Co}\p{Cn}\u20E3\uFFF9-\uFFFD]--[\n\t]]",
@@ -50,7 +50,7 @@ _TAIL = (
 _URL = regex.compile(
     rf"(?i)((?<![a-z0-9])[a-z][a-z0-9+.-]{{1,15}}+://)(?:[^\s/?#@<>()\[\]]{{1,64}}+@)?({_HOST})?({_TAIL})|((?<![a-z0-9])www\.{_HOST})({_TAIL})"
 )
-_SAID_URL = regex.compile(rf"(?i)(?<![a-z0-9])(?:[a-z][a-z0-9+.-]{{1,15}}+://(?:www\.)?({_HOST})?(?::\d+)?/?|www\.(?=[\p{{L}}\p{{Nd}}_-]))")
+_HOST_URL = regex.compile(rf"(?i)(?<![a-z0-9])(?:[a-z][a-z0-9+.-]{{1,15}}+://(?:www\.)?({_HOST})?(?::\d+)?/?|www\.(?=[\p{{L}}\p{{Nd}}_-]))")
 _URL_END = "*_~.,;:!?'…"
 _LINK_TARGET = regex.compile(r"(?i)[a-z][a-z0-9+.-]*:|[/#.]|www\.|.*(?:/|\w\.\w)")
 _FOOTNOTE = regex.compile(r"\[\^[^\]\s]{1,32}\]:?")
@@ -78,12 +78,12 @@ _CJK_WRAP = regex.compile(rf"(?<={_CJK}){_SOFT_BREAK}(?={_CJK})")
 _WORDS = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’.,:@-][\p{L}\p{M}\p{N}]+)*")
 _CHECKBOX = regex.compile(r"^\[[ xX]\]\s+")
 _PROSE_FENCES = frozenset({"text", "txt", "plain", "plaintext", "markdown", "md"})
-# Quotes and list marks nested deeper than anybody writes; the parser would drop what is inside.
+# Quotes and list markers nested ten deep or more: the parser would drop their content.
 _DEEP = regex.compile(r"(?m)^(?:[ \t]*+>){10,}|^(?:[ \t]*+(?:[-*+]|\d{1,9}[.)])(?=[ \t])){10,}")
 
 
 def _parser(*disabled: str) -> MarkdownIt:
-    # Indented text is prose far more often than code, so it is read.
+    # Indented text is prose far more often than code, so it is kept as text.
     markdown = MarkdownIt("commonmark", {"maxNesting": _MAX_NESTING}).enable(["table", "strikethrough"])
     return markdown.disable(["code", *disabled])
 
@@ -94,33 +94,33 @@ _INSIDE_HTML = _parser("reference", "html_block")
 
 
 def has_speech(text: str) -> bool:
-    """Whether a voice could say anything of `text`: a letter or digit of any script, or a symbol with a spoken name."""
+    """Return whether `text` contains anything to speak: a letter or digit of any script, or a symbol with a spoken name."""
     return _SPEECH.search(text) is not None
 
 
 def normalize_text(text: str) -> str:
-    """`text` as it should be spoken: paragraphs of plain sentences, parted by blank lines; empty if nothing can be said.
+    """Return `text` as it should be spoken: paragraphs of plain sentences with blank lines between; empty if nothing can be spoken.
 
-    - Markdown's marks go and their words stay; list items, headings and table rows become sentences (cells parted by commas), a full
-      stop added where none is; the numbers of an ordered list stay. Text that only looks like Markdown (5 * 3, snake_case, #1, C#)
-      stays as it is. Lines of a paragraph are joined.
-    - Of a link its text is read, of a picture its description, of a bare URL the host ("example.com").
-    - Code in a line keeps its words. A code block is left out, as a listener gets nothing from it, unless it is marked as text or
-      Markdown, or nothing else is left to say: then its words are read.
-    - HTML's tags go, their text stays; entities become their characters.
-    - Emoji, drawings, control, private and invisible characters go; what is left is in Unicode's normal form C.
+    - Markdown: the markup goes, the words stay. List items, headings and table rows become sentences: cells are separated by commas, and a
+      full stop is added where punctuation is missing. The numbers of an ordered list stay. Text that only looks like Markdown (5 * 3,
+      snake_case, #1, C#) stays as it is. The lines of a paragraph are joined.
+    - Links: the text of a link is kept, the description of an image, and the host of a bare URL ("example.com").
+    - Code: inline code keeps its words. Code blocks are left out unless they are marked as text or Markdown, or nothing else is left to
+      speak; then their words are kept.
+    - HTML: tags go, their text stays; entities become their characters.
+    - Characters: emoji, drawings, control, private and invisible characters go. The result is in Unicode's normal form C.
 
-    It raises nothing on any string, and gives its own result back unchanged.
+    Every string is accepted, and a result does not change when it is normalized again.
     """
     for _ in range(_PASSES):
-        said = _once(text)
-        if said == text:
+        normalized = _normalize_once(text)
+        if normalized == text:
             break
-        text = said
+        text = normalized
     return text if has_speech(text) else ""
 
 
-def _once(text: str) -> str:
+def _normalize_once(text: str) -> str:
     text = _shorten_urls(_clean(text))
     if _MARKUP.search(text):
         blocks = _read_markdown(text)
@@ -130,11 +130,11 @@ def _once(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without characters that cannot be said, line breaks as newlines, pictures at the start of lines as list marks."""
+    """Remove characters that cannot be spoken. Line breaks become newlines, and pictures at the start of lines become list markers."""
     text = _LINE_BREAK.sub("\n", text).replace("\u2029", "\n\n").replace("‼", "!!").replace("⁉", "!?")
     if not text.isascii():
         text = _BULLET.sub(r"\1- ", _KEYCAP_LINE.sub(r"\1\2. ", text))
-        # One picture in front is a decoration, several are a list.
+        # One picture at the start of a line is a decoration, several make a list.
         text = _PICTURE_LINE.sub(r"\1- " if len(_PICTURE_LINE.findall(text)) > 1 else r"\1", text)
         text = _ANY_PICTURE.sub(_without_picture, text)
         return unicodedata.normalize("NFC", _SPACE.sub(" ", _INVISIBLE.sub("", text)))
@@ -142,20 +142,21 @@ def _clean(text: str) -> str:
 
 
 def _without_picture(match: regex.Match[str]) -> str:
-    """A space instead of the picture; nothing next to punctuation and to Markdown's marks, which lose their meaning beside a space."""
+    """Return a space for the picture; nothing beside punctuation or Markdown, which would lose its meaning beside a space."""
     before, after = match.string[max(0, match.start() - 5) : match.start()], match.string[match.end() : match.end() + 1]
     if after and (after in ".,!?;:…。，！？" or (not match.group(2) and after in '*_~)]”"')):
         return ""
-    return "" if not match.group(1) and _BEHIND_OPENING.search(before) else " "
+    return "" if not match.group(1) and _AFTER_OPENING.search(before) else " "
 
 
 def _shorten_urls(text: str) -> str:
-    """Bare URLs and link targets without their paths, whose underscores and asterisks the parser would take for marks."""
+    """Cut the paths off URLs and link targets: the parser would take their underscores and asterisks for markup."""
 
     def short(match: regex.Match[str]) -> str:
         whole = match.group()
         end = whole[len(whole.rstrip(_URL_END)) :]
-        opening = match.string[max(0, match.start() - 3) : match.start()]  # other marks at the end belong to the URL
+        # Emphasis that opens right before the URL closes after it. Other such characters at the end are part of the URL.
+        opening = match.string[max(0, match.start() - 3) : match.start()]
         end = "".join(character for character in end if character not in "*_~" or character in opening)
         host: str = match.group(4) or match.group(1) + (match.group(2) or "")
         return host + end
@@ -167,12 +168,12 @@ def _has_url(text: str) -> bool:
     return "://" in text or "www." in text.lower()
 
 
-def _say_urls(text: str) -> str:
-    """URLs as their hosts."""
+def _urls_to_hosts(text: str) -> str:
+    """Replace URLs by their hosts."""
     if not _has_url(text):
         return text
-    said: str = _SAID_URL.sub(lambda match: match.group(1) or ("link" if "://" in match.group() else ""), text)
-    return said
+    spoken: str = _HOST_URL.sub(lambda match: match.group(1) or ("link" if "://" in match.group() else ""), text)
+    return spoken
 
 
 # --- Markdown ---
@@ -193,7 +194,7 @@ def _words_of_code(code: str) -> list[str]:
 
 
 def _without_stray_brackets(text: str) -> str:
-    """Without `[` that nothing closes and pairs nested deeper than ten: they are silent, and a thousand of them take the parser seconds."""
+    """Remove `[` without a `]` and pairs nested deeper than ten: they are not spoken, and a thousand of them take the parser seconds."""
     open_at: list[int] = []
     drop: set[int] = set()
     for match in regex.finditer(r"[\[\]]", text):
@@ -208,11 +209,11 @@ def _without_stray_brackets(text: str) -> str:
 
 
 class _Reader:
-    """Walks over the parser's tokens and collects what is to be said, a block at a time."""
+    """Collects the text to speak from the parser's tokens, block by block."""
 
     def __init__(self) -> None:
         self._blocks: list[str] = []
-        self._items: list[str] = []  # the numbers ("1.") of the list items that are open, until they are said
+        self._items: list[str] = []  # the numbers ("1.") of the open list items; empty once used
         self._code: list[str] = []
         self._cells: list[str] | None = None
         self._heading = False
@@ -224,13 +225,13 @@ class _Reader:
 
     def _take(self, token: Token) -> None:
         if token.type == "inline":
-            self._say(_inline(token.children or []))
+            self._add(_inline(token.children or []))
         elif token.type in {"heading_open", "heading_close"}:
             self._heading = token.nesting == 1
         elif token.type == "list_item_open":
             self._items.append(f"{token.info}{token.markup}" if token.info else "")
         elif token.type == "list_item_close":
-            self._blocks.append(self._items.pop())  # nothing, unless the item was empty: "1984." alone is a text
+            self._blocks.append(self._items.pop())  # empty, unless the item had no text: "1984." alone is a text
         elif token.type == "tr_open":
             self._cells = []
         elif token.type == "tr_close":
@@ -243,7 +244,7 @@ class _Reader:
         elif token.type == "html_block":
             self._blocks += _Reader().read(_INSIDE_HTML.parse(_without_hidden(token.content)))
 
-    def _say(self, text: str) -> None:
+    def _add(self, text: str) -> None:
         if self._cells is not None:
             self._cells.append(" ".join(text.split()))
             return
@@ -256,7 +257,7 @@ class _Reader:
 
 
 def _inline(tokens: Sequence[Token]) -> str:
-    """The words of one run of text; `\\n` where the line is broken on purpose, `\\r` where it is only wrapped."""
+    """Return the words of a line of tokens, with `\\n` for a hard line break and `\\r` for a soft one."""
     parts: list[str] = []
     link: tuple[int, str] = (0, "")
     hidden_until = _hidden_ends(tokens)
@@ -286,7 +287,7 @@ def _inline(tokens: Sequence[Token]) -> str:
 
 
 def _hidden_ends(tokens: Sequence[Token]) -> dict[int, int]:
-    """Where scripts and style sheets inside a line end, by where they begin."""
+    """Return the index of the closing tag of each inline script and style sheet, by the index of its opening tag."""
     ends: dict[int, int] = {}
     close: dict[str, int] = {}
     for index in range(len(tokens) - 1, -1, -1):
@@ -301,7 +302,7 @@ def _hidden_ends(tokens: Sequence[Token]) -> dict[int, int]:
 
 
 def _tag_words(content: str, closed: set[str]) -> str:
-    """Nothing for HTML and XML; the words of a placeholder such as <your name>, which is neither."""
+    """Return nothing for HTML and XML, a line break for block elements, and the words of a placeholder such as <your name>."""
     match = _TAG.fullmatch(content)
     if not match:
         return ""
@@ -313,7 +314,7 @@ def _tag_words(content: str, closed: set[str]) -> str:
 
 
 def _without_hidden(html: str) -> str:
-    """Without comments, scripts and style sheets."""
+    """Remove comments, scripts and style sheets."""
     kept: list[str] = []
     position = 0
     while match := _HIDING.search(html, position):
@@ -330,7 +331,7 @@ def _without_hidden(html: str) -> str:
 
 
 def _ended(text: str) -> str:
-    """`text` as a sentence: with a full stop, if no punctuation ends it."""
+    """Return `text` as a sentence: with a full stop if no punctuation ends it."""
     text = text.strip()
     if not has_speech(text) or _ENDED.search(text):
         return text
@@ -338,7 +339,7 @@ def _ended(text: str) -> str:
 
 
 def _finished(blocks: list[str]) -> list[str]:
-    """The lines of the blocks that have something to say, with single spaces and URLs as their hosts."""
+    """Return the lines that contain something to speak, with single spaces and with hosts in place of URLs."""
     lines = (line for block in blocks for line in _CJK_WRAP.sub("", block).split("\n"))
-    said = (" ".join(_say_urls(line).split()) for line in lines)
-    return [line for line in said if has_speech(line)]
+    spoken = (" ".join(_urls_to_hosts(line).split()) for line in lines)
+    return [line for line in spoken if has_speech(line)]

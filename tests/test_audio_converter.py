@@ -1,4 +1,4 @@
-"""Samples to files and streams: opened by readers that are not ours, heard by a recogniser, and broken on purpose."""
+"""Files and streams are read by independent libraries and a recogniser, and ffmpeg is made to fail on purpose."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from ffmpeg import clean_temporary_files, find_ffmpeg
 
 RATE = 24_000
 SENTENCE = "She opened the window and looked at the quiet garden."
-MARK = SyntheticTag("csm-1b", "heart")
-# What a format cannot say about its length: ADTS AAC's padding, and a piped MP3's.
+TAG = SyntheticTag("csm-1b", "heart")
+# Seconds of padding that a stream cannot declare: AAC in ADTS, and MP3 through a pipe.
 STREAM_PADDING = {"mp3": 0.08, "aac": 0.15}
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
@@ -47,7 +47,7 @@ def speech() -> listening.Samples:
 
 
 def tone(seconds: float, pitch: float = 220.0) -> listening.Samples:
-    """A tone with overtones, as a voice has them."""
+    """Return a tone with overtones, as a voice has them."""
     phase = 2 * np.pi * pitch * np.arange(round(seconds * RATE)) / RATE
     return (0.2 * np.sin(phase) + 0.1 * np.sin(2 * phase) + 0.07 * np.sin(3 * phase)).astype(np.float32)
 
@@ -77,7 +77,7 @@ def left_in(folder: Path) -> list[Path]:
 
 
 def playable(data: bytes, fmt: AudioFormat) -> float:
-    """Seconds of sound that a player can already make of the beginning of a file."""
+    """Return the seconds of audio that can be decoded from the beginning of a file."""
     try:
         samples, rate = listening.decode(data, fmt.name)
     except AssertionError:
@@ -87,7 +87,7 @@ def playable(data: bytes, fmt: AudioFormat) -> float:
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """This test's own temporary folder; nothing of ours may be left, in it or as a process, whatever happened."""
+    """Give each test its own temporary folder, and check that no folder and no process is left at its end."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     before = {child.pid for child in children()}
@@ -99,7 +99,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a shell script named ffmpeg first on PATH."""
+    """Return a function that puts a shell script named ffmpeg first on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -117,7 +117,7 @@ def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 @every_format
 def test_a_complete_file_says_exactly_how_long_it_is(fmt: AudioFormat) -> None:
     samples = speech()
-    converted = asyncio.run(convert(samples, RATE, fmt, tag=MARK))
+    converted = asyncio.run(convert(samples, RATE, fmt, tag=TAG))
     assert converted.duration == len(samples) / RATE
     padding = 0.15 if fmt.name == "aac" else 0.0
     assert len(samples) / RATE <= listening.duration(converted.data, fmt.name) <= len(samples) / RATE + padding
@@ -134,7 +134,7 @@ def test_a_file_is_24_khz_mono(fmt: AudioFormat) -> None:
 
 
 @pytest.mark.parametrize("name", ["wav", "flac", "pcm"])
-def test_a_lossless_format_holds_the_very_samples(name: str) -> None:
+def test_a_lossless_format_holds_exactly_the_samples(name: str) -> None:
     samples = speech()
     for data in (asyncio.run(convert(samples, RATE, FORMATS[name])).data, asyncio.run(stream(samples, FORMATS[name]))):
         decoded, rate = listening.decode(data, name)
@@ -143,21 +143,21 @@ def test_a_lossless_format_holds_the_very_samples(name: str) -> None:
 
 
 @every_format
-def test_a_stream_holds_the_whole_sound(fmt: AudioFormat) -> None:
+def test_a_stream_holds_all_samples(fmt: AudioFormat) -> None:
     decoded, rate = listening.decode(asyncio.run(stream(speech(), fmt)), fmt.name)
     assert len(speech()) / RATE <= len(decoded) / rate <= len(speech()) / RATE + STREAM_PADDING.get(fmt.name, 0.0)
 
 
 @every_format
-def test_the_words_of_a_sentence_come_out_of_a_file_and_of_a_stream(fmt: AudioFormat) -> None:
+def test_files_and_streams_are_transcribed_without_an_error(fmt: AudioFormat) -> None:
     for data in (asyncio.run(convert(speech(), RATE, fmt)).data, asyncio.run(stream(speech(), fmt))):
         assert listening.word_error_rate(SENTENCE, listening.transcribe(*listening.decode(data, fmt.name), beam=1)) == 0
 
 
 @every_format
-def test_the_first_bytes_leave_while_more_is_being_spoken(fmt: AudioFormat) -> None:
+def test_the_first_bytes_are_sent_while_generation_goes_on(fmt: AudioFormat) -> None:
     async def first() -> bytes:
-        async with StreamEncoder(fmt, RATE, tag=MARK) as encoder:
+        async with StreamEncoder(fmt, RATE, tag=TAG) as encoder:
             pieces, data = aiter_of(encoder), b""
             await encoder.write(tone(0.24))
             while playable(data, fmt) < 0.08:
@@ -197,7 +197,7 @@ def test_speed_changes_the_length_and_keeps_the_pitch(speed: float) -> None:
 
 
 def pitch(samples: listening.Samples) -> float:
-    """Of the middle half second, by the first peak of its autocorrelation between 80 and 400 Hz."""
+    """Return the pitch of the middle half second: the highest peak of its autocorrelation between 80 and 400 Hz."""
     middle = samples[len(samples) // 2 - 6000 : len(samples) // 2 + 6000]
     correlation = np.correlate(middle, middle, "full")[len(middle) - 1 :]
     return RATE / float(RATE // 400 + np.argmax(correlation[RATE // 400 : RATE // 80]))
@@ -217,7 +217,7 @@ def test_loud_samples_are_clipped_and_quiet_ones_rounded() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_not_numbers_never_become_sound(bad: float) -> None:
+def test_samples_that_are_not_numbers_are_refused(bad: float) -> None:
     samples = np.array([0, bad, 0], np.float32)
     with pytest.raises(ConversionError, match="not numbers"):
         asyncio.run(convert(samples, RATE, FORMATS["wav"]))
@@ -226,17 +226,17 @@ def test_samples_that_are_not_numbers_never_become_sound(bad: float) -> None:
 
 
 @every_format
-def test_nothing_is_not_a_file(fmt: AudioFormat) -> None:
+def test_no_samples_are_an_error(fmt: AudioFormat) -> None:
     nothing = np.zeros(0, np.float32)
     for work in (convert(nothing, RATE, fmt), stream(nothing, fmt)):
         with pytest.raises(ConversionError):
             asyncio.run(work)
 
 
-# Marks
+# Synthetic tags
 
 
-def metadata(data: bytes, streamed: bool) -> str:
+def metadata(data: bytes) -> str:
     command = [listening.ffmpeg(), "-v", "error", "-i", "pipe:0", "-f", "ffmetadata", "pipe:1"]
     return subprocess.run(command, input=data, capture_output=True, check=True, timeout=60).stdout.decode()
 
@@ -245,8 +245,8 @@ def metadata(data: bytes, streamed: bool) -> str:
 @pytest.mark.parametrize("name", ["mp3", "opus", "flac", "wav"])
 def test_a_file_says_that_its_speech_is_synthetic(name: str, streamed: bool) -> None:
     fmt = FORMATS[name]
-    data = asyncio.run(stream(tone(1), fmt, tag=MARK)) if streamed else asyncio.run(convert(tone(1), RATE, fmt, tag=MARK)).data
-    found = metadata(data, streamed) if name != "opus" else repr(mutagen.File(io.BytesIO(data)).tags)
+    data = asyncio.run(stream(tone(1), fmt, tag=TAG)) if streamed else asyncio.run(convert(tone(1), RATE, fmt, tag=TAG)).data
+    found = metadata(data) if name != "opus" else repr(mutagen.File(io.BytesIO(data)).tags)
     assert "Synthetic speech" in found
     assert "model csm-1b, voice heart" in found
     if name in {"mp3", "flac"}:
@@ -254,11 +254,11 @@ def test_a_file_says_that_its_speech_is_synthetic(name: str, streamed: bool) -> 
 
 
 @every_format
-def test_without_a_mark_nothing_is_said(fmt: AudioFormat) -> None:
+def test_without_a_tag_the_metadata_says_nothing(fmt: AudioFormat) -> None:
     assert b"Synthetic" not in asyncio.run(convert(tone(0.2), RATE, fmt)).data
 
 
-def test_a_strange_voice_name_cannot_spoil_the_mark() -> None:
+def test_a_strange_voice_name_cannot_break_the_tag() -> None:
     data = asyncio.run(convert(tone(0.2), RATE, FORMATS["flac"], tag=SyntheticTag("hibari", "-y\0\n;=日本" + "x" * 5000))).data
     comment = mutagen.File(io.BytesIO(data)).tags["description"][0]
     assert "voice -y;=日本xxx" in comment
@@ -301,11 +301,11 @@ def test_an_ffmpeg_killed_midway_breaks_the_stream(fmt: AudioFormat, seconds: fl
         asyncio.run(_broken_midway(lambda child: child.kill(), seconds, fmt))
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.1, "made no progress"), (60.0, "took no sound")])
-def test_an_ffmpeg_that_hangs_is_killed(seconds: float, said: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConversionError, match=said):
+@pytest.mark.parametrize(("seconds", "message"), [(0.1, "made no progress"), (60.0, "accepted no input")])
+def test_an_ffmpeg_that_hangs_is_killed(seconds: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConversionError, match=message):
         asyncio.run(_broken_midway(lambda child: child.suspend(), seconds))
-    assert said in caplog.text
+    assert message in caplog.text
 
 
 SCRIPTS = {
@@ -314,8 +314,8 @@ SCRIPTS = {
     "prints garbage": "cat >/dev/null; echo garbage",
     "writes garbage": 'cat >/dev/null; for last; do :; done; case $last in pipe:*) ;; *) echo garbage >"$last";; esac',
     "writes nothing": "cat >/dev/null",
-    "succeeds too soon": "exit 0",
-    "shuts its ears": "exec 0<&-; sleep 600",
+    "succeeds too early": "exit 0",
+    "closes its input": "exec 0<&-; sleep 600",
     "hangs with a child": "sleep 600 & wait",
     "kills itself": "kill -9 $$",
     "floods stderr": "cat >/dev/null; yes complaint | head -c 3000000 >&2; exit 1",
@@ -407,7 +407,7 @@ def test_cancelled_at_any_moment_nothing_is_left(scratch: Path) -> None:
     asyncio.run(cancel_many())
 
 
-def test_a_stream_closed_by_somebody_else_ends_the_reader_with_an_error() -> None:
+def test_a_stream_closed_by_another_task_gives_the_reader_an_error() -> None:
     async def close_midway(fmt: AudioFormat) -> None:
         async with StreamEncoder(fmt, RATE) as encoder:
 
@@ -422,7 +422,7 @@ def test_a_stream_closed_by_somebody_else_ends_the_reader_with_an_error() -> Non
             await reading
 
     for name in ("mp3", "pcm"):
-        with pytest.raises(ConversionError, match="given up"):
+        with pytest.raises(ConversionError, match="was cancelled"):
             asyncio.run(close_midway(FORMATS[name]))
 
 
@@ -430,7 +430,7 @@ def test_an_encoder_that_was_never_entered_can_be_closed() -> None:
     asyncio.run(StreamEncoder(FORMATS["mp3"], RATE).aclose())
 
 
-def test_a_reader_that_never_reads_holds_nobody() -> None:
+def test_a_slow_reader_does_not_block_the_writer() -> None:
     async def write_all() -> None:
         async with StreamEncoder(FORMATS["wav"], RATE) as encoder:
             await encoder.write(tone(30))  # 1.4 MB, far more than any pipe holds
@@ -442,7 +442,7 @@ def test_a_reader_that_never_reads_holds_nobody() -> None:
     asyncio.run(asyncio.wait_for(write_all(), 60))
 
 
-def test_what_a_killed_server_left_is_cleaned_and_what_is_in_use_is_not(scratch: Path) -> None:
+def test_folders_of_killed_servers_are_removed_and_those_in_use_are_kept(scratch: Path) -> None:
     script = (
         "import os, signal, ffmpeg as t\nwith t.temporary_folder() as f:\n (f / 'speech.mp3').write_bytes(b'x'); os.kill(os.getpid(), 9)"
     )
@@ -460,7 +460,7 @@ def test_what_a_killed_server_left_is_cleaned_and_what_is_in_use_is_not(scratch:
     foreign.rmdir()
 
 
-def test_a_failure_is_in_the_log_with_ffmpegs_own_words(fake_ffmpeg: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_with_ffmpegs_message(fake_ffmpeg: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
     fake_ffmpeg("cat >/dev/null; echo 'no such encoder' >&2; exit 8")
     with caplog.at_level(logging.ERROR), pytest.raises(ConversionError, match="status 8"):
         asyncio.run(convert(tone(0.2), RATE, FORMATS["mp3"]))

@@ -1,4 +1,4 @@
-"""A text as long as a request may be: said whole, once, in order, whatever the format and however it is sent."""
+"""The longest text that a request may contain is spoken completely, once and in order, in every format, complete and streamed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENDINGS = (
 
 
 def sentences() -> list[str]:
-    """Different sentences that together are almost 4,000 characters."""
+    """Return different sentences, together almost 4,000 characters."""
     made: list[str] = []
     while sum(map(len, made)) + len(made) < 3900:
         n = len(made)
@@ -58,7 +58,7 @@ def spoken(server_url: str, name: str, streamed: bool, text: str = TEXT) -> Samp
 
 @cache
 def in_small_parts(server_url: str) -> float:
-    """The word error rate of the text in requests of five sentences each: what the voice and the recogniser make of these words."""
+    """Return the word error rate of the text in requests of five sentences each: the baseline of the voice and the recogniser."""
     import httpx
 
     heard = []
@@ -74,21 +74,21 @@ def test_the_text_is_as_long_as_a_request_may_be() -> None:
     assert len(set(SENTENCES)) == len(SENTENCES)
 
 
-def test_the_whole_is_heard_as_well_as_small_parts_of_it(server: RunningServer) -> None:
-    """In one format: the others are compared with it below."""
+def test_the_whole_text_is_understood_as_well_as_small_parts_of_it(server: RunningServer) -> None:
+    """Transcribe one format; the tests below compare the others with it."""
     heard = transcribe(spoken(server.url, "wav", False), 24_000, beam=1)
     assert word_error_rate(TEXT, heard) <= in_small_parts(server.url) + 0.02
     assert abs(len(words(heard)) - len(words(TEXT))) <= 0.02 * len(words(TEXT))  # no sentence is missing, none is there twice
 
 
 @pytest.mark.parametrize(("name", "streamed"), [("wav", True), ("flac", False), ("flac", True), ("pcm", True)])
-def test_lossless_formats_hold_the_very_same_samples(server: RunningServer, name: str, streamed: bool) -> None:
+def test_lossless_formats_hold_the_same_samples(server: RunningServer, name: str, streamed: bool) -> None:
     assert np.array_equal(spoken(server.url, name, streamed), spoken(server.url, "wav", False))
 
 
 @pytest.mark.parametrize("name", ["mp3", "opus", "aac"])
 def test_lossy_formats_sound_alike_complete_and_streamed(server: RunningServer, name: str) -> None:
-    """Their loudness over time, in steps of 50 ms, is that of the lossless file: nothing is missing, doubled or moved."""
+    """Compare the loudness in steps of 50 ms with the lossless file: nothing is missing, doubled or shifted."""
     text = " ".join(SENTENCES[:20])
     reference = _loudness(spoken(server.url, "wav", False, text))
     for streamed in (False, True):
@@ -103,12 +103,12 @@ def test_no_gap_is_longer_than_the_set_pause(server: RunningServer) -> None:
     samples = spoken(server.url, "wav", False)
     sounding = np.flatnonzero(np.abs(samples) > 10 ** (-60 / 20))
     gaps = np.diff(sounding) / 24_000
-    assert gaps.max() <= 0.31  # the pause, to the joiner's hop of 5 ms on either side
+    assert gaps.max() <= 0.31  # the pause, plus the joiner's hop of 5 ms on either side
     assert np.count_nonzero(gaps > 0.29) == len(SENTENCES) - 1
 
 
 def test_joints_are_continuous(server: RunningServer) -> None:
-    """Where digital silence meets sound, the step is no larger than those within speech are all the time."""
+    """Check that the step between digital silence and sound is no larger than the steps within speech."""
     samples = spoken(server.url, "wav", False)
     edges = np.flatnonzero(np.diff((samples != 0).astype(np.int8)))
     long_silences = [(a, b) for a, b in pairwise(edges) if b - a > 2400 and not samples[a + 1]]

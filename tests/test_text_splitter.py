@@ -1,4 +1,4 @@
-"""Text is cut where a reader would pause, and nothing of it is lost."""
+"""Text is split where a reader would pause, and the segments joined are the text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def sentences(text: str) -> list[str]:
 
 @settings(max_examples=400, deadline=None)
 @given(any_text, segment_lengths)
-def test_segments_joined_are_the_text_again(text: str, segment_lengths: SegmentLengths) -> None:
+def test_segments_joined_are_the_text(text: str, segment_lengths: SegmentLengths) -> None:
     segments = split_text(text, segment_lengths)
     assert "".join(segments) == text
     if text.strip():
@@ -88,7 +88,7 @@ def test_no_segment_is_longer_than_the_maximum_unless_it_is_one_character(text: 
 
 @settings(max_examples=200, deadline=None)
 @given(any_text, st.integers(1, 40))
-def test_segments_are_halved_until_the_model_can_take_them(text: str, tokens: int) -> None:
+def test_segments_are_halved_until_they_fit_the_model(text: str, tokens: int) -> None:
     def fits(segment: str) -> bool:
         return len(segment.strip().encode("utf-8", "surrogatepass")) <= tokens
 
@@ -186,31 +186,31 @@ def test_a_few_last_words_join_the_segment_before() -> None:
     assert segments[-1].endswith("it. Good bye then.")
 
 
-def test_a_long_sentence_breaks_at_its_clauses() -> None:
+def test_a_long_sentence_is_cut_at_its_clauses() -> None:
     text = "when the rain had stopped at last, " * 20 + "we went home."
     segments = split_text(text, CSM)
     assert all(segment.strip().endswith((",", "home.")) for segment in segments)
     assert all(len(segment) <= CSM.maximum for segment in segments)
 
 
-def test_numbers_and_times_are_no_clauses() -> None:
+def test_numbers_and_times_are_not_cut() -> None:
     text = "we counted 1,234,567 of them at 10:30 and " * 20
     assert all("1,234,567" in part or "," not in part for part in split_text(text, CSM))
     assert not any(segment.strip().endswith((",", ":")) for segment in split_text(text, CSM))
 
 
-def test_without_clauses_a_long_sentence_breaks_between_words() -> None:
+def test_a_long_sentence_without_clauses_is_cut_between_words() -> None:
     words = [f"word{number}" for number in range(300)]
     segments = split_text(" ".join(words), CSM)
     assert [word for segment in segments for word in segment.split()] == words
 
 
-def test_a_long_quotation_breaks_at_the_sentences_inside() -> None:
+def test_a_long_quotation_is_cut_at_the_sentences_inside() -> None:
     text = "He said: “" + "This is one of many sentences in the quotation. " * 20 + "End.” And left."
     assert all(regex.search(r"[.][”]?$", segment.strip()) for segment in split_text(text, CSM))
 
 
-def test_chinese_without_spaces_breaks_at_its_commas_and_keeps_latin_words_whole() -> None:
+def test_chinese_without_spaces_is_cut_at_its_commas_and_keeps_latin_words_whole() -> None:
     commas = "我们今天去北京看朋友，" * 60
     assert all(segment.endswith("，") for segment in split_text(commas, CSM))
     mixed = "我喜欢Python编程" * 60
@@ -226,6 +226,6 @@ def test_one_endless_word_is_cut_into_even_parts() -> None:
     "unit", ["Hello there, my friend. ", "a", "…", ",", "。」", '"a. ', "(a. ", "- a\n", "\n\na", "a.", "a://", "字", "!)", " "]
 )
 def test_a_hundred_thousand_characters_come_back_whole(unit: str) -> None:
-    # Quadratic work on these would run into the time limit: a run of "…" once took seven minutes.
+    # Quadratic time on these would exceed the time limit: a run of "…" once took seven minutes.
     text = (unit * 100_000)[:100_000]
     assert "".join(split_text(text, CSM)) == text
