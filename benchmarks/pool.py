@@ -1,8 +1,8 @@
-"""What a second machine brings: texts a second through HAProxy with one server and with two, all on this machine.
+"""Measure what a second machine gains: texts per second through HAProxy with one server and with two, all on this machine.
 
     .venv/bin/python benchmarks/pool.py [--requests 24] [--clients 4] [--sentences 4]
 
-Two servers on one machine share its cores, so the figure for two is a lower bound of what two machines give.
+Two servers on one machine share its cores, so the figure for two servers is a lower bound for two machines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SMALL_REQUESTS = 300
 
 
 def speak(url: str, sentences: int) -> float:
-    """Seconds until one whole mp3 is here."""
+    """Return the seconds until one complete mp3 has arrived."""
     import httpx
 
     started = time.perf_counter()
@@ -36,17 +36,17 @@ def speak(url: str, sentences: int) -> float:
 
 
 def measure(name: str, url: str, arguments: argparse.Namespace) -> None:
-    """Print one row: texts a second, and the time that one of `clients` waits for its text."""
-    speak(url, arguments.sentences)  # warm
+    """Print one row: texts per second, and how long a client waits for its text."""
+    speak(url, arguments.sentences)  # warm-up
     started = time.perf_counter()
     with ThreadPoolExecutor(arguments.clients) as executor:
         seconds = sorted(executor.map(lambda _: speak(url, arguments.sentences), range(arguments.requests)))
     rate = arguments.requests / (time.perf_counter() - started)
-    print(f"| {name:28} | {rate:14.2f} | {statistics.median(seconds):10.2f} | {seconds[-1]:11.2f} |", flush=True)
+    print(f"| {name:28} | {rate:16.2f} | {statistics.median(seconds):10.2f} | {seconds[-1]:11.2f} |", flush=True)
 
 
 def hop(url: str) -> float:
-    """Median milliseconds of one small request on a kept connection."""
+    """Return the median milliseconds of one small request on a persistent connection."""
     import httpx
 
     seconds = []
@@ -68,9 +68,9 @@ def main() -> None:
     print(
         f"{arguments.requests} texts of {arguments.sentences} sentences, {arguments.clients} clients, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
     )
-    print(f"| {'':28} | texts a second | median (s) | longest (s) |\n|{'-' * 30}|{'-' * 15}:|{'-' * 11}:|{'-' * 12}:|")
+    print(f"| {'':28} | texts per second | median (s) | longest (s) |\n|{'-' * 30}|{'-' * 17}:|{'-' * 11}:|{'-' * 12}:|")
     with tempfile.TemporaryDirectory() as folder:
-        # One thread a server, as far as its libraries let themselves be told: two machines do not share cores either.
+        # One thread per server, as far as its libraries can be limited: two machines do not share cores either.
         pool = Pool(Path(folder), DEFAULT_VOICE="heart", OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)
         try:
             pool.start()

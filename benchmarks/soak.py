@@ -1,12 +1,11 @@
-"""A server under mixed load for as long as is asked, watched all the while: what grows, what is left over, what goes wrong.
+"""Run a server under mixed load and watch what grows, what is left over and what fails.
 
     make soak                                       10,000 requests or an hour, whichever comes first
     make soak ARGS="--seconds 120"
     make soak ARGS="--requests 3000 --out somewhere"
 
-Loopback only. It writes soak.csv, a line a second, and soak.png, and ends with a verdict: the exit status is 1 when a request ended in a way
-it should not have, when a thread, a child process or a descriptor was left over, or when memory grew by more than 5 % after the first
-thousand requests.
+Loopback only. It writes soak.csv, one line per second, and soak.png. The exit status is 1 if a request ended unexpectedly, if a thread, a
+child process or a descriptor was left over, or if memory grew by more than 5 % after the first thousand requests.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ sys.path.insert(0, str(PROJECT))
 
 from audio_formats import FORMATS  # noqa: E402 - the project's folder comes first
 
-SETTLED_AFTER = 1000  # requests: caches are full and the allocator has seen every size
+SETTLED_AFTER = 1000  # requests: by then caches are full and the allocator has seen all sizes
 MOST_GROWTH = 0.05
 SENTENCES = (
     "Yes.",
@@ -50,7 +49,7 @@ SENTENCES = (
 
 @dataclass
 class Sample:
-    """How things stood at one moment; latencies, in seconds, are of the requests since the sample before."""
+    """The state of the server at one moment; latencies, in seconds, are those of the requests since the previous sample."""
 
     seconds: float
     requests: int
@@ -66,7 +65,7 @@ class Sample:
 
 @dataclass
 class Tally:
-    """What the workers count."""
+    """The counters that the workers share."""
 
     requests: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -84,14 +83,14 @@ class Tally:
                 self.unexpected.append(f"{kind}: {fault}")
 
     def take_latencies(self) -> list[float]:
-        """Those since the last call."""
+        """Return the latencies since the last call."""
         with self.lock:
             taken, self.latencies = self.latencies, []
         return taken
 
 
 class Load:
-    """Makes requests of every kind. Each method makes one and returns what was wrong with its end, if anything was."""
+    """Makes requests of all kinds. Each method makes one and returns its fault, or None."""
 
     def __init__(self, client: httpx.Client, generator: random.Random, recording: bytes) -> None:
         self._client = client
@@ -104,12 +103,12 @@ class Load:
             (10, self.refused),
             (10, self.cancelled),
             (4, self.abandoned),
-            (12, self.asked),
+            (12, self.other_path),
             (1, self.voice),
         ]
 
     def one(self) -> tuple[str, str | None]:
-        """A request of a random kind: its name, and its fault."""
+        """Make a request of a random kind; return its name and its fault."""
         weights = [weight for weight, _ in self.kinds]
         work = self._random.choices([work for _, work in self.kinds], weights)[0]
         try:
@@ -118,7 +117,7 @@ class Load:
             return work.__name__, f"{type(error).__name__}: {error}"
 
     def complete(self) -> str | None:
-        """A whole file in some format, at some speed."""
+        """Request a complete file in a random format and speed, and its timestamps."""
         response = self._post(response_format=self._format(), speed=self._random.choice([1.0, 1.0, 1.5]), timestamps=True)
         if response.status_code == 200 and "x-timestamps" in response.headers:
             captions = self._client.get(response.headers["x-timestamps"], params={"format": self._random.choice(["json", "vtt", "srt"])})
@@ -126,18 +125,18 @@ class Load:
         return _wrong(response, 200)
 
     def streamed(self) -> str | None:
-        """A stream of bytes, read to its end."""
+        """Read a byte stream to its end."""
         return _wrong(self._post(response_format=self._format(), stream=True), 200)
 
     def events(self) -> str | None:
-        """A stream of events, read to its end."""
+        """Read an event stream to its end."""
         response = self._post(stream_format="sse", response_format=self._format())
         if response.status_code == 200 and '"speech.audio.done"' not in response.text:
-            return "the events have no end"
+            return "the final event is missing"
         return _wrong(response, 200)
 
     def refused(self) -> str | None:
-        """Something that cannot be done."""
+        """Make a request that must be refused."""
         wrong: list[tuple[int, dict[str, Any]]] = [
             (400, {"voice": "nobody"}),
             (400, {"input": "!!!"}),
@@ -150,7 +149,7 @@ class Load:
         return _wrong(self._post(**changed), status)
 
     def cancelled(self) -> str | None:
-        """A client that goes away in the middle of a stream."""
+        """Disconnect in the middle of a stream."""
         body = self._body(input=SENTENCES[3] * 4, response_format=self._format(), stream=True)
         with self._client.stream("POST", "/v1/audio/speech", json=body) as response:
             for _ in zip(response.iter_raw(), range(self._random.randint(1, 3)), strict=False):
@@ -158,20 +157,20 @@ class Load:
             return f"status {response.status_code}" if response.status_code != 200 else None
 
     def abandoned(self) -> str | None:
-        """A client that goes away while it waits for a file."""
+        """Disconnect while waiting for a file."""
         with contextlib.suppress(httpx.ReadTimeout):
             self._client.post("/v1/audio/speech", json=self._body(input=SENTENCES[3] * 4), timeout=self._random.uniform(0.01, 0.2))
         return None
 
-    def asked(self) -> str | None:
-        """What a client asks for beside speech."""
+    def other_path(self) -> str | None:
+        """Request something other than speech."""
         path = self._random.choice(
             ["/health", "/health/ready", "/metrics", "/v1/audio/voices", "/v1/models", "/docs", "/openapi.json", "/"]
         )
         return _wrong(self._client.get(path), 200)
 
     def voice(self) -> str | None:
-        """A voice that is added and deleted."""
+        """Add a voice and delete it."""
         form = {"name": f"Soak {self._random.getrandbits(60):x}", "consent": "true", "ref_text": SENTENCES[1]}
         added = self._client.post("/v1/audio/voices", data=form, files={"audio_sample": ("a.wav", self._recording)})
         if added.status_code != 200:
@@ -190,13 +189,13 @@ class Load:
 
 def _wrong(response: httpx.Response, status: int) -> str | None:
     if response.status_code != status:
-        return f"status {response.status_code} in place of {status}: {response.text[:200]}"
-    return None if response.content else "an empty answer"
+        return f"status {response.status_code} instead of {status}: {response.text[:200]}"
+    return None if response.content else "an empty response"
 
 
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
-    """A server with the built-in voice, ended in order."""
+    """Run a server with the built-in voice and shut it down at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -223,7 +222,7 @@ def _ready(url: str) -> bool:
 
 
 def take_sample(process: psutil.Process, tally: Tally, started: float) -> Sample:
-    """How things stand."""
+    """Return the current state."""
     latencies = sorted(tally.take_latencies()) or [0.0]
     return Sample(
         seconds=round(time.monotonic() - started, 1),
@@ -240,7 +239,7 @@ def take_sample(process: psutil.Process, tally: Tally, started: float) -> Sample
 
 
 def drive(url: str, tally: Tally, stop: threading.Event, limit: int, seed: int, recording: bytes) -> None:
-    """One worker: requests one after another, until there have been enough."""
+    """Run one worker: make requests one after another until there are enough."""
     with httpx.Client(base_url=url, timeout=120) as client:
         load = Load(client, random.Random(seed), recording)  # noqa: S311 - variety, not secrecy
         while not stop.is_set() and tally.requests < limit:
@@ -249,20 +248,21 @@ def drive(url: str, tally: Tally, stop: threading.Event, limit: int, seed: int, 
             tally.add(kind, time.monotonic() - started, fault)
 
 
-def soak(asked: argparse.Namespace, folder: Path) -> tuple[list[Sample], Tally]:
-    """The whole run; its first sample is of the fresh server, its last one of the server when all clients have gone."""
+def soak(options: argparse.Namespace, folder: Path) -> tuple[list[Sample], Tally]:
+    """Run the whole test. The first sample shows the fresh server, the last one the server after all clients have disconnected."""
     tally, stop, samples = Tally(), threading.Event(), []
     with running_server(folder) as (process, url):
         recording = httpx.post(f"{url}/v1/audio/speech", json={"model": "m", "voice": "heart", "input": SENTENCES[1], "response_format": "wav"}, timeout=60).content  # fmt: skip
         started = time.monotonic()
         samples.append(take_sample(process, tally, started))
         workers = [
-            threading.Thread(target=drive, args=(url, tally, stop, asked.requests, asked.seed + n, recording)) for n in range(asked.workers)
+            threading.Thread(target=drive, args=(url, tally, stop, options.requests, options.seed + n, recording))
+            for n in range(options.workers)
         ]
         for worker in workers:
             worker.start()
         try:
-            while any(worker.is_alive() for worker in workers) and time.monotonic() - started < asked.seconds:
+            while any(worker.is_alive() for worker in workers) and time.monotonic() - started < options.seconds:
                 time.sleep(1)
                 samples.append(take_sample(process, tally, started))
         finally:
@@ -274,7 +274,7 @@ def soak(asked: argparse.Namespace, folder: Path) -> tuple[list[Sample], Tally]:
 
 
 def _settled(process: psutil.Process, tally: Tally, started: float) -> Sample:
-    """The sample when nothing is in progress any more, or what still is after ten seconds."""
+    """Return a sample as soon as nothing is in progress, at the latest after ten seconds."""
     for _ in range(100):
         last = take_sample(process, tally, started)
         if last.children == 0 and last.connections <= 1:
@@ -284,7 +284,7 @@ def _settled(process: psutil.Process, tally: Tally, started: float) -> Sample:
 
 
 def growth(samples: list[Sample]) -> float | None:
-    """How much memory grew, as a share, from the tenth of the run after the first thousand requests to the last tenth; None if too short."""
+    """Return the relative memory growth after the first thousand requests, first tenth to last tenth; None if the run is too short."""
     settled = [sample.rss_mb for sample in samples if sample.requests >= SETTLED_AFTER]
     if len(settled) < 20:
         return None
@@ -293,12 +293,12 @@ def growth(samples: list[Sample]) -> float | None:
 
 
 def faults(samples: list[Sample], tally: Tally) -> list[str]:
-    """Everything that should not be."""
+    """Return all faults of the run."""
     first, last = samples[0], samples[-1]
-    found = [f"{len(tally.unexpected)} unexpected ends, the first: {tally.unexpected[0]}"] if tally.unexpected else []
+    found = [f"{len(tally.unexpected)} requests ended unexpectedly, the first: {tally.unexpected[0]}"] if tally.unexpected else []
     if last.children:
         found.append(f"{last.children} child processes are left")
-    # Helper threads (server.py) come with the first requests and stay; the page's files have one or two of their own.
+    # Worker threads (server.py) start with the first requests and stay; serving the page's files adds one or two.
     if last.threads > first.threads + 5:
         found.append(f"{last.threads} threads, {first.threads} at the start")
     if last.descriptors > first.descriptors + 5:
@@ -310,7 +310,7 @@ def faults(samples: list[Sample], tally: Tally) -> list[str]:
 
 
 def draw(samples: list[Sample], file: Path) -> None:
-    """The run as a picture."""
+    """Draw the run."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -337,7 +337,7 @@ def draw(samples: list[Sample], file: Path) -> None:
 
 
 def write(samples: list[Sample], file: Path) -> None:
-    """The samples as CSV."""
+    """Write the samples as CSV."""
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, [column.name for column in fields(Sample)])
         writer.writeheader()
@@ -345,31 +345,31 @@ def write(samples: list[Sample], file: Path) -> None:
 
 
 def main() -> int:
-    """Run, write, draw, judge."""
+    """Run the test, write its files, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000, help="at most so many (10000)")
-    parser.add_argument("--seconds", type=float, default=3600, help="at most so long (3600)")
-    parser.add_argument("--workers", type=int, default=4, help="clients at a time (4)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is asked when (1)")
-    parser.add_argument("--out", type=Path, default=PROJECT / "test-results", help="folder of soak.csv and soak.png (test-results)")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--requests", type=int, default=10_000, help="maximum number of requests (10000)")
+    parser.add_argument("--seconds", type=float, default=3600, help="maximum duration (3600)")
+    parser.add_argument("--workers", type=int, default=4, help="concurrent clients (4)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random requests (1)")
+    parser.add_argument("--out", type=Path, default=PROJECT / "test-results", help="folder for soak.csv and soak.png (test-results)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        samples, tally = soak(asked, Path(folder))
-    write(samples, asked.out / "soak.csv")
-    draw(samples, asked.out / "soak.png")
+        samples, tally = soak(options, Path(folder))
+    write(samples, options.out / "soak.csv")
+    draw(samples, options.out / "soak.png")
     grown, found, last = growth(samples), faults(samples, tally), samples[-1]
-    told = "too short a run to say" if grown is None else f"{grown:+.1%}"
+    change = "the run was too short to tell" if grown is None else f"{grown:+.1%}"
     print(f"{last.requests} requests in {last.seconds:.0f} s: {json.dumps(tally.kinds)}")
     print(
-        f"memory {samples[0].rss_mb:.0f} MB at the start, {last.rss_mb:.0f} MB at the end; after the first {SETTLED_AFTER} requests: {told}"
+        f"memory {samples[0].rss_mb:.0f} MB at the start, {last.rss_mb:.0f} MB at the end; after the first {SETTLED_AFTER} requests: {change}"
     )
     print(
         f"left over: {last.children} children, {last.threads} threads ({samples[0].threads}), {last.descriptors} descriptors ({samples[0].descriptors})"
     )
     for fault in found:
         print(f"FAULT: {fault}")
-    print("bad" if found else "good")
+    print("FAILED" if found else "passed")
     return 1 if found else 0
 
 

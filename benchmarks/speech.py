@@ -1,9 +1,9 @@
-"""What the server costs beside its bare parts: the built-in voice alone, and ffmpeg alone, on the same machine in the same run.
+"""Measure what the server adds to its parts: the built-in voice alone and ffmpeg alone, on the same machine in the same run.
 
-    make bench                 all of it, some minutes
+    make bench                              everything, some minutes
     python benchmarks/speech.py --quick     fewer repetitions, no memory run
 
-Absolute times say as much about the machine as about the code; the ratios, taken side by side, are what to compare.
+Absolute times depend on the machine; compare the ratios, which are measured side by side.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEN = " ".join(
     f"{SENTENCE[:-1]} for the {word} time."
     for word in ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 )
-BYTES_A_SECOND = 48_000  # of pcm
+BYTES_A_SECOND = 48_000  # pcm
 
 
 def milliseconds(seconds: float) -> str:
@@ -90,7 +90,7 @@ class Server:
         return self.post(**fields).read()
 
     def memory(self) -> float:
-        """Resident, in MB."""
+        """Return the resident memory in MB."""
         return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
 
     def stop(self) -> None:
@@ -109,22 +109,9 @@ def running_server() -> Iterator[Server]:
 
 
 def encode_bare(pcm: bytes, name: str = "mp3") -> None:
-    """The same ffmpeg, the same options, nothing around it."""
-    command = [
-        str(find_ffmpeg()),
-        "-v",
-        "error",
-        "-f",
-        "s16le",
-        "-ar",
-        "24000",
-        "-ac",
-        "1",
-        "-i",
-        "pipe:0",
-        *FORMATS[name].encoder,
-        "pipe:1",
-    ]
+    """Run the same ffmpeg with the same options, without the server."""
+    source = ["-v", "error", "-f", "s16le", "-ar", "24000", "-ac", "1", "-i", "pipe:0"]
+    command = [str(find_ffmpeg()), *source, *FORMATS[name].encoder, "pipe:1"]
     subprocess.run(command, input=pcm, stdout=subprocess.DEVNULL, check=True)
 
 
@@ -137,7 +124,7 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
 
 
 def one_sentence(server: Server, voice: Hibari, runs: int) -> None:
-    """Server, bare voice and bare ffmpeg in turn, so that all three meet the same machine."""
+    """Measure server, bare voice and bare ffmpeg alternately, so that changes in the machine's load affect all three."""
     pcm = to_int16(voice(SENTENCE, seed=1))
     whole, speech, encode = [], [], []
     for _ in range(runs):
@@ -178,11 +165,11 @@ def streaming(server: Server, voice: Hibari, runs: int) -> None:
     print(
         f"\nBare voice's first sentence {milliseconds(sentence)} + one ffmpeg start {milliseconds(process)} = {milliseconds(sentence + process)}."
     )
-    print(f"Longest wait of a listener who plays the ten sentences as they come: {milliseconds(longest_gap(server))}.")
+    print(f"Longest gap for a listener who plays the ten sentences as they arrive: {milliseconds(longest_gap(server))}.")
 
 
 def longest_gap(server: Server) -> float:
-    """For how long a player that starts at the first byte would fall silent, at most."""
+    """Return the longest time in seconds that a player that starts at the first byte would have nothing to play."""
     response = server.post(input=TEN, response_format="pcm")
     response.read(1)
     started, received, worst = time.perf_counter(), 1, 0.0
@@ -194,7 +181,7 @@ def longest_gap(server: Server) -> float:
 
 
 def bare_throughput(voice: Hibari, count: int) -> float:
-    """Requests a second of the bare parts: the voice on one core, ffmpeg processes beside it on the other."""
+    """Return the requests per second of the bare parts: the voice on one core, ffmpeg processes on the other."""
     started = time.perf_counter()
     with ThreadPoolExecutor(2) as encoders:
         for number in range(count):
@@ -215,8 +202,8 @@ def throughput(server: Server, voice: Hibari, count: int) -> None:
             ratios.append(absolute[-1] / bare)
         rows.append([str(clients), f"{statistics.median(absolute):.1f}", f"{statistics.median(ratios):.0%}"])
     table(
-        f"Throughput, mp3, one sentence a request, median of 3 × {count}",
-        ["clients", "requests a second", "of what the bare parts give"],
+        f"Throughput, mp3, one sentence per request, median of 3 × {count}",
+        ["clients", "requests per second", "share of the bare parts' throughput"],
         rows,
     )
 
@@ -253,7 +240,7 @@ def main() -> None:
     for _ in range(2 if quick else 5):
         with running_server() as server:
             starts.append(server.start_seconds)
-    print(f"Start of the process to the voice being ready: {statistics.median(starts):.2f} s (median of {len(starts)}).")
+    print(f"From process start to voice ready: {statistics.median(starts):.2f} s (median of {len(starts)}).")
     voice = Hibari()
     with running_server() as server:
         print(f"Memory once ready: {server.memory():.0f} MB.")
