@@ -1,4 +1,4 @@
-"""What can go wrong around a running server, caused for real: the request it spoils is told, the next one is served, nothing is lost."""
+"""Real faults around a running server: the affected request gets an error, the next one is served, nothing is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def failed(response: httpx.Response, code: str) -> str:
 
 
 def speaks_without_ffmpeg(started: RunningServer) -> None:
-    """A server that found none at its start says so, and speaks what needs none."""
+    """Check a server that found no ffmpeg at its start: it reports that, and serves the formats that need none."""
     health = started.wait_for(lambda health: health["models"]["hibari"]["state"] == "ready")
     assert (health["status"], health["ffmpeg"], health["ffmpeg_version"]) == ("degraded", False, None)
     assert "ffmpeg is missing" in failed(speak(started), "conversion_failed")
@@ -54,7 +54,7 @@ def speaks_without_ffmpeg(started: RunningServer) -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server with presets and an ffmpeg of its own, which comes late, and which tests break and mend: it does what the file `fault` says."""
+    """A server with its own presets and its own ffmpeg, which is installed after the start and runs the shell code in the file `fault`."""
     from conftest import start_server
 
     folder = tmp_path_factory.mktemp("faults")
@@ -77,11 +77,11 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 @pytest.mark.parametrize("fault", ["exit 1", "exit 0", "echo this is no sound; exit 0", "cat >/dev/null; echo this is no sound; exit 0", "head -c 9000 >/dev/null; kill -9 $$", "head -c 3000000 /dev/zero; exit 3"])  # fmt: skip
-def test_an_ffmpeg_that_fails_is_told_and_the_next_request_served(own: RunningServer, fault: str) -> None:
+def test_an_ffmpeg_that_fails_is_reported_and_the_next_request_served(own: RunningServer, fault: str) -> None:
     (own.log.parent / "tools" / "fault").write_text(fault)
     try:
         failed(speak(own), "conversion_failed")
-        with contextlib.suppress(httpx.RemoteProtocolError):  # a stream that had begun is broken off instead
+        with contextlib.suppress(httpx.RemoteProtocolError):  # a stream that had begun is disconnected instead
             failed(speak(own, stream=True), "conversion_failed")
         assert speak(own, response_format="pcm").status_code == 200
     finally:
@@ -89,7 +89,7 @@ def test_an_ffmpeg_that_fails_is_told_and_the_next_request_served(own: RunningSe
     assert speak(own).status_code == 200
 
 
-def test_an_ffmpeg_that_hangs_is_given_up(own: RunningServer) -> None:
+def test_an_ffmpeg_that_hangs_is_killed(own: RunningServer) -> None:
     (own.log.parent / "tools" / "fault").write_text("sleep 100; exit 0")
     try:
         with ThreadPoolExecutor(2) as pool:
@@ -101,7 +101,7 @@ def test_an_ffmpeg_that_hangs_is_given_up(own: RunningServer) -> None:
     assert speak(own).status_code == 200
 
 
-def test_an_ffmpeg_that_vanishes_is_told_until_it_is_back(own: RunningServer) -> None:
+def test_a_missing_ffmpeg_is_reported_until_it_is_back(own: RunningServer) -> None:
     program = own.log.parent / "tools" / "ffmpeg"
     program.rename(program.with_name("gone"))
     try:
@@ -115,7 +115,7 @@ def test_an_ffmpeg_that_vanishes_is_told_until_it_is_back(own: RunningServer) ->
     assert own.health()["status"] == "ok"
 
 
-def test_presets_that_are_removed_and_come_back(own: RunningServer) -> None:
+def test_presets_that_are_removed_and_restored(own: RunningServer) -> None:
     folder = own.log.parent / "presets"
     folder.rename(folder.with_name("away"))
     try:
@@ -145,7 +145,7 @@ def test_a_full_disk_costs_files_and_log_lines_and_nothing_else(own: RunningServ
     assert answer.headers["x-request-id"] in log.read_text()
 
 
-def test_no_file_descriptors_spoil_what_needs_one_and_nothing_after(own: RunningServer) -> None:
+def test_missing_file_descriptors_affect_no_later_request(own: RunningServer) -> None:
     pid, limit = own.process.pid, resource.RLIMIT_NOFILE
     with own.client() as client:
         assert client.get("/health").status_code == 200
@@ -161,9 +161,7 @@ def test_no_file_descriptors_spoil_what_needs_one_and_nothing_after(own: Running
     assert speak(own).status_code == 200
 
 
-def test_a_cache_that_cannot_be_written_costs_what_is_kept_there_and_not_the_start(
-    make_server: Callable[..., RunningServer], tmp_path: Path
-) -> None:
+def test_a_server_starts_with_a_cache_that_cannot_be_written(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     server = make_server(CACHE_DIR=tmp_path / "file" / "cache")
     assert speak(server).status_code == 200
@@ -180,7 +178,7 @@ def test_a_cache_that_cannot_be_written_costs_what_is_kept_there_and_not_the_sta
 
 
 class Impatient(GuardedProtocol):
-    """The real protocol, with less patience than any client of the tests."""
+    """The real protocol with shorter timeouts."""
 
     head_seconds = 0.3
     body_seconds = 0.6
@@ -188,7 +186,7 @@ class Impatient(GuardedProtocol):
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a server that waits for no slow request."""
+    """The port of a server with short timeouts."""
     chosen: dict[str, Any] = {"csm": "off", "default_voice": "heart", "cache_dir": tmp_path_factory.mktemp("impatient")}
     app = create_app(Settings(**chosen))
     port = free_port()
@@ -218,7 +216,7 @@ def until_closed(opened: socket.socket) -> bytes:
 
 
 def drip(port: int, first: bytes, slow: bytes) -> bytes:
-    """Send `first` at once and `slow` byte by byte; what comes back."""
+    """Send `first` at once and `slow` byte by byte; return the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as opened:
         opened.sendall(first)
         with contextlib.suppress(OSError):
@@ -239,23 +237,23 @@ def drip(port: int, first: bytes, slow: bytes) -> bytes:
     ],
     ids=["head", "second-head", "body", "chunked-body", "half-a-body"],
 )
-def test_a_request_that_does_not_arrive_is_given_up(impatient: int, first: bytes, slow: bytes) -> None:
+def test_a_request_that_does_not_arrive_times_out(impatient: int, first: bytes, slow: bytes) -> None:
     answer = drip(impatient, first, slow)
     assert b"HTTP/1.1 408 Request Timeout" in answer
     assert json.loads(answer[answer.index(b'{"error"') :])["error"]["code"] == "request_timeout"
 
 
-def test_a_connection_without_a_byte_is_closed_without_a_word(impatient: int) -> None:
+def test_a_connection_without_a_byte_is_closed_without_an_answer(impatient: int) -> None:
     assert drip(impatient, b"", b"") == b""
 
 
-def test_a_refused_request_whose_body_never_ends_is_given_up(impatient: int) -> None:
+def test_a_refused_request_whose_body_never_ends_times_out(impatient: int) -> None:
     answer = drip(impatient, b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 10)
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_a_patient_server_is_not_hurried_by_pauses_between_requests(impatient: int) -> None:
+def test_pauses_between_requests_do_not_time_out(impatient: int) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{impatient}", timeout=30) as client:
         for _ in range(3):
             assert client.get("/health").status_code == 200
@@ -264,7 +262,7 @@ def test_a_patient_server_is_not_hurried_by_pauses_between_requests(impatient: i
 
 
 def limited_server(folder: Path, descriptors: int) -> RunningServer:
-    """A server that may have so many open files, and no more."""
+    """Start a server with a limit of open files."""
     port, log = free_port(), folder / "stderr.log"
     command = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", sys.executable, "server.py"]
     with log.open("ab") as stderr:
@@ -273,7 +271,7 @@ def limited_server(folder: Path, descriptors: int) -> RunningServer:
     return RunningServer(process, port, folder / "cache", log)
 
 
-def test_more_idle_connections_than_there_is_room_for_keep_nobody_out(tmp_path: Path) -> None:
+def test_more_idle_connections_than_the_limit_keep_nobody_out(tmp_path: Path) -> None:
     server = limited_server(tmp_path, 256)
     idle: list[socket.socket] = []
     try:
