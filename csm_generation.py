@@ -1,4 +1,4 @@
-"""Generates CSM segments: batches, streaming, cancellation, retries, and text order."""
+"""Speaks with a loaded CSM: batches of segments, streaming, retries, cancellation, text order."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ import numpy as np
 from mlx_audio.tts.models.sesame import Model
 from numpy.typing import NDArray
 
-from audio_formats import Samples
+from audio_formats import SAMPLE_RATE, Samples
 from config import Settings
 from csm_decoding import BATCH_POSITIONS, CONTEXT, CodecDecoder, FrameBatch, PromptTokens, RowSampler, attempt_seed, memory_errors
 from csm_prompts import PromptStore
-from csm_quality import FRAME_MS, SAMPLE_RATE, Attempt, Fault, PauseLimiter, best, frame_budget, judge, repaired, silent
+from csm_quality import FRAME_MS, Attempt, Fault, PauseLimiter, best, frame_budget, judge, repaired, silent
 from errors import InputTooLongError, InternalError
 from speech_model import SegmentChunk, SpeechOptions
 from transcription import MOST_WORD_ERRORS, Recognizer
 from voice_presets import Voice
 
-# A streamed segment that is still silent after this is said again: nothing of it has been heard yet.
+logger = logging.getLogger(__name__)
+
+# Samples. A streamed segment that is still silent after this is retried: nothing of it was sent yet.
 _LONGEST_SILENT_START = 2 * SAMPLE_RATE
+_WARM_UP_FRAMES = 2
+_WARM_UP_TEXT = "Hi."
+
+_Check = Callable[[], None]
+"""Raises _CancelledError when the request is cancelled."""
+
+
+class _CancelledError(Exception):
+    """The request is cancelled."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the request's wishes, else the preset's."""
+    """How tokens are drawn: as the request says, else as the preset says."""
 
     seed: int
     temperature: float
@@ -37,34 +48,26 @@ class Sampling:
 
 @dataclass
 class Segment:
-    """One segment on its way.
-
-    Attributes:
-        index: Its place in the text.
-        text: What is to be said.
-        prompt: What the model continues.
-        budget: It gets no more frames than this.
-        attempts: How it came out so far.
-    """
+    """One segment of the text, and the attempts at it so far."""
 
     index: int
     text: str
     prompt: PromptTokens
-    budget: int
+    budget: int  # the most frames
     attempts: list[Attempt] = field(default_factory=list)
 
 
 @dataclass
 class Row:
-    """A segment in a batch: the frames it has, of shape (codebooks,) each, whether it ended by itself, and whether it left the batch."""
+    """A segment in a batch."""
 
     segment: Segment
-    frames: list[NDArray[np.int32]] = field(default_factory=list)
-    ended: bool = False
-    left: bool = False
+    frames: list[NDArray[np.int32]] = field(default_factory=list)  # shape (codebooks,) each
+    ended: bool = False  # by the model, not by the budget
+    left: bool = False  # the batch
 
-    def take(self, frame: NDArray[np.int32]) -> None:
-        """The next frame; all codebooks 0 is CSM's end of speech."""
+    def add(self, frame: NDArray[np.int32]) -> None:
+        """Add the next frame; all codebooks 0 is CSM's end of speech."""
         if frame.any():
             self.frames.append(frame)
         else:
@@ -73,32 +76,32 @@ class Row:
 
 
 class TextOrder:
-    """Holds back what is ready before its turn."""
+    """Puts finished segments into the text's order."""
 
     def __init__(self) -> None:
         self._ready: dict[int, SegmentChunk] = {}
         self._next = 0
 
     def add(self, chunk: SegmentChunk) -> None:
-        """A whole segment is ready."""
+        """Add a complete segment."""
         self._ready[chunk.segment] = chunk
 
-    def passed_on(self, segment: int) -> None:
-        """That segment went out by another way."""
+    def skip(self, segment: int) -> None:
+        """Continue after `segment`, which was streamed."""
         self._next = segment + 1
 
     def release(self) -> Iterator[SegmentChunk]:
-        """The segments whose turn it is."""
+        """Yield the segments that are next in the text."""
         while self._next in self._ready:
             self._next += 1
             yield self._ready.pop(self._next - 1)
 
 
 class LiveSegment:
-    """A segment that is heard while it is generated.
+    """A segment that is streamed while it is generated.
 
     Args:
-        limiter: Shortens its pauses, and has it held back while it is silent; without one all is passed on as it comes.
+        limiter: Shortens its pauses. With it, silence at the beginning is held back; without it, nothing is.
     """
 
     def __init__(self, limiter: PauseLimiter | None) -> None:
@@ -110,14 +113,14 @@ class LiveSegment:
 
     @property
     def hopeless(self) -> bool:
-        """Whether it should be said again rather than waited for: not a number, or silent for too long."""
+        """Whether to stop and retry it: it has a sample that is not a number, or is silent for too long."""
         return self.broken or (not self.heard and sum(map(len, self._held)) > _LONGEST_SILENT_START)
 
-    def feed(self, sound: Samples) -> Samples:
-        """What may be heard now that `sound`, shape (n,), has come."""
-        self._blocks.append(sound)
-        self._held.append(sound)
-        self.broken = not np.isfinite(sound).all()
+    def feed(self, block: Samples) -> Samples:
+        """Take the next block, shape (n,); return the samples that can be sent now."""
+        self._blocks.append(block)
+        self._held.append(block)
+        self.broken = not np.isfinite(block).all()
         held = np.concatenate(self._held)
         if self.broken or not len(held) or (self._limiter and not self.heard and silent(held)):
             return np.empty(0, np.float32)
@@ -126,36 +129,19 @@ class LiveSegment:
         return self._limiter.feed(held) if self._limiter else held
 
     def flush(self) -> Samples:
-        """What is still to be heard at its end."""
+        """Return the samples that are left at the end."""
         return self._limiter.flush() if self._limiter else np.empty(0, np.float32)
 
     def samples(self) -> Samples:
-        """All of it, as the model gave it."""
+        """Return the whole segment as the model generated it."""
         return np.concatenate(self._blocks)
 
 
-logger = logging.getLogger(__name__)
-
-_WARM_UP_FRAMES = 2
-_WARM_UP_TEXT = "Hi."
-
-_Check = Callable[[], None]
-
-
-class _CancelledError(Exception):
-    """Nobody waits for this utterance any more."""
-
-
 class CsmSpeaker:
-    """Speaks with a loaded CSM. Everything happens on the thread that loaded the model.
-
-    Args:
-        model: mlx_audio.tts.models.sesame.Model.
-        prompts: The voices' prompts.
-        settings: max_batch, guard, max_retries, max_pause_ms and verify.
+    """Speaks with a loaded CSM. Use it only on the thread that loaded the model.
 
     Raises:
-        ModelLoadError: VERIFY asks for a recogniser and there is none.
+        ModelLoadError: VERIFY needs a recogniser and there is none.
     """
 
     def __init__(self, model: Model, prompts: PromptStore, settings: Settings) -> None:
@@ -166,15 +152,15 @@ class CsmSpeaker:
         self._max_batch = settings.max_batch
         self._max_pause_ms = settings.max_pause_ms
         self._decoder = CodecDecoder(model)
-        self._check = Recognizer() if settings.verify == "whisper" else None
+        self._recognizer = Recognizer() if settings.verify == "whisper" else None
 
     def fits(self, text: str, voice: Voice) -> bool:
-        """Whether the voice's prompt, `text` and the frames that it takes to say it stay within the model's context."""
+        """Return whether the voice's prompt, `text` and its frames fit into the model's context."""
         tokens, _ = self._prompts.tokens(voice, text.strip())
         return len(tokens) + frame_budget(text, voice.preset.max_audio_length_ms) <= CONTEXT
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
-        """Have each voice's prompt encoded, and say a few frames, so that the first caller does not wait for kernels to be compiled."""
+        """Encode each voice's prompt and generate a few frames, so that the first request does not wait for kernels to compile."""
         with memory_errors(), self._cleaned_up():
             for place, voice in enumerate(voices):
                 rows = 2 if place == 0 and self._max_batch > 1 else 1
@@ -185,11 +171,11 @@ class CsmSpeaker:
                     self._decode(frames, lambda: None)
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
-        """Say the segments, as `SpeechModel.speak`; `cancelled` is asked before each frame and each decoded block.
+        """Speak the segments as `SpeechModel.speak` does; call `cancelled` before each frame and each decoded block.
 
         Raises:
-            InputTooLongError: A segment leaves no room for its own sound in the model's context.
-            InternalError: The model gave nothing that can be played, however often it was asked.
+            InputTooLongError: A segment leaves no room for its frames in the model's context.
+            InternalError: The model produced no usable audio in all attempts.
             InsufficientMemoryError: MLX ran out of memory.
         """
 
@@ -205,7 +191,7 @@ class CsmSpeaker:
 
     @contextmanager
     def _cleaned_up(self) -> Iterator[None]:
-        """Leave nothing of an utterance behind: neither the codec's state nor the caches, which mlx-audio keeps until the next."""
+        """Reset the codec and free the caches at the end, which mlx-audio would keep until the next request."""
         try:
             yield
         finally:
@@ -229,7 +215,7 @@ class CsmSpeaker:
         if options.streamed and pending:
             first = pending.pop(0)
             yield from self._stream(first, sampling, check)
-            order.passed_on(first.index)
+            order.skip(first.index)
             yield from order.release()
         while pending:
             for row in self._generate(self._next_batch(pending), sampling, check):
@@ -249,12 +235,12 @@ class CsmSpeaker:
         room = CONTEXT - len(prompt[0])
         if room < 1:
             raise InputTooLongError(
-                "A part of the text is too long to be said after this voice's prompt: break it into sentences.", param="input"
+                "A part of the text is too long for the model together with this voice's prompt: split it into sentences.", param="input"
             )
         return Segment(index, text, prompt, min(budget, room))
 
     def _next_batch(self, pending: list[Segment]) -> list[Segment]:
-        """Take segments from `pending`, in text order, as many as fit side by side into the context and into `BATCH_POSITIONS`."""
+        """Remove and return the first segments of `pending`, in text order, as many as fit into the context and `BATCH_POSITIONS`."""
         pending.sort(key=lambda segment: segment.index)
         count = 1
         while count < min(self._max_batch, len(pending)):
@@ -268,7 +254,7 @@ class CsmSpeaker:
         return batch
 
     def _generate(self, segments: Sequence[Segment], sampling: Sampling, check: _Check) -> Iterator[Row]:
-        """The loop: each row is yielded after each of its frames, for the last time with `left`."""
+        """Generate a batch of segments; yield each row after each of its frames, the last time with `left`."""
         seeds = [attempt_seed(sampling.seed, segment.index, len(segment.attempts)) for segment in segments]
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_k)
         batch = FrameBatch(self._model.model, [segment.prompt for segment in segments], sampler)
@@ -277,7 +263,7 @@ class CsmSpeaker:
             check()
             frames = batch.step(more=any(len(row.frames) + 1 < row.segment.budget for row in rows))
             for row, frame in zip(rows, frames, strict=True):
-                row.take(frame)
+                row.add(frame)
             staying = [place for place, row in enumerate(rows) if not row.left]
             if 0 < len(staying) < len(rows):
                 batch.keep(staying)
@@ -285,7 +271,7 @@ class CsmSpeaker:
             rows = [rows[place] for place in staying]
 
     def _decode(self, frames: Sequence[NDArray[np.int32]], check: _Check) -> Samples:
-        """The samples of a whole segment."""
+        """Return the samples of a whole segment."""
         self._decoder.begin()
         blocks = []
         for frame in frames:
@@ -295,27 +281,22 @@ class CsmSpeaker:
         return np.concatenate([*blocks, self._decoder.finish()])
 
     def _finish(self, row: Row, check: _Check) -> SegmentChunk | None:
-        """Decode and judge a segment that left its batch; None if it is to be said again."""
-        attempt = self._judged(row.segment, self._decode(row.frames, check), row.ended)
-        return self._settled(row.segment, attempt)
+        """Decode and check a segment that left its batch; return None to retry it."""
+        return self._settled(row.segment, self._judged(row.segment, self._decode(row.frames, check), row.ended))
 
     def _judged(self, segment: Segment, samples: Samples, ended: bool) -> Attempt:
         faults = judge(segment.text, samples, ended)
         if not self._guarded:
             faults = tuple(fault for fault in faults if fault is Fault.NOT_FINITE)
-        if self._check is None or any(fault.unusable for fault in faults):
+        if self._recognizer is None or any(fault.unusable for fault in faults):
             return Attempt(samples, ended, faults)
-        rate = self._check.word_error_rate(segment.text, samples)
+        rate = self._recognizer.word_error_rate(segment.text, samples)
         if self._guarded and rate is not None and rate > MOST_WORD_ERRORS:
             faults = (*faults, Fault.WRONG_WORDS)
         return Attempt(samples, ended, faults, rate)
 
     def _settled(self, segment: Segment, attempt: Attempt) -> SegmentChunk | None:
-        """The segment as it is to be heard; None if it is to be said again.
-
-        Raises:
-            InternalError: None of its attempts can be played.
-        """
+        """Record an attempt; return the best one, repaired, or None to retry. Raise InternalError if no attempt is usable."""
         segment.attempts.append(attempt)
         _report(segment, attempt)
         if attempt.faults and len(segment.attempts) < self._most_attempts:
@@ -330,15 +311,15 @@ class CsmSpeaker:
         return SegmentChunk(segment.index, samples, True, len(segment.attempts) - 1, chosen.word_error_rate)
 
     def _stream(self, segment: Segment, sampling: Sampling, check: _Check) -> Iterator[SegmentChunk]:
-        """Say a segment alone and pass it on as it comes. As long as nothing of it was heard, it can be said again."""
+        """Generate one segment and yield its blocks as they come. It can be retried until its first block was sent."""
         while True:
             live = LiveSegment(PauseLimiter(self._max_pause_ms) if self._guarded else None)
             self._decoder.begin()
             for row in self._generate([segment], sampling, check):
-                sound = self._decoder.finish() if row.ended else self._decoder.push(row.frames[-1])
+                block = self._decoder.finish() if row.ended else self._decoder.push(row.frames[-1])
                 if row.left and not row.ended:
-                    sound = np.concatenate([sound, self._decoder.finish()])
-                heard = live.feed(sound)
+                    block = np.concatenate([block, self._decoder.finish()])
+                heard = live.feed(block)
                 if live.broken and live.heard:
                     raise _unplayable(segment)
                 if live.hopeless:
@@ -359,7 +340,7 @@ class CsmSpeaker:
 
 
 def _report(segment: Segment, attempt: Attempt) -> None:
-    """One line about an attempt that has something wrong with it; the text is nobody's business."""
+    """Log the faults and the word error rate of an attempt, never its text."""
     if attempt.faults:
         faults = ", ".join(fault.name.lower().replace("_", " ") for fault in attempt.faults)
         seconds = len(attempt.samples) / SAMPLE_RATE
@@ -371,6 +352,6 @@ def _report(segment: Segment, attempt: Attempt) -> None:
 def _unplayable(segment: Segment) -> InternalError:
     attempts = max(1, len(segment.attempts))
     return InternalError(
-        f"The model gave no sound that can be played for segment {segment.index + 1} of the text, in {attempts} attempt(s). "
-        "Try again with another seed, or with another voice."
+        f"The model produced no usable audio for segment {segment.index + 1} of the text in {attempts} attempt(s). "
+        "Try another seed or another voice."
     )

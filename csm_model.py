@@ -1,4 +1,4 @@
-"""CSM-1B, as a speech model: loaded, described and let go here; what it says is csm_generation's work."""
+"""CSM-1B as a speech model: load, describe, unload. csm_generation does the speaking."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from audio_formats import SAMPLE_RATE
 from config import Settings
 from csm_files import find_model
 from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
@@ -19,19 +20,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_RATE = 24_000  # Mimi's
 _LONGEST_SEGMENT = 400  # characters; users report garbage beyond a sentence or two, and good results from 280 to 400
 _FIRST_SEGMENT = 120
 
 
 class CsmModel:
-    """CSM-1B through mlx-audio. All but `info` belongs to one thread, from `load` to `close`: MLX's streams are a thread's own.
+    """CSM-1B through mlx-audio. Call all methods but `info` on one thread, from `load` to `close`: MLX's streams belong to a thread.
 
-    Importing this module imports neither MLX nor mlx-audio nor transformers: they are imported by `load`.
+    MLX, mlx-audio and transformers are imported by `load`, not with this module.
     """
 
     id = "csm-1b"
-    sample_rate = _SAMPLE_RATE
+    sample_rate = SAMPLE_RATE
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -39,16 +39,16 @@ class CsmModel:
             target=settings.group_characters, maximum=_LONGEST_SEGMENT, first=min(_FIRST_SEGMENT, settings.group_characters)
         )
         self._speaker: CsmSpeaker | None = None
-        self._facts: dict[str, Any] = {}
+        self._info: dict[str, Any] = {}
         self._memory: Callable[[], dict[str, float]] = dict
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
-        """Fetch what is missing, read it, and be ready to speak.
+        """Download the files that are missing, and load the model.
 
         Raises:
             ModelLoadError: With what failed and what to do.
         """
-        # Before anything imports tqdm: mlx-audio 0.6.2 and the hub's library write bars to stderr.
+        # Before tqdm is imported: mlx-audio 0.6.2 and the hub's library draw progress bars on stderr.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         files = find_model(self._settings.model_id, report)
@@ -66,42 +66,42 @@ class CsmModel:
             }
         network = csm_network.build(files, self._settings.model_dtype, report)
         self._speaker = CsmSpeaker(network, PromptStore(network, self._settings, files.prompts), self._settings)
-        facts: dict[str, Any] = {
+        info: dict[str, Any] = {
             "source": files.source,
             "dtype": csm_network.precision(network),
             "parameters": csm_network.parameters(network),
             "watermark": network.watermarks,
         }
-        self._facts = facts | ({"note": files.note} if files.note else {})
-        logger.info("model %s: %s, %s, %.2f G parameters", self.id, facts["source"], facts["dtype"], facts["parameters"] / 1e9)
+        self._info = info | ({"note": files.note} if files.note else {})
+        logger.info("model %s: %s, %s, %.2f G parameters", self.id, info["source"], info["dtype"], info["parameters"] / 1e9)
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
-        """Encode the voices' prompts and say a few frames, so that no caller waits for that."""
+        """Encode the voices' prompts and generate a few frames, so that the first request does not wait for it."""
         self._loaded().warm_up(voices)
 
     def refusal(self, text: str) -> str | None:
-        """Nothing: its tokenizer takes any text, and what becomes of it is for the guard to judge."""
+        """Return None: the tokenizer takes any text, and the quality checks judge the result."""
         return None
 
     def fits(self, text: str, voice: Voice) -> bool:
-        """Whether `text`, behind this voice's prompt, fits into the model's context."""
+        """Return whether `text`, after this voice's prompt, fits into the model's context."""
         return self._loaded().fits(text, voice)
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
-        """Say each segment in turn, as `SpeechModel.speak`."""
+        """Speak the segments, as `SpeechModel.speak`."""
         return self._loaded().speak(segments, voice, options, cancelled)
 
     def info(self) -> dict[str, Any]:
-        """Facts for `/health`; memory in GB (1e9 bytes), of all that MLX holds. Before a load only what MODEL_ID asks for."""
-        facts = self._facts
-        base = {"loaded": bool(facts), "model_id": self._settings.model_id, "sample_rate": self.sample_rate, "watermark": False}
-        return base | facts | (self._memory() if facts else {})
+        """Return the model's part of `/health`; memory in GB (1e9 bytes), all that MLX holds."""
+        info = self._info
+        base = {"loaded": bool(info), "model_id": self._settings.model_id, "sample_rate": self.sample_rate, "watermark": False}
+        return base | info | (self._memory() if info else {})
 
     def close(self) -> None:
-        """Give the memory back; `load` may be called again."""
+        """Free the memory; `load` may be called again."""
         loaded = self._speaker is not None
         self._speaker = None
-        self._facts = {}
+        self._info = {}
         gc.collect()  # modules and their caches refer to one another
         if loaded:
             import mlx.core as mx
@@ -111,13 +111,13 @@ class CsmModel:
 
     def _loaded(self) -> CsmSpeaker:
         if self._speaker is None:
-            raise RuntimeError("CSM is asked to speak before it is loaded")
+            raise RuntimeError("CSM is not loaded")
         return self._speaker
 
 
 @contextlib.contextmanager
 def _import_errors() -> Iterator[None]:
-    """MLX without a backend for this machine is an ImportError deep inside it."""
+    """Turn an ImportError into a ModelLoadError: MLX raises one where it has no backend for this machine."""
     try:
         yield
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""CSM's network, mlx-audio's, built from files on this machine: no network call, no second copy of the weights."""
+"""Builds mlx-audio's CSM network from local files: without a request to the hub, without a second copy of the weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class LocalCsm(sesame.Model):  # type: ignore[misc]  # mlx-audio has no types
-    """mlx-audio's model with a constructor that asks no hub.
+    """mlx-audio's model with a constructor that makes no request to the hub.
 
-    The stock one (mlx-audio 0.6.2) looks the codec and the tokenizer up on the hub each time it is built, also when both are in the
-    cache. Everything else is inherited.
+    The stock constructor (mlx-audio 0.6.2) asks the hub for the codec and the tokenizer even if both are in the cache. Everything else is
+    inherited.
     """
 
     def __init__(self, files: ModelFiles) -> None:
@@ -48,20 +48,20 @@ class LocalCsm(sesame.Model):  # type: ignore[misc]  # mlx-audio has no types
 
     @property
     def watermarks(self) -> bool:
-        """Whether what it says gets a watermark."""
+        """Return whether its speech gets a watermark."""
         return self._watermarker is not None and self._watermark_key is not None
 
 
 def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None]) -> LocalCsm:
-    """The network with its weights, all in memory.
+    """Return the network with its weights, all in memory.
 
     Args:
         files: From `find_model`.
-        dtype: What the weights are to be: "bfloat16", "float16", "float32", or "auto" for what the file has. Quantized ones stay as they are.
-        report: Told what is being done.
+        dtype: The type of the weights: "bfloat16", "float16", "float32", or "auto" for the file's own. Quantized ones stay as they are.
+        report: Called with the progress.
 
     Raises:
-        ModelLoadError: The files do not hold CSM-1B, or memory is short.
+        ModelLoadError: The files are not those of CSM-1B, or memory is short.
     """
     report(LoadProgress("reading the codec and the tokenizer"))
     try:
@@ -84,7 +84,7 @@ def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None])
 
 
 def parameters(model: LocalCsm) -> int:
-    """How many parameters CSM has (1.55 G the real one); the codec's are not counted."""
+    """Return the number of CSM's parameters (1.55 G for CSM-1B), without the codec's."""
     modules = dict(model.named_modules())
     count = 0
     for name, value in _flat(model).items():
@@ -96,7 +96,7 @@ def parameters(model: LocalCsm) -> int:
 
 
 def precision(model: LocalCsm) -> str:
-    """The type of the weights, in words: "bfloat16", or "8-bit"."""
+    """Return the type of the weights, such as "bfloat16" or "8-bit"."""
     head = model.model.codebook0_head
     return f"{head.bits}-bit" if hasattr(head, "bits") else str(head.weight.dtype).rpartition(".")[2]
 
@@ -107,7 +107,7 @@ def _flat(model: LocalCsm) -> dict[str, mx.array]:
 
 
 def _open_weights(files: ModelFiles) -> dict[str, mx.array]:
-    """The tensors of all files, not yet read: MLX reads each one when it is first needed."""
+    """Return the tensors of all files; MLX reads each when it is first used."""
     weights: dict[str, mx.array] = {}
     for path in files.weights:
         try:
@@ -118,11 +118,11 @@ def _open_weights(files: ModelFiles) -> dict[str, mx.array]:
 
 
 def _check_names(model: LocalCsm, weights: dict[str, mx.array], source: str) -> None:
-    """Refuse weights that are not exactly the network's, before gigabytes are read."""
+    """Raise if the weights are not exactly the network's, before gigabytes are read."""
     expected = _flat(model)
-    strange, missing = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
+    unknown, missing = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
     wrong = [name for name in sorted(weights.keys() & expected.keys()) if weights[name].shape != expected[name].shape]
-    for what, names in (("unknown", strange), ("missing", missing), ("of another shape", wrong)):
+    for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", wrong)):
         if names:
             raise ModelLoadError(
                 f"{source} is not a CSM-1B checkpoint that mlx-audio can read: {len(names)} tensors are {what}, {names[0]} for one. "
@@ -132,9 +132,9 @@ def _check_names(model: LocalCsm, weights: dict[str, mx.array], source: str) -> 
 
 
 def _read_into(model: LocalCsm, weights: dict[str, mx.array], dtype: mx.Dtype | None, report: Callable[[LoadProgress], None]) -> None:
-    """Read tensor by tensor, converting each while it is alone in memory, so that the file's own precision is never there as a whole.
+    """Read and convert tensor by tensor, so that memory never has a second copy in the file's own precision.
 
-    mlx-audio 0.6.2 reads everything as it is in the file and would have to be converted afterwards, both copies in memory.
+    mlx-audio 0.6.2 reads all tensors as they are in the file; a conversion after that needs both copies in memory.
     """
     total, done = sum(value.nbytes for value in weights.values()), 0
     for name in sorted(weights):
@@ -152,7 +152,7 @@ def _read_into(model: LocalCsm, weights: dict[str, mx.array], dtype: mx.Dtype | 
 def _tokenizer(files: ModelFiles) -> object:
     try:
         return sesame.load_llama3_tokenizer(str(files.tokenizer))
-    except Exception as error:  # transformers raises whatever the file's content leads it to
+    except Exception as error:  # transformers raises many kinds of errors on a bad file
         raise ModelLoadError(
             f"The tokenizer of {TOKENIZER_REPO} cannot be read ({type(error).__name__}): remove it from Hugging Face's cache.", retry=False
         ) from error
@@ -172,7 +172,7 @@ def _mimi(files: ModelFiles) -> Mimi:
 
 
 def _watermarker() -> object | None:
-    """What marks the sound where silentcipher is installed (it brings PyTorch along; a plain install has neither), else None."""
+    """Return mlx-audio's watermarker if silentcipher is installed (it needs PyTorch; a normal installation has neither), else None."""
     if sesame.load_watermarker is None:
         return None
     try:
@@ -184,6 +184,6 @@ def _watermarker() -> object | None:
 
 
 def _first_line(error: Exception) -> str:
-    """An MLX message, shortened and without the paths that it names."""
+    """Return an MLX message, shortened and without paths."""
     words = str(error).strip().partition("\n")[0].split()
     return " ".join("…" if "/" in word else word for word in words)[:200]

@@ -1,4 +1,4 @@
-"""CSM's voice prompts: each is read, resampled and encoded once, and its codec tokens are kept in memory and on disk."""
+"""Encodes CSM's voice prompts, each once, and keeps their codec tokens in memory and on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -25,11 +24,28 @@ from voice_presets import Voice
 
 logger = logging.getLogger(__name__)
 
-# Counted up whenever what a file in the cache means changes. mlx-audio's version is part of the key, too.
+# Increased whenever the meaning of a file in the cache changes. mlx-audio's version is part of the key, too.
 _FORMAT = 1
 _PROMPTS_IN_MEMORY = 64  # of at most 750 frames x 32 codebooks x 2 bytes = 48 KB each
 _DIGEST_BYTES = 32
 _ENCODER_PARTS = ("encoder.", "encoder_transformer.", "downsample.", "quantizer.")
+
+# The transcripts of the two prompts that come with CSM's weights, as in mlx-audio 0.6.2 (which has them inside a method that asks the hub
+# for files). A `.txt` file beside the recording takes precedence there and here.
+TRANSCRIPTS = {
+    "conversational_a": (
+        "like revising for an exam I'd have to try and like keep up the momentum because I'd start really early I'd be like okay I'm gonna "
+        "start revising now and then like you're revising for ages and then I just like start losing steam I didn't do that for the exam we "
+        "had recently to be fair that was a more of a last minute scenario but like yeah I'm trying to like yeah I noticed this yesterday "
+        "that like Mondays I sort of start the day with this not like a panic but like a"
+    ),
+    "conversational_b": (
+        "like a super Mario level. Like it's very like high detail. And like, once you get into the park, it just like, everything looks "
+        "like a computer game and they have all these, like, you know, if, if there's like a, you know, like in a Mario game, they will "
+        "have like a question block. And if you like, you know, punch it, a coin will come out. So like everyone, when they come into the "
+        "park, they get like this little bracelet and then you can go punching question blocks around."
+    ),
+}
 
 Codes = NDArray[np.int16]
 """A recording as Mimi's tokens, shape (frames, codebooks)."""
@@ -37,30 +53,22 @@ Codes = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class _Recording:
-    """A voice prompt's file and what is said in it.
-
-    Attributes:
-        path: The file.
-        words: What is said in it.
-        speaker: Who says it, where the prompt is a segment of its own.
-        built_in: It came with the model.
-        added: Somebody added it: its codes, from which it could be heard again, stay in its own folder and are deleted with it.
-    """
+    """A voice prompt's file and its transcript."""
 
     path: Path
-    words: str
-    speaker: int
-    built_in: bool
-    added: bool = False
+    transcript: str
+    speaker: int  # used where the prompt is a segment of its own
+    built_in: bool  # it came with the model
+    added: bool = False  # by a user: its codes, which can be decoded to speech, stay in its own folder and are deleted with it
 
 
 class PromptStore:
-    """The prompts of the voices that were asked for.
+    """Makes voice prompts from recordings, and caches their codes.
 
     Args:
-        model: mlx_audio.tts.models.sesame.Model.
-        settings: For the folder of the cache.
-        prompt_folder: Where `<voice_key>.wav` lie, as in the `prompts/` of CSM's repositories.
+        model: The loaded CSM.
+        settings: Only `cache_dir` is used.
+        prompt_folder: Has `<voice_key>.wav`, as the `prompts/` of CSM's repositories.
     """
 
     def __init__(self, model: sesame.Model, settings: Settings, prompt_folder: Path) -> None:
@@ -71,7 +79,7 @@ class PromptStore:
         self._codec: str | None = None
 
     def tokens(self, voice: Voice, text: str) -> PromptTokens:
-        """What the model is to continue when it says `text` with `voice`: the tokens of stock `generate()`, shape (positions, codebooks + 1).
+        """Return the prompt with which the model says `text` in `voice`: the same tokens as in stock `generate()`.
 
         Raises:
             InvalidAudioError: The voice's recording cannot be used.
@@ -79,16 +87,16 @@ class PromptStore:
         """
         preset = voice.preset
         recording = self._recording(voice)
-        said = self._audio(self._codes(recording), ends=not preset.voice_match)
+        audio = self._audio(self._codes(recording), ends=not preset.voice_match)
         if preset.voice_match:
-            parts = [self._text(f"{recording.words} {text}".strip(), preset.speaker_id), said]
+            parts = [self._text(f"{recording.transcript} {text}".strip(), preset.speaker_id), audio]
         else:
-            parts = [self._text(recording.words, recording.speaker), said, self._text(text, preset.speaker_id)]
+            parts = [self._text(recording.transcript, recording.speaker), audio, self._text(text, preset.speaker_id)]
         tokens, masks = zip(*parts, strict=True)
         return mx.concat(list(tokens), axis=0).astype(mx.int32), mx.concat(list(masks), axis=0).astype(mx.bool_)
 
     def prepare(self, voice: Voice) -> None:
-        """Have the voice's prompt ready in memory; raises as `tokens` does."""
+        """Load the voice's prompt into memory; raise as `tokens` does."""
         self._codes(self._recording(voice))
 
     def _text(self, text: str, speaker: int) -> PromptTokens:
@@ -96,7 +104,7 @@ class PromptStore:
         return tokens, mask
 
     def _audio(self, codes: Codes, *, ends: bool) -> PromptTokens:
-        """Frames of codes as the model reads them: in every place but the text's. `ends` adds the frame of zeros that ends a segment."""
+        """Return frames of codes as prompt tokens: the last column is the text's, and empty. `ends` adds the zero frame that ends a segment."""
         frames = np.vstack([codes, np.zeros((int(ends), codes.shape[1]), codes.dtype)])
         text = np.zeros((len(frames), 1), np.int32)
         tokens = mx.array(np.hstack([frames.astype(np.int32), text]))
@@ -109,27 +117,14 @@ class PromptStore:
                 voice.folder / preset.ref_audio, preset.ref_text or "", preset.speaker_id, built_in=False, added=voice.uploaded
             )
         key = preset.voice_key or ""
-        return _Recording(self._prompt_folder / f"{key}.wav", self._words_of(key), speaker=0, built_in=True)
+        return _Recording(self._prompt_folder / f"{key}.wav", self._transcript(key), speaker=0, built_in=True)
 
-    def _words_of(self, voice_key: str) -> str:
-        """The words of a built-in prompt: of the `.txt` beside it, else mlx-audio's.
-
-        mlx-audio has them inside a method that asks the hub for the files, so that very method runs here with its look-ups answered from
-        the prompt folder, and without reading the audio.
-        """
-
-        def look_up(repo_id: str, filename: str) -> str:  # noqa: ARG001 - the hub's signature
-            path = self._prompt_folder / Path(filename).name
-            if path.suffix == ".txt" and not path.is_file():
-                raise FileNotFoundError(filename)
-            return str(path)
-
-        method = FunctionType(sesame.Model.default_speaker_prompt.__code__, {**vars(sesame), "hf_hub_download": look_up})
-        words_only = SimpleNamespace(prepare_prompt=lambda text, *_: text)
-        return str(method(words_only, voice_key, "")[0])
+    def _transcript(self, voice_key: str) -> str:
+        file = self._prompt_folder / f"{voice_key}.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else TRANSCRIPTS[voice_key]
 
     def _codes(self, recording: _Recording) -> Codes:
-        """The recording's codes: from memory, else from the disk, else encoded."""
+        """Return the recording's codes: from memory, from the disk, or encoded now."""
         try:
             key = (recording.path, file_signature(recording.path))
             codes = self._in_memory.get(key)
@@ -153,7 +148,7 @@ class PromptStore:
         return codes
 
     def _key(self, recording: _Recording) -> str:
-        """What the codes depend on: the recording's bytes, how they are read, the codec's weights, the code."""
+        """Return a digest of everything that the codes depend on: the recording's bytes, how they are read, the codec's weights, the code."""
         if self._codec is None:
             self._codec = _codec_identity(self._model._audio_tokenizer)
         content = hashlib.sha256(recording.path.read_bytes()).hexdigest()
@@ -161,7 +156,7 @@ class PromptStore:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _read(self, file: Path) -> Codes | None:
-        """The codes in a file of the cache; None when there is none, or none that is whole."""
+        """Return the codes in a file of the cache; None if it is missing, unreadable or damaged."""
         try:
             data = file.read_bytes()
         except FileNotFoundError:
@@ -177,7 +172,7 @@ class PromptStore:
         return codes
 
     def _encode(self, recording: _Recording) -> Codes:
-        """Mimi's codes of a recording. The only place where a voice prompt is decoded, resampled or encoded."""
+        """Return Mimi's codes of a recording. Nothing else decodes, resamples or encodes a voice prompt."""
         if recording.built_in:
             audio = self._model.prepare_prompt("", 0, str(recording.path), self._model.sample_rate).audio
         else:
@@ -185,7 +180,7 @@ class PromptStore:
 
             audio = mx.array(read_recording(recording.path))
         codes = np.array(self._model._audio_tokenizer.encode(audio[None, None])[0]).T.astype(np.int16)
-        self._model._audio_tokenizer.reset_state()  # it would keep the encoder's caches until the next prompt
+        self._model._audio_tokenizer.reset_state()  # else it keeps the encoder's caches until the next prompt
         mx.clear_cache()
         return codes
 
@@ -197,7 +192,7 @@ def _unreadable(recording: _Recording) -> Exception:
 
 
 def _codec_identity(mimi: sesame.Mimi) -> str:
-    """A digest of all weights that turn audio into codes (0.3 s for Mimi): right whatever file they came from and however it is named."""
+    """Return a digest of all weights that turn audio into codes, whatever file they came from (takes 0.3 s for Mimi)."""
     digest = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(mimi.parameters())).items()):
         if name.startswith(_ENCODER_PARTS):
@@ -207,12 +202,12 @@ def _codec_identity(mimi: sesame.Mimi) -> str:
 
 
 def _write(file: Path, codes: Codes, *, make_folder: bool) -> None:
-    """Put codes into the cache, at once or not at all. A folder that cannot be written to only costs the next start its time."""
+    """Write codes into the cache, atomically. If that fails, they are encoded again at the next start."""
     payload = io.BytesIO()
     np.save(payload, codes, allow_pickle=False)
     data = payload.getvalue()
     try:
-        if make_folder:  # an added voice's has been there, and must not come back when it was deleted meanwhile
+        if make_folder:  # not for an added voice, whose folder may have been deleted meanwhile
             file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, hashlib.sha256(data).digest() + data)
     except OSError as error:

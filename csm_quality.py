@@ -1,4 +1,4 @@
-"""Checks the quality of a CSM segment: frame budgets, faults, and repairs."""
+"""Checks whether CSM spoke a segment well: frame budgets, faults, repairs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from audio_formats import Samples
+from audio_formats import SAMPLE_RATE, Samples
 
-SAMPLE_RATE = 24_000
 FRAME_MS = 80  # of CSM's codec: 12.5 frames a second
 
 # Pace, in syllables a second. Pellegrino, Coupé and Marsico (Language 87, 2011) measured averages from 5.2 (Mandarin) to 7.8 (Japanese),
-# English 6.2; half of that is slower than anybody reads aloud, and above 9 nobody reads intelligibly.
+# English 6.2; half of that is slower than any reader, and above 9 speech is not intelligible.
 _SLOWEST_PACE = 3.0
 _FASTEST_PACE = 9.0
-# The same in words, because short words are said slowly: "slower than normal" begins under 100 a minute (Tauroza and Allison 1990, lectures).
+# The same in words, because short words are spoken slowly: "slower than normal" begins under 100 a minute (Tauroza and Allison 1990, lectures).
 _SLOWEST_WORDS = 100 / 60
 _LETTERS_PER_SYLLABLE = 3.0  # English running text has 2.8 to 3.2
-# The most and the fewest syllables that one sign stands for: "77,000" says 7 with two digits of five, "2000" says 3 with four.
+# The fewest and the most syllables for one character: "2000" has 3 with four digits, "77,000" has 7 with five.
 _DIGIT_SYLLABLES = (0.5, 3.0)
 _SPELLED_SYLLABLES = (0.3, 1.5)  # a capital in "NATO" (fewest), in "WWW" (most)
 _SYMBOL_SYLLABLES = (0.0, 2.0)  # "%", "$", "@", "&", "+", "=", "/"
@@ -30,21 +29,21 @@ _IDEOGRAPH_SYLLABLES = (0.5, 2.0)  # a Chinese character is one; a Japanese one 
 _CLAUSE_PAUSE = 0.3
 _SENTENCE_PAUSE = 0.7
 _MARGIN_SECONDS = 2.0  # silence before and after, a breath, hesitation
-_GRACE_SECONDS = 0.25  # what the level-based end of speech misses of it
+_GRACE_SECONDS = 0.25  # at the end of speech, which is too quiet to be found by its level
 _SHORTEST_SECONDS = 0.08  # one frame
 
 _BLOCK_MS = 20
 _BLOCK = SAMPLE_RATE * _BLOCK_MS // 1000
-# Speech lies within about 35 dB below its loudest vowels (ITU-T P.56 counts as active what is within 15.9 dB of the mean); prompts recorded
-# in a room have their noise 45 to 55 dB below.
+# Speech is at most about 35 dB quieter than its loudest vowels (ITU-T P.56 counts levels within 15.9 dB of the mean as active); in prompts
+# recorded in a room, the noise is 45 to 55 dB quieter.
 _QUIET_BELOW_LOUDEST_DB = -40.0
 _QUIET_DBFS = -60.0
 _SILENT_DBFS = -50.0
 
-_DEAD_SECONDS = 2.0  # no reader pauses so long within two or three sentences
-_STUCK_SECONDS = 1.5  # no vowel or fricative is held so long
-# Standard deviation of a band's level over 1.5 s, in windows of 100 ms, mean of the bands; measured: the built-in voice never under 9 dB,
-# a tone 0, noise of one colour 1.6 to 1.8.
+_DEAD_SECONDS = 2.0  # longer than any pause within two or three sentences
+_STUCK_SECONDS = 1.5  # longer than any vowel or fricative
+# Standard deviation of a band's level over 1.5 s in windows of 100 ms, mean of all bands. Measured: at least 9 dB for the built-in voice,
+# 0 for a tone, 1.6 to 1.8 for steady noise.
 _STUCK_DEVIATION_DB = 3.0
 _WINDOW = SAMPLE_RATE // 10
 _HOP = _WINDOW // 2
@@ -64,10 +63,7 @@ _SENTENCE_MARK = regex.compile(r"[.!?…。！？]+(?=\s|$)|[。！？\n]")
 
 
 class Fault(enum.Enum):
-    """What can be wrong with a spoken segment; the value is its weight when the best of several attempts is chosen.
-
-    Words that are missing are worse than words too many.
-    """
+    """A fault of a spoken segment. The value is its weight in the choice of the best attempt: missing words weigh more than extra words."""
 
     NOT_FINITE = 1001
     EMPTY = 1000
@@ -80,25 +76,18 @@ class Fault(enum.Enum):
 
     @property
     def unusable(self) -> bool:
-        """Whether nothing that has this fault may be played."""
+        """Whether audio with this fault must never be played."""
         return self in (Fault.NOT_FINITE, Fault.EMPTY, Fault.SILENT)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at saying a segment.
-
-    Attributes:
-        samples: float32, shape (n,), 24 kHz.
-        ended: The model ended by itself, before the frame budget did.
-        faults: What is wrong with it.
-        word_error_rate: What a recogniser made of it, where one was asked.
-    """
+    """One attempt at a segment."""
 
     samples: Samples
-    ended: bool
+    ended: bool  # by the model, not by the frame budget
     faults: tuple[Fault, ...] = ()
-    word_error_rate: float | None = None
+    word_error_rate: float | None = None  # None without a recogniser
 
     @property
     def usable(self) -> bool:
@@ -108,7 +97,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class _Syllables:
-    """How many syllables a text has, at least and at most, and its pauses in seconds."""
+    """Estimates for a text: the fewest and the most syllables, its words, and its pauses in seconds."""
 
     fewest: float
     most: float
@@ -117,14 +106,14 @@ class _Syllables:
 
 
 def frame_budget(text: str, longest_ms: float) -> int:
-    """The number of 80 ms frames that `text` needs at the slowest natural pace, with a margin; at most `longest_ms`, at least 1."""
-    said = _syllables(text)
-    seconds = max(said.most / _SLOWEST_PACE, said.words / _SLOWEST_WORDS) + said.pauses + _MARGIN_SECONDS
+    """Return how many 80 ms frames `text` needs at the slowest natural pace, with a margin: at least 1, at most `longest_ms`."""
+    syllables = _syllables(text)
+    seconds = max(syllables.most / _SLOWEST_PACE, syllables.words / _SLOWEST_WORDS) + syllables.pauses + _MARGIN_SECONDS
     return max(1, min(int(seconds * 1000 / FRAME_MS), int(longest_ms / FRAME_MS)))
 
 
 def shortest_seconds(text: str) -> float:
-    """No reader says `text` in less than this."""
+    """Return the shortest time in which `text` can be spoken."""
     return max(_SHORTEST_SECONDS, _syllables(text).fewest / _FASTEST_PACE - _GRACE_SECONDS)
 
 
@@ -145,12 +134,12 @@ def _syllables(text: str) -> _Syllables:
 
 
 def judge(text: str, samples: Samples, ended: bool) -> tuple[Fault, ...]:
-    """What is wrong with `samples` as a reading of `text`; nothing, if it can be one.
+    """Return the faults of `samples` as speech of `text`.
 
     Args:
-        text: What was to be said.
+        text: The segment's text.
         samples: float32, shape (n,), 24 kHz.
-        ended: The model ended by itself.
+        ended: Whether the model ended by itself.
     """
     if not len(samples):
         return (Fault.EMPTY,)
@@ -170,17 +159,17 @@ def judge(text: str, samples: Samples, ended: bool) -> tuple[Fault, ...]:
 
 
 def silent(samples: Samples) -> bool:
-    """Whether nothing can be heard in `samples` (shape (n,)); NaN counts as sound."""
+    """Return whether `samples`, shape (n,), are inaudible; NaN counts as audible."""
     return not len(samples) or bool(_levels(samples).max() < _amplitude(_SILENT_DBFS))
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:
-    """The attempt with the least wrong with it, the earliest of several."""
+    """Return the attempt with the least severe faults, the earliest of equals."""
     return min(attempts, key=lambda attempt: sum(fault.value for fault in attempt.faults) + (attempt.word_error_rate or 0.0))
 
 
 def repaired(text: str, attempt: Attempt) -> Samples:
-    """An attempt's samples without its runaway tail: a tone that never stops goes, and words cut off by the budget go back to the last pause."""
+    """Return an attempt's samples without a stuck tone at the end, and, if the budget cut them off, only up to the last pause."""
     samples = attempt.samples
     if Fault.STUCK in attempt.faults:
         samples = _without_stuck_tail(samples)
@@ -190,7 +179,7 @@ def repaired(text: str, attempt: Attempt) -> Samples:
 
 
 def _without_stuck_tail(samples: Samples) -> Samples:
-    """`samples` up to where a sound begins that does not change any more; whole, if something follows that sound."""
+    """Return `samples` up to a sound that stays the same until the end; unchanged if there is none."""
     start = _stuck_start(samples)
     if start is None or _stuck_start(samples[-round(_STUCK_SECONDS * SAMPLE_RATE) - _WINDOW :]) is None:
         return samples
@@ -198,7 +187,7 @@ def _without_stuck_tail(samples: Samples) -> Samples:
 
 
 def _to_last_pause(samples: Samples, at_least: float) -> Samples:
-    """`samples` up to its last pause that begins after `at_least` seconds of sound; whole, if there is none."""
+    """Return `samples` up to the last pause that begins after `at_least` seconds of sound; unchanged if there is none."""
     levels = _levels(samples)
     first = _edges(levels)[0] if len(levels) else 0
     earliest = first + at_least * 1000 / _BLOCK_MS
@@ -211,24 +200,24 @@ def _amplitude(decibels: float) -> float:
 
 
 def _levels(samples: Samples) -> NDArray[np.float64]:
-    """The RMS of each 20 ms block, shape (blocks,); the last block may be shorter."""
+    """Return the RMS of each 20 ms block, shape (blocks,); the last block may be shorter."""
     padded = np.pad(samples.astype(np.float64), (0, -len(samples) % _BLOCK))
     return np.asarray(np.sqrt(np.square(padded.reshape(-1, _BLOCK)).mean(axis=1)))
 
 
 def _threshold(loudest: float) -> float:
-    """The level under which a block is quiet, next to blocks of the level `loudest`."""
+    """Return the level below which a block is quiet, where the loudest block has the level `loudest`."""
     return max(_amplitude(_QUIET_DBFS), loudest * _amplitude(_QUIET_BELOW_LOUDEST_DB))
 
 
 def _edges(levels: NDArray[np.float64]) -> tuple[int, int]:
-    """The blocks between which there is sound: [first, last)."""
+    """Return the range of blocks with sound: [first, last)."""
     loud = np.flatnonzero(levels >= _threshold(levels.max()))
     return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, 0)
 
 
 def _quiet_runs(levels: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """Stretches of quiet blocks, [start, end) each."""
+    """Return the ranges of quiet blocks, [start, end) each."""
     if not len(levels):
         return []
     quiet = np.concatenate([[False], levels < _threshold(levels.max()), [False]])
@@ -237,9 +226,9 @@ def _quiet_runs(levels: NDArray[np.float64]) -> list[tuple[int, int]]:
 
 
 def _stuck_start(samples: Samples) -> int | None:
-    """The sample where a sound begins that stays the same for `_STUCK_SECONDS`, if there is one.
+    """Return the first sample of a sound that stays the same for `_STUCK_SECONDS`, if there is one.
 
-    The spectrum is looked at in 100 ms windows and 20 bands; a stretch is stuck when the bands' levels hardly move.
+    The spectrum is measured in 100 ms windows and 20 bands; a sound is stuck when the levels of the bands hardly change.
     """
     spectra = _band_levels(samples)
     width = round(_STUCK_SECONDS * SAMPLE_RATE / _HOP)
@@ -253,7 +242,7 @@ def _stuck_start(samples: Samples) -> int | None:
 
 
 def _band_levels(samples: Samples) -> NDArray[np.float64]:
-    """dB in 20 bands from 80 Hz to 8 kHz, shape (windows, bands); what lies 60 dB under the loudest is as good as nothing."""
+    """Return dB in 20 bands from 80 Hz to 8 kHz, shape (windows, bands), at least 60 dB below the loudest."""
     if len(samples) < _WINDOW:
         return np.empty((0, _BANDS))
     windows = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_HOP] * np.hanning(_WINDOW)
@@ -266,12 +255,12 @@ def _band_levels(samples: Samples) -> NDArray[np.float64]:
 
 
 class PauseLimiter:
-    """Shortens dead stretches to a length, in samples that arrive bit by bit; how they are cut into pieces makes no difference.
+    """Shortens long pauses in samples that arrive piece by piece; the result does not depend on the pieces.
 
-    What is kept of a long pause is its beginning and its last 20 ms, faded into one another.
+    The beginning of a long pause and its last 20 ms are kept, with a crossfade between them.
 
     Args:
-        longest_ms: No pause stays longer than this.
+        longest_ms: The longest pause that is kept.
     """
 
     def __init__(self, longest_ms: int) -> None:
@@ -283,7 +272,7 @@ class PauseLimiter:
         self._rest = np.empty(0, np.float32)
 
     def feed(self, samples: Samples) -> Samples:
-        """What of `samples`, shape (n,), and of what was held back is to be played now."""
+        """Take more samples, shape (n,); return those that can be played now."""
         joined = np.concatenate([self._rest, samples])
         whole = len(joined) - len(joined) % _BLOCK
         self._rest = joined[whole:]
@@ -291,7 +280,7 @@ class PauseLimiter:
         return np.concatenate(kept) if kept else np.empty(0, np.float32)
 
     def flush(self) -> Samples:
-        """What was held back, at the end."""
+        """Return the samples that were held back, at the end."""
         parts = [part for part in (self._head, self._rest) if part is not None]
         self._head, self._tail, self._rest = None, None, np.empty(0, np.float32)
         return np.concatenate(parts)
@@ -312,7 +301,7 @@ class PauseLimiter:
         return []
 
     def _joint(self) -> list[Samples]:
-        """The block that is heard for a held-back part of a pause."""
+        """Return the block that replaces the held-back part of a pause."""
         head, tail = self._head, self._tail
         self._head = self._tail = None
         if head is None:

@@ -1,12 +1,11 @@
-"""CSM here beside stock mlx-audio: one process, the same weights, a voice prompt of 1 s; with a tiny codec and with full-size Mimi.
+"""Compare CSM here with stock mlx-audio: one process, the same weights, a voice prompt of 1 s; with a tiny codec and with full-size Mimi.
 
     make bench-csm                                     all of it, some minutes on two cores
     python benchmarks/csm.py --requests 3 --frames 4   quicker
 
-Stock gets its prompt as `context=[Segment(...)]`, which spares it the two look-ups on the hub that its `voice=` costs each time.
-Absolute times say as much about the machine as about the code; the ratios, taken side by side, are what to compare. On a CPU stock's Mimi
-takes nearly all the time, on a GPU the network does: the tiny codec, which takes next to none, is nearer to that. The network is tiny
-in both, so its own time is mostly the framework's.
+Stock gets its prompt as `context=[Segment(...)]`, without the two requests to the hub that `voice=` makes each time. Compare the ratios:
+absolute times depend on the machine. On a CPU, stock's Mimi takes nearly all the time; on a GPU the network does, and the tiny codec,
+which takes almost none, is closer to that. The network is tiny in both, so its time is mostly the framework's.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ from mlx_audio.tts.models.sesame.sesame import Segment  # noqa: E402
 
 from csm_decoding import CodecDecoder, FrameBatch, RowSampler  # noqa: E402
 from csm_generation import CsmSpeaker  # noqa: E402
-from csm_prompts import PromptStore  # noqa: E402
+from csm_prompts import TRANSCRIPTS, PromptStore  # noqa: E402
 from speech_model import SpeechOptions  # noqa: E402
 
 FRAME_MS = 80
-# On a CPU that others use as well, the processor time that a request takes is what can be compared; a GPU's is only seen by the wall clock.
+# On a shared CPU, only processor time can be compared; for a GPU, only wall-clock time.
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 clock = time.process_time if ON_CPU else time.perf_counter
 SENTENCE = "The harbour was quiet that morning, and nobody on the long stone pier spoke a word. "
-GROUPS = [(SENTENCE * 4)[:300].strip() for _ in range(5)]  # 1500 characters
+SEGMENTS = [(SENTENCE * 4)[:300].strip() for _ in range(5)]  # 1500 characters
 
 
 @dataclass
 class Marks:
-    """When things happened within one request, in seconds after its start."""
+    """Times within one request, in seconds after its start."""
 
     start: float = field(default_factory=clock)
     first_frame: float = 0.0
@@ -63,13 +62,13 @@ class Marks:
 
 @contextmanager
 def marked(model: Model) -> Iterator[Marks]:
-    """Note when the network is first called: it is the library's, in both engines."""
+    """Record when the network is first called: both engines use the library's."""
     marks = Marks()
     network = model.model.generate_frame
 
     def generate_frame(tokens: mx.array, *others: object) -> mx.array:
         if not marks.first_frame:
-            mx.eval(tokens)  # stock's prompt is encoded only when somebody looks at it
+            mx.eval(tokens)  # stock's prompt is encoded only when it is used
             marks.first_frame = marks.now()
         frame: mx.array = network(tokens, *others)
         return frame
@@ -83,7 +82,7 @@ def marked(model: Model) -> Iterator[Marks]:
 
 
 class Engines:
-    """Stock mlx-audio and ours, each with its own copy of the same weights: ours changes how its codec computes."""
+    """Stock mlx-audio and ours, each with its own copy of the same weights, because ours changes its codec."""
 
     def __init__(self, folder: Path, *, small_codec: bool) -> None:
         cache = tiny_csm.build(script={"": [tiny_csm.NEVER]})
@@ -94,11 +93,11 @@ class Engines:
         settings = csm_loading.settings(folder, guard="off")
         self.prompts = PromptStore(self.model, settings, folder)
         self.speaker = CsmSpeaker(self.model, self.prompts, settings)
-        self.words = self.prompts._words_of("conversational_a")
+        self.transcript = TRANSCRIPTS["conversational_a"]
 
     def stock(self, segments: list[str], frames: int, *, stream: bool = False) -> Marks:
         with marked(self.stock_model) as marks:
-            prompt: Segment = self.stock_model.prepare_prompt(self.words, 0, str(self.recording), 24_000)
+            prompt: Segment = self.stock_model.prepare_prompt(self.transcript, 0, str(self.recording), 24_000)
             sampler = make_sampler(temp=0.9, top_k=50)
             for result in self.stock_model.generate(
                 segments, context=[prompt], sampler=sampler, max_audio_length_ms=frames * FRAME_MS, stream=stream
@@ -117,8 +116,8 @@ class Engines:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20, help="how often each engine is asked for the same short line")
-    parser.add_argument("--frames", type=int, default=8, help="frames that each segment of the long text gets")
+    parser.add_argument("--requests", type=int, default=20, help="requests to each engine for the same short line")
+    parser.add_argument("--frames", type=int, default=8, help="frames for each segment of the long text")
     options = parser.parse_args()
     print("Seconds of processor time." if ON_CPU else "Seconds.")
     for codec in ("tiny codec", "full-size Mimi"):
@@ -139,7 +138,7 @@ def row(what: str, stock: float, ours: float, unit: str = "s") -> None:
 
 
 def short_requests(engines: Engines, count: int) -> None:
-    """The same short line again and again, one frame each, by queue, so that what else the machine does hits both engines."""
+    """The same short line many times, one frame each, the engines in alternation, so that other load on the machine affects both."""
     pairs = [(engines.stock(["Good morning."], 1), engines.ours(["Good morning."], 1)) for _ in range(count)]
     lengths = [int(model._audio_tokenizer.decoder_cache[0].offset) for model in (engines.stock_model, engines.model)]
     tenth = pairs[7:12] or pairs[1:]
@@ -152,24 +151,26 @@ def short_requests(engines: Engines, count: int) -> None:
 
 
 def first_chunk(engines: Engines) -> None:
-    """Streamed: until the first samples are there."""
+    """The time to the first samples of a streamed answer."""
     row(
-        "first chunk, streamed", engines.stock(GROUPS[:1], 7, stream=True).first_sound, engines.ours(GROUPS[:1], 7, stream=True).first_sound
+        "first chunk, streamed",
+        engines.stock(SEGMENTS[:1], 7, stream=True).first_sound,
+        engines.ours(SEGMENTS[:1], 7, stream=True).first_sound,
     )
 
 
 def network_alone(engines: Engines, frames: int = 30) -> None:
-    """Frames a second of the network, without the codec: the stock loop's pattern, ours alone, ours side by side."""
+    """The time a frame takes in the network, without the codec: the stock loop, ours with one row, ours with a batch."""
     voice = csm_loading.voice()
-    prompts = [engines.prompts.tokens(voice, text) for text in GROUPS]
+    prompts = [engines.prompts.tokens(voice, text) for text in SEGMENTS]
     stock = timed(lambda: stock_frames(engines.stock_model, prompts[0], frames))
     for rows in (1, len(prompts)):
         ours = timed(lambda rows=rows: our_frames(engines.model, prompts[:rows], frames))  # type: ignore[misc]
-        row(f"network, {rows} group(s) side by side, per frame", stock / frames * 1000, ours / frames / rows * 1000, "ms")
+        row(f"network, {rows} segment(s) in a batch, per frame", stock / frames * 1000, ours / frames / rows * 1000, "ms")
 
 
 def stock_frames(model: Model, prompt: tuple[mx.array, mx.array], frames: int) -> None:
-    """The loop inside stock `generate`: one row, each frame waited for before the next one is begun."""
+    """Run the loop of stock `generate`: one row, which waits for each frame."""
     sampler = make_sampler(temp=0.9, top_k=50)
     model.model.reset_caches()
     tokens, mask = prompt[0][None], prompt[1][None]
@@ -187,7 +188,7 @@ def our_frames(model: Model, prompts: list[tuple[mx.array, mx.array]], frames: i
 
 
 def codec_alone(engines: Engines, frames: int = 16) -> None:
-    """Decoding what is there already: frame by frame as stock does, and in our blocks."""
+    """The time to decode given frames: one by one as stock does, and in our blocks."""
     tokens = np.random.default_rng(0).integers(1, 500, (frames, 32), np.int32)
     decoder = CodecDecoder(engines.model)
 
@@ -206,21 +207,21 @@ def codec_alone(engines: Engines, frames: int = 16) -> None:
 
 
 def long_text(engines: Engines, frames: int) -> None:
-    """1500 characters in five segments from end to end, and the memory that MLX took for it."""
+    """The time for 1500 characters in five segments, and MLX's peak memory."""
     marks: list[Marks] = []
     memory: list[float] = []
     for speak in (engines.stock, engines.ours):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        marks.append(speak(GROUPS, frames))
+        marks.append(speak(SEGMENTS, frames))
         memory.append((mx.get_peak_memory() - before) / 1e6)
     row(f"1500 characters, 5 segments of {frames} frames, total", marks[0].total, marks[1].total)
     row("its peak memory beyond the weights", memory[0], memory[1], "MB")
 
 
 def cancellation(engines: Engines) -> None:
-    """How long it takes until the iterator has ended after nobody wants the rest."""
+    """The time from a cancellation to the end of the iterator."""
     stopped = 0.0
     asked = 0
 
@@ -231,7 +232,7 @@ def cancellation(engines: Engines) -> None:
         return asked >= 5
 
     voice = csm_loading.voice(max_audio_length_ms=8000)
-    list(engines.speaker.speak(GROUPS, voice, SpeechOptions(1), cancelled))
+    list(engines.speaker.speak(SEGMENTS, voice, SpeechOptions(1), cancelled))
     print(f"| from a cancellation to the end, 5 segments | not possible | {(clock() - stopped) * 1000:.1f} ms | |", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Loads a checkpoint of CSM-1B's real size (random weights, float32, 6.2 GB on disk) and prints what that costs in time and memory.
+"""Load a checkpoint of CSM-1B's real size (random weights, float32, 6.2 GB on disk), and print the time and memory that it takes.
 
-`uv run --segment dev python benchmarks/csm_full_size.py`: needs 7 GB of disk in TMPDIR and 5 GB of memory, and removes its files.
+`uv run --group dev python benchmarks/csm_full_size.py`: needs 7 GB of disk in TMPDIR and 5 GB of memory, and removes its files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
-BLOCK = 1 << 24  # floats: what is written again and again, since random numbers for 6.2 GB take longer than the load
+BLOCK = 1 << 24  # floats, written repeatedly: random numbers for 6.2 GB take longer than the load
 LIMIT_SECONDS = 900
 
 
@@ -45,14 +45,14 @@ def main() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Mimi and the tokenizer come from the tests' tiny checkpoint: Mimi is full size there, too."""
+    """Return the environment that takes the tokenizer and the full-size Mimi from the tests' tiny checkpoint."""
     import tiny_csm
 
     return {**os.environ, **tiny_csm.environment(tiny_csm.build())}
 
 
 def write_checkpoint(folder: Path) -> None:
-    """config.json, the prompts and model.safetensors with CSM-1B's shapes."""
+    """Write config.json, the prompts and model.safetensors with CSM-1B's shapes."""
     import tiny_csm
 
     tiny = tiny_csm.snapshot_of(tiny_csm.build(), tiny_csm.SESAME)
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def full_config(tiny: dict[str, Any]) -> dict[str, Any]:
-    """CSM-1B's own sizes: a Llama of 1B with 16 layers, and one of 100M with 4 for the depth (mlx-audio's `llama-1B`, `llama-100M`)."""
+    """Return `tiny` with CSM-1B's sizes: a Llama of 1B with 16 layers, and one of 100M with 4 for the depth (mlx-audio's `llama-1B`, `llama-100M`)."""
     decoder = tiny["depth_decoder_config"] | {
         "backbone_hidden_size": 2048,
         "hidden_size": 1024,
@@ -100,7 +100,7 @@ def full_config(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 def full_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, from mlx-audio's own network, which is not evaluated."""
+    """Return every tensor's shape, from mlx-audio's own network, which is not evaluated."""
     from mlx.utils import tree_flatten
     from mlx_audio.tts.models.sesame.sesame import SesameModel
 
@@ -109,7 +109,7 @@ def full_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def measure_load(folder: Path, dtype: str) -> None:
-    """One load in a process of its own; prints a line of the table."""
+    """Load in this process, and print a line of the table."""
     import psutil
 
     from config import Settings
@@ -120,13 +120,13 @@ def measure_load(folder: Path, dtype: str) -> None:
     start = time.monotonic()
     model.load(lambda _: None)
     seconds = time.monotonic() - start
-    facts = model.info()
+    info = model.info()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     steady = psutil.Process().memory_info().rss / 1e9
     size = (folder / "model.safetensors").stat().st_size / 1e9
     print(
-        f"{facts['dtype']:>12} {size:8.2f} {seconds:7.1f} {peak:12.2f} {facts['peak_memory_gb']:12.2f}"
-        f" {facts['memory_gb']:14.2f} {steady:14.2f}   {facts['parameters'] / 1e9:.3f} G parameters"
+        f"{info['dtype']:>12} {size:8.2f} {seconds:7.1f} {peak:12.2f} {info['peak_memory_gb']:12.2f}"
+        f" {info['memory_gb']:14.2f} {steady:14.2f}   {info['parameters'] / 1e9:.3f} G parameters"
     )
 
 

@@ -1,4 +1,4 @@
-"""A loaded tiny CSM, without the server around it: mlx-audio's own classes on the checkpoint of `tiny_csm`."""
+"""Loads a tiny CSM without a server: mlx-audio's own classes on the checkpoint of `tiny_csm`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from voice_presets import Voice, VoicePreset
 
 @contextmanager
 def hub_at(cache: Path) -> Iterator[None]:
-    """The hub's client reads `cache` and nothing else; it was imported before, so the environment would come too late."""
+    """Make the hub's client read only `cache`; it is imported already, so environment variables would have no effect."""
     hub = huggingface_hub.constants
     tokenizer = str(tiny_csm.snapshot_of(cache, tiny_csm.TOKENIZER))
     with (
@@ -36,9 +36,9 @@ def hub_at(cache: Path) -> Iterator[None]:
 
 
 def load(cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False) -> Model:
-    """The model in a cache of `tiny_csm.build`, as stock mlx-audio makes it.
+    """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it.
 
-    With `small_codec` Mimi is replaced by one of a fortieth of its size: full-size, it takes a CPU about a second for each frame.
+    `small_codec` replaces Mimi by one of a fortieth of its size: the full-size Mimi takes about a second for each frame on a CPU.
     """
     snapshot = tiny_csm.snapshot_of(cache, repo)
     with hub_at(cache):
@@ -54,7 +54,7 @@ def load(cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False)
 
 
 def small_mimi() -> Mimi:
-    """mlx-audio's Mimi with narrow layers; the tokens of scripts sound as they do with the full-size one of `tiny_csm`."""
+    """Return mlx-audio's Mimi with narrow layers; scripts' tokens sound as they do with the full-size one of `tiny_csm`."""
     config = mimi_202407(32)
     config.seanet.nfilters = 4
     config.seanet.dimension = config.transformer.d_model = 64
@@ -72,22 +72,22 @@ def small_mimi() -> Mimi:
 
 
 def prompt_folder(cache: Path) -> Path:
-    """Where the built-in voice prompts of a cache lie."""
+    """Return the folder of the built-in voice prompts in a cache."""
     return tiny_csm.snapshot_of(cache, tiny_csm.SESAME) / "prompts"
 
 
 def settings(folder: Path, **values: object) -> Settings:
-    """Settings with the cache in `folder` and nothing from the environment's `.env`."""
+    """Return settings with `folder` as the cache."""
     return Settings(cache_dir=folder, **values)  # type: ignore[arg-type]
 
 
 def voice(folder: Path = Path(), **fields: object) -> Voice:
-    """A CSM voice: `conversational_a` unless told otherwise."""
+    """Return a CSM voice: `conversational_a` unless `fields` say otherwise."""
     values = {"name": "test", "voice_key": None if "ref_audio" in fields else "conversational_a", **fields}
     return Voice(VoicePreset.model_validate(values), folder)
 
 
 def speaker(model: Model, prompts: Path, folder: Path, **values: object) -> CsmSpeaker:
-    """What speaks with a model, with the built-in voice prompts in `prompts`, under these settings and with its cache in `folder`."""
+    """Return a speaker for a model, with the built-in voice prompts in `prompts`, its cache in `folder`, and these settings."""
     chosen = settings(folder, **values)
     return CsmSpeaker(model, PromptStore(model, chosen, prompts), chosen)

@@ -1,4 +1,4 @@
-"""A hub on loopback: lists repositories and hands their files out over HTTP, or refuses to, as Hugging Face's does."""
+"""A hub on loopback: lists repositories and serves their files over HTTP, or refuses, as Hugging Face's does."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _LARGE = 100_000  # bytes; from here on a file is named by its SHA-256, as the h
 
 @dataclass
 class SmallHub:
-    """The hub's content and manners.
+    """The hub's content and behaviour.
 
     Attributes:
         repositories: Folder by repository name; files below it are served.
-        list_errors: Status (and X-Error-Code, may be "") with which the list of a repository is refused.
+        list_errors: The status (and X-Error-Code, may be "") with which the list of a repository is refused.
         file_errors: The same for its files.
-        accepted_token: The only token that is let in; None lets everybody in who has none.
-        silent_after: After so many bytes of an answer nothing more comes, and the connection stays open.
-        cut_after: The connection breaks after so many bytes of a file, each time.
-        requests: `METHOD path` and the Range header of each request so far.
+        bad_token: A token that is refused.
+        silent_after: After this many bytes of a file the hub sends no more and keeps the connection open; 0 for every request.
+        cut_after: The connection is closed after this many bytes of a file, each time.
+        corrupt: Large files are sent with a wrong last byte.
+        requests: The path and the Range header of each request so far.
     """
 
     repositories: dict[str, Path] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class SmallHub:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def fetched(self, name: str) -> int:
-        """How often a file of that name was asked for."""
+        """Return how often a file of that name was requested."""
         return sum(path.endswith(f"/{name}") for path, _ in self.requests)
 
 
@@ -82,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         match = listed or file
-        if not match:  # huggingface_hub has questions of its own, once a day
+        if not match:  # requests that huggingface_hub makes by itself, once a day
             self._refuse(404, "")
             return
         hub.requests.append((path, self.headers.get("Range")))
@@ -149,7 +150,7 @@ def _listing(repo: str, folder: Path) -> dict[str, Any]:
 
 
 def write_small_repositories(root: Path) -> dict[str, Path]:
-    """The repositories that CSM needs, right in form and small, for tests that stop before the weights are read; their folders by name."""
+    """Write the repositories that CSM needs, small, for tests that stop before the weights are read; return their folders by name."""
     tensor = {"weight": np.zeros(WEIGHT_BYTES // 4, np.float32)}
     for repo in (tiny_csm.SESAME, tiny_csm.MLX_COMMUNITY):
         folder = root / repo

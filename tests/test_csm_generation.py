@@ -1,4 +1,4 @@
-"""CSM's generation loop on tiny checkpoints: the same as stock mlx-audio alone, the same side by side, judged, streamed and stopped."""
+"""CSM's generation loop on tiny checkpoints: equal to stock mlx-audio, equal in batches, checked, streamed, cancelled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ from mlx_audio.tts.models.sesame import Model
 from numpy.typing import NDArray
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
-from cpu_convolution import speed_up
-from csm_decoding import BATCH_POSITIONS, CONTEXT, CodecDecoder, FrameBatch, RowSampler, attempt_seed, block_length, memory_errors
+from csm_decoding import (
+    BATCH_POSITIONS,
+    CONTEXT,
+    CodecDecoder,
+    FrameBatch,
+    RowSampler,
+    attempt_seed,
+    block_length,
+    memory_errors,
+    use_numpy_convolutions,
+)
 from csm_prompts import PromptStore
 from errors import InputTooLongError, InsufficientMemoryError, InternalError
 from speech_model import SegmentChunk, SpeechOptions
@@ -54,7 +63,7 @@ Frame = NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in voice prompts with few words: the true ones are 500 tokens of the tiny tokenizer, which would have to be read each time."""
+    """The built-in voice prompts with short transcripts: the real ones have 500 tokens of the tiny tokenizer, which would be read each time."""
     folder = tmp_path_factory.mktemp("recordings")
     for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
         shutil.copy(path, folder)
@@ -64,19 +73,19 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Random weights: never ends, and says something else at each draw."""
+    """Random weights: never ends, and says something else with each seed."""
     return csm_loading.load(tiny_csm.build(), small_codec=True)
 
 
 @pytest.fixture(scope="module")
 def untouched() -> Model:
-    """The same weights in a model that no code of ours has changed."""
+    """The same weights in a model that our code has not changed."""
     return csm_loading.load(tiny_csm.build(), small_codec=True)
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Model:
-    """Ends, or fails to, as the text's capital says."""
+    """Ends, or fails, as the text's first capital says."""
     return csm_loading.load(tiny_csm.build(script=SCRIPT), small_codec=True)
 
 
@@ -93,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def frames_computed(model: Model) -> Iterator[list[int]]:
-    """The batch size of each frame that the library was asked for."""
+    """The batch size of each frame that the library has computed."""
     original, sizes = model.model.generate_frame, []
 
     def generate_frame(tokens: mx.array, *rest: object) -> mx.array:
@@ -131,9 +140,9 @@ def frames_of(
 
 
 def stock(model: Model, recordings: Path, prompts: PromptStore, text: str, temperature: float, seed: int, ms: int) -> NDArray[np.float32]:
-    """The samples that mlx-audio's own `generate` gives on a fresh codec."""
+    """Return the samples of mlx-audio's own `generate` on a fresh codec."""
     path = recordings / "conversational_a.wav"
-    segment = model.prepare_prompt(prompts._words_of("conversational_a"), 0, str(path), 24_000)
+    segment = model.prepare_prompt(prompts._transcript("conversational_a"), 0, str(path), 24_000)
     model._streaming_decoder.reset()
     mx.random.seed(seed)
     sampler = make_sampler(temp=temperature, top_k=50)
@@ -260,7 +269,7 @@ def test_blocks_grow_slowly_enough_for_a_model_at_three_quarters_of_real_time() 
 def test_full_size_blocks_give_the_samples_that_stock_gives_frame_by_frame() -> None:
     tokens = np.random.default_rng(0).integers(1, 500, (3, 32), np.int32)
     model = csm_loading.load(tiny_csm.build())
-    single = np.array(model._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)  # nothing of ours has touched it yet
+    single = np.array(model._streaming_decoder.decode_frames(mx.array(tokens.T)[None])).reshape(-1)  # not yet changed by our code
     decoder = CodecDecoder(model)
     decoder.begin()
     blocks = np.concatenate([*(decoder.push(frame) for frame in tokens), decoder.finish()])
@@ -270,7 +279,7 @@ def test_full_size_blocks_give_the_samples_that_stock_gives_frame_by_frame() -> 
 
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="MLX computes on a GPU here")
 def test_on_a_cpu_the_decoders_convolutions_are_numpys(model: Model, untouched: Model) -> None:
-    speed_up(model._audio_tokenizer)
+    use_numpy_convolutions(model._audio_tokenizer)
     random = np.random.default_rng(1)
     pairs = zip(model._audio_tokenizer.decoder.modules(), untouched._audio_tokenizer.decoder.modules(), strict=True)
     convolutions = [(ours, theirs) for ours, theirs in pairs if isinstance(theirs, Conv1d | ConvTranspose1d)]

@@ -1,4 +1,4 @@
-"""CSM's files and weights: where they come from, what is said when they cannot be had, and that a load holds only one copy."""
+"""CSM's files and weights: cache, download, error messages, and that a load keeps only one copy in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from csm_files import ModelFiles, find_model
 from csm_model import CsmModel
 from speech_model import LoadProgress, ModelLoadError
 
-# The load itself is a matter of a second; the libraries that it imports are not, on two busy cores.
+# The load takes a second, but the imports of its libraries take long on two busy cores.
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -37,13 +37,12 @@ def ignore(_: LoadProgress) -> None: ...
 
 @pytest.fixture(scope="session")
 def small_repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The four repositories with files that are right in form and small, for tests that stop before the weights are read."""
     return write_small_repositories(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache. huggingface_hub has read its environment when it was imported, so what it has read is set too."""
+    """An empty cache. huggingface_hub has read its environment at import, so its constants are set too."""
     folder = tmp_path / "hub-cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -262,7 +261,7 @@ def test_a_file_that_arrives_damaged_is_thrown_away(hub: SmallHub, cache: Path) 
 
 
 def test_a_full_disk_is_said_and_what_was_fetched_is_kept(hub: SmallHub, cache: Path) -> None:
-    """The process may write no file above 1 MB: the same kind of error as a full disk gives, in the same place."""
+    """The process may write no file above 1 MB, which raises the same kind of error as a full disk, in the same place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
@@ -396,7 +395,7 @@ _hooked = False
 
 @contextlib.contextmanager
 def connections() -> Iterator[list[object]]:
-    """Every connection that this process tries to make meanwhile, from the interpreter's own audit events (a hook stays for ever)."""
+    """Collect the connections that this process tries to make, from the interpreter's audit events (a hook cannot be removed)."""
     global _connections, _hooked
     if not _hooked:
         sys.addaudithook(_note_connection)

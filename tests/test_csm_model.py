@@ -1,4 +1,4 @@
-"""CSM as a speech model, on tiny checkpoints: loaded by MODEL_ID with little memory, speaking without a network and without a word on stderr."""
+"""CSM as a speech model, on tiny checkpoints: loaded by MODEL_ID with little memory, speaking without a network and without output on stderr."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_quantized_checkpoint_speaks_by_its_name_without_network_or_progress_b
 
 
 def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> None:
-    """The peak counts from the first tensor on; before it the codec is read, whose memory is no matter of the checkpoint's."""
+    """The peak is measured from the first tensor on, after the codec was read."""
     told: list[LoadProgress] = []
 
     def report(progress: LoadProgress) -> None:

@@ -1,4 +1,4 @@
-"""Voice prompts of CSM: the model sees the tokens that stock mlx-audio would give it, and each recording is encoded once."""
+"""CSM's voice prompts: the model gets the same tokens as from stock mlx-audio, and each recording is encoded once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import csm_loading
 import mlx.core as mx
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_csm
-from mlx_audio.tts.models.sesame import Model
+from mlx_audio.tts.models.sesame import Model, sesame
 
 import csm_prompts
-from csm_prompts import PromptStore
+from csm_prompts import TRANSCRIPTS, PromptStore
 from errors import InternalError, InvalidAudioError
+from voice_presets import CSM_VOICE_KEYS
 
 TEXT = "Good morning."
 
@@ -53,7 +55,7 @@ def warm(recordings: Path, model: Model, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def encoded(model: Model, warm: Path) -> Iterator[list[int]]:
-    """The lengths of the recordings that the library's codec was asked to encode."""
+    """The lengths of the recordings that the library's codec has encoded."""
     original, calls = model._audio_tokenizer.encode, []
 
     def encode(audio: mx.array) -> mx.array:
@@ -71,7 +73,7 @@ def store(model: Model, folder: Path, prompts: Path) -> PromptStore:
 
 
 def seen_by_stock(model: Model, prompts: Path, words: str, *, voice_match: bool, speaker: int) -> tuple[mx.array, mx.array]:
-    """What stock `generate` hands to its network for a new text, up to the first frame."""
+    """Return what stock `generate` passes to its network for a new text, up to the first frame."""
     seen: list[tuple[mx.array, mx.array]] = []
     original = model.model.generate_frame
 
@@ -92,10 +94,9 @@ def seen_by_stock(model: Model, prompts: Path, words: str, *, voice_match: bool,
 def test_the_model_reads_the_tokens_that_stock_generate_gives_it(recordings: Path, model: Model, warm: Path, voice_match: bool) -> None:
     prompt_store = store(model, warm, recordings)
     tokens, mask = prompt_store.tokens(csm_loading.voice(voice_match=voice_match, speaker_id=3), TEXT)
-    words = "like revising for an exam"
-    their_words = prompt_store._words_of("conversational_a")
-    their_tokens, their_mask = seen_by_stock(model, recordings, their_words, voice_match=voice_match, speaker=3)
-    assert their_words.startswith(words)
+    transcript = TRANSCRIPTS["conversational_a"]
+    their_tokens, their_mask = seen_by_stock(model, recordings, transcript, voice_match=voice_match, speaker=3)
+    assert transcript.startswith("like revising for an exam")
     assert mx.array_equal(tokens, their_tokens)
     assert mx.array_equal(mask, their_mask)
 
@@ -145,7 +146,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
 def test_a_disk_that_fills_up_while_codes_are_written_leaves_no_part_of_them(
     recordings: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No file may grow beyond 100 bytes: the same kind of error as a full disk gives, in the same place."""
+    """No file may grow beyond 100 bytes, which raises the same kind of error as a full disk, in the same place."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
@@ -213,7 +214,19 @@ def test_a_voice_of_ones_own_is_cloned_from_its_recording(recordings: Path, mode
     assert not mask[len(text) :, -1].any().item()
 
 
-def test_words_beside_a_built_in_prompt_win_over_the_librarys(recordings: Path, model: Model, warm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", CSM_VOICE_KEYS)
+def test_the_stored_transcripts_are_those_of_mlx_audio(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    def download(*, repo_id: str, filename: str) -> str:
+        if filename.endswith(".txt"):  # neither of CSM's repositories has one
+            raise FileNotFoundError(filename)
+        return filename
+
+    monkeypatch.setattr(sesame, "hf_hub_download", download)
+    transcript_only = SimpleNamespace(prepare_prompt=lambda text, *_: text)
+    assert Model.default_speaker_prompt(transcript_only, key) == [TRANSCRIPTS[key]]
+
+
+def test_a_transcript_beside_a_built_in_prompt_takes_precedence(recordings: Path, model: Model, warm: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "recordings"
     shutil.copytree(recordings, prompts)
     (prompts / "conversational_a.txt").write_text("Quite other words.")

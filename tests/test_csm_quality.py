@@ -1,14 +1,13 @@
-"""The guard, on the built-in voice's real speech and on what a model that fails gives in its place."""
+"""The quality checks, on the built-in voice's real speech and on the output of a failing model."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from audio_formats import Samples
+from audio_formats import SAMPLE_RATE, Samples
 from csm_quality import (
     FRAME_MS,
-    SAMPLE_RATE,
     Attempt,
     Fault,
     PauseLimiter,

@@ -1,4 +1,4 @@
-"""The guard through the server: checkpoints that end, that never end, that say nothing, silence or no numbers, and what the caller gets."""
+"""The quality checks through the server: checkpoints that end, never end, or give nothing, silence or NaN, and what the client gets."""
 
 from __future__ import annotations
 

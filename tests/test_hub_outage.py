@@ -1,4 +1,4 @@
-"""A hub that refuses, fails and comes back while the server runs: what is told, what still speaks, and CSM in the end; then idle, and woken."""
+"""A hub that refuses, fails and recovers while the server runs: errors, built-in voice, reload; then unloading when idle."""
 
 from __future__ import annotations
 

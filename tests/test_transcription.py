@@ -1,4 +1,4 @@
-"""The second opinion: faster-whisper on real speech, and mlx-audio's Whisper, which Macs use, on a checkpoint that always hears the same."""
+"""Recognisers: faster-whisper on real speech, and mlx-audio's Whisper, which Macs use, on a checkpoint with one fixed transcript."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_faster_whisper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mac(no_faster_whisper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of the platform is answered as a Mac does; the libraries, which ask too, are imported before."""
+    """Make `sys.platform` that of a Mac; the libraries, which read it too, are imported before."""
     import mlx_audio.stt.models.whisper
     from transformers import WhisperProcessor
 

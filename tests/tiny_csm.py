@@ -1,7 +1,7 @@
-"""A tiny CSM-1B checkpoint, laid out as a Hugging Face cache, that goes through every line of mlx-audio that the real one does.
+"""Builds a tiny CSM-1B checkpoint in the layout of a Hugging Face cache; mlx-audio runs the same code on it as on the real one.
 
-The shapes are CSM's with small hidden sizes; Mimi is full size, because its configuration is fixed in the library. It makes noise, not
-speech. Built once a machine and variant, under `.tiny-csm/`; use it with `environment(build(...))`.
+The shapes are CSM's with small hidden sizes; Mimi has its full size, because its configuration is fixed in the library. It makes noise, not
+speech. Each variant is built once and kept under `.tiny-csm/`; use it with `environment(build(...))`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOT_A_NUMBER = "ssn~"
 
 
 def ends_after(frames: int) -> str:
-    """An outcome: `frames` frames of sound, then the end."""
+    """Return an outcome: `frames` frames of sound, then the end."""
     return "s" * frames + "."
 
 
@@ -56,16 +56,16 @@ def build(
     truncated: bool = False,
     quantized: bool = False,
 ) -> Path:
-    """The folder for HF_HUB_CACHE; made when it is not there yet (about 10 s the first time, 1 s for each further variant).
+    """Return a folder for HF_HUB_CACHE; build it if it does not exist (about 10 s the first time, 1 s for each further variant).
 
     Args:
-        root: Where all variants live.
+        root: The folder of all variants.
         repo: The repository's name in the cache. Under `sesame/…` the weights have the original names, else mlx-audio's.
         script: What the model says and when it ends; None for random weights, which never end by themselves.
-        dtype: The weights' type in the file, mlx's name.
-        extra_files: Two more files of weights with foreign names lie beside `model.safetensors`, as in `sesame/csm-1b`.
-        truncated: `model.safetensors` has lost its second half.
-        quantized: Put through mlx-audio's own convert, 8 bits.
+        dtype: The type of the weights in the file, by MLX's name.
+        extra_files: Add two files of weights with other names beside `model.safetensors`, as in `sesame/csm-1b`.
+        truncated: Cut off the second half of `model.safetensors`.
+        quantized: Convert it with mlx-audio's own convert, 8 bits.
     """
     variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized], sort_keys=True, default=list)
     cache = root / f"{_source_key()}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
@@ -88,13 +88,13 @@ def build(
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """The environment variables under which Hugging Face's libraries read `cache` and nothing else."""
+    """Return the environment variables with which Hugging Face's libraries read only `cache`."""
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 @contextlib.contextmanager
 def activated(cache: Path) -> Iterator[Path]:
-    """`environment(cache)` for this process too, where huggingface_hub may have read its settings already."""
+    """Apply `environment(cache)` to this process, even if huggingface_hub has read its settings already."""
     from huggingface_hub import constants
 
     before = (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)
@@ -113,7 +113,7 @@ def activated(cache: Path) -> Iterator[Path]:
 
 
 def snapshot_of(cache: Path, repo: str) -> Path:
-    """The folder of `repo`'s files in a cache."""
+    """Return the folder of `repo`'s files in a cache."""
     (folder,) = (cache / f"models--{repo.replace('/', '--')}" / "snapshots").iterdir()
     return folder
 
@@ -125,7 +125,7 @@ def _source_key() -> str:
 
 @contextlib.contextmanager
 def _made_at_once(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` at the end; whoever comes second keeps the first one's."""
+    """Provide a temporary folder that becomes `target` at the end, unless another process was first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
@@ -141,7 +141,7 @@ def _link_tree(source: Path, target: Path) -> None:
 
 
 def _snapshot(cache: Path, repo: str) -> Path:
-    """An empty snapshot of `repo`, with the reference that makes it `main`."""
+    """Create an empty snapshot of `repo` that is its `main`."""
     home = cache / f"models--{repo.replace('/', '--')}"
     revision = hashlib.sha1(repo.encode()).hexdigest()  # noqa: S324 - looks like a commit
     snapshot = home / "snapshots" / revision
@@ -152,7 +152,7 @@ def _snapshot(cache: Path, repo: str) -> Path:
 
 
 def _shared(root: Path) -> Path:
-    """Mimi and the tokenizer: the same in all variants, so hard links of these."""
+    """Return the folder with Mimi and the tokenizer, to which all variants have hard links."""
     shared = root / f"{_source_key()}-shared"
     if not shared.is_dir():
         with _made_at_once(shared) as folder:
@@ -176,7 +176,7 @@ def _write_model(snapshot: Path, repo: str, script: Script | None, dtype: str) -
 
 
 def _mlx_name(name: str) -> str:
-    """The name that a checkpoint converted for mlx-audio gives a parameter."""
+    """Return a parameter's name in a checkpoint converted for mlx-audio."""
     for old, new in (
         ("attn.output_proj", "attn.o_proj"),
         (".attn.", ".self_attn."),
@@ -192,7 +192,7 @@ def _mlx_name(name: str) -> str:
 
 
 def _write_prompts(snapshot: Path) -> None:
-    """Voice prompts: two short, quiet hums, 24 kHz mono."""
+    """Write the voice prompts: two short, quiet hums, 24 kHz mono."""
     folder = snapshot / "prompts"
     folder.mkdir()
     for place, (name, seconds) in enumerate(PROMPT_SECONDS.items()):
@@ -204,7 +204,7 @@ def _write_prompts(snapshot: Path) -> None:
 
 
 def _write_extra_files(snapshot: Path) -> None:
-    """What `transformers` reads from the same repository: other names, which mlx-audio does not know."""
+    """Write what `transformers` reads from the same repository: other names, which mlx-audio does not know."""
     for part in (1, 2):
         weights = {f"backbone_model.layers.{part}.self_attn.q_proj.weight": np.zeros((8, 8), np.float32)}
         _save(snapshot / f"transformers-0000{part}-of-00002.safetensors", weights, "float32")
@@ -212,7 +212,7 @@ def _write_extra_files(snapshot: Path) -> None:
 
 
 def _write_tokenizer(snapshot: Path) -> None:
-    """A tokenizer of single bytes with Llama's two special tokens, in the files that `AutoTokenizer` reads."""
+    """Write a tokenizer of single bytes with Llama's two special tokens, in the files that `AutoTokenizer` reads."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {character: place for place, character in enumerate(tiny_weights.byte_alphabet())}
@@ -228,13 +228,13 @@ def _write_tokenizer(snapshot: Path) -> None:
 
 
 def _quantize(cache: Path, repo: str, snapshot: Path) -> None:
-    """mlx-audio's own convert, in a process of its own: it reads the hub's settings only when it is imported."""
+    """Run mlx-audio's own convert in a subprocess: it reads the hub's settings only when it is imported."""
     plain = snapshot_of(cache, repo)
     script = "import sys; from mlx_audio.convert import convert; "
     script += "convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=8, q_group_size=64, model_domain='tts')"
     with tempfile.TemporaryDirectory(dir=snapshot) as source:
         os.link(plain / "model.safetensors", Path(source) / "model.safetensors")
-        # mlx-audio 0.6.2's convert does not know "csm", though its loader does, and takes the checkpoint for another model.
+        # mlx-audio 0.6.2's convert does not know "csm", unlike its loader, and treats the checkpoint as another model.
         config = json.loads((plain / "config.json").read_text()) | {"model_type": "sesame"}
         (Path(source) / "config.json").write_text(json.dumps(config))
         command = [sys.executable, "-c", script, source, str(snapshot)]
