@@ -233,7 +233,7 @@ class TTSEngine:
             text = normalize_text(text)
         if not has_speech(text):
             raise InvalidInputError(
-                "'input' has nothing to speak: once timestamps are removed it contains no letter and no digit.", param="input"
+                "'input' has nothing to speak: without markup and symbols it contains no letter and no digit.", param="input"
             )
         return text
 
