@@ -340,10 +340,11 @@ def main() -> int:
         return 2
     configure_logging(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
     app = create_app(settings)
-    host, port = bound.getsockname()[:2]
+    host, port = bound[0].getsockname()[:2]
+    hosts = " and ".join(each.getsockname()[0] for each in bound)
     here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - what to type into a browser, not what to bind to
     logger.info(
-        "sesame-tts %s listens on %s, port %d: http://%s:%d/ (default voice: %s)", VERSION, host, port, here, port, settings.default_voice
+        "sesame-tts %s listens on %s, port %d: http://%s:%d/ (default voice: %s)", VERSION, hosts, port, here, port, settings.default_voice
     )
     if settings.open_to_network:
         logger.warning("open to the network without a key: other machines can use it. Set HOST=127.0.0.1, or API_KEY.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import h11
 import uvicorn
@@ -31,6 +32,7 @@ from files import write_file
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75  # longer than most connection pools keep a connection, so that the client closes it first
 _MAX_HEAD_BYTES = 64 * 1024
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with HOST
 _MAX_OPEN_FILES = 10_240  # the most that macOS allows a process; launchd starts a process with 256
 
 logger = logging.getLogger(__name__)
@@ -190,26 +192,83 @@ class _Server(uvicorn.Server):
         self._on_stop()
 
 
-def listen(settings: Settings) -> socket.socket:
-    """Return a socket that listens on HOST:PORT. Call it before loading anything, so that a port in use is reported at once.
+def listen(settings: Settings) -> list[socket.socket]:
+    """Return sockets that listen on HOST:PORT. Call it before loading anything, so that a port in use is reported at once.
+
+    `localhost` means both loopback addresses, 127.0.0.1 and ::1, whatever the system's resolver returns first. 0.0.0.0 includes ::1, because
+    some clients try only the first address of `localhost`. Where IPv6 is off, ::1 is left out.
 
     Raises:
         SettingsError: HOST or PORT cannot be used; says which program has the port, if that is known.
     """
+    bound: list[socket.socket] = []
+    try:
+        for family, (host, _, *scope) in _addresses(settings):
+            port = bound[0].getsockname()[1] if bound else settings.port
+            if host in _WILDCARDS:
+                _check_loopback(settings, port)
+            with contextlib.suppress(_NoIPv6Error) if bound else contextlib.nullcontext():
+                bound.append(_bind(settings, family, (host, port, *scope)))
+        for each in bound:
+            each.listen(_BACKLOG)
+    except BaseException:
+        for each in bound:
+            each.close()
+        raise
+    return bound
+
+
+class _NoIPv6Error(SettingsError):
+    """This machine has no IPv6."""
+
+
+def _addresses(settings: Settings) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    """Return the addresses that HOST means, as `socket.bind` takes them."""
+    loopback = (socket.AF_INET6, ("::1", settings.port))
+    if settings.host == "localhost":
+        return [(socket.AF_INET, ("127.0.0.1", settings.port)), loopback]
+    if settings.host == "0.0.0.0":  # noqa: S104 - a comparison
+        return [(socket.AF_INET, (settings.host, settings.port)), loopback]
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise SettingsError(f"HOST={settings.host!r} cannot be used: it is neither an address nor a name of this machine.") from None
-    # asyncio turns Nagle's algorithm off only for sockets whose protocol is TCP by name. With it, every answer on a kept connection
-    # waits for the client's delayed acknowledgement (measured on Linux: 47 ms instead of 5 ms for a small one).
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    return [(family, address)]
+
+
+def _check_loopback(settings: Settings, port: int) -> None:
+    """Raise SettingsError if another program has the port on a loopback address only.
+
+    macOS binds 0.0.0.0:PORT beside a program that listens on 127.0.0.1:PORT (read in XNU's in_pcbbind): requests to 127.0.0.1 would then
+    reach the other program. The same address twice is refused everywhere, so this binds the loopback address for a moment.
+    """
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.suppress(_NoIPv6Error):
+            _bind(settings, family, (host, port)).close()
+
+
+def _bind(settings: Settings, family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    """Return a socket bound to an address.
+
+    Raises:
+        _NoIPv6Error: The address is an IPv6 address that this machine does not have.
+        SettingsError: The address cannot be used.
+    """
+    try:
+        # asyncio turns Nagle's algorithm off only for sockets whose protocol is TCP by name. With it, every answer on a kept connection
+        # waits for the client's delayed acknowledgement (measured on Linux: 47 ms instead of 5 ms for a small one).
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except OSError as error:
+        raise _NoIPv6Error(_bind_failure(settings, error)) from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if address[0] == "::1":
+        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise SettingsError(_bind_failure(settings, error)) from None
-    bound.listen(_BACKLOG)
+        kind = _NoIPv6Error if address[0] == "::1" and error.errno == errno.EADDRNOTAVAIL else SettingsError
+        raise kind(_bind_failure(settings, error)) from None
     return bound
 
 
@@ -230,13 +289,13 @@ def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
                 path.unlink()
 
 
-def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Callable[[], None]) -> None:
+def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop: Callable[[], None]) -> None:
     """Serve until a signal ends the process.
 
     Args:
         app: The application.
         settings: SHUTDOWN_TIMEOUT limits how long requests in progress may take after the signal.
-        bound: The socket from `listen`.
+        bound: The sockets from `listen`.
         on_stop: Called in the event loop when the shutdown begins.
     """
     open_files = _raise_open_file_limit()
@@ -260,8 +319,8 @@ def serve(app: ASGIApp, settings: Settings, bound: socket.socket, on_stop: Calla
         backlog=max(1, min(512, open_files // 8)),
         ws="none",
     )
-    with pid_file(settings.cache_dir, bound.getsockname()[1]):
-        _Server(config, on_stop).run(sockets=[bound])
+    with pid_file(settings.cache_dir, bound[0].getsockname()[1]):
+        _Server(config, on_stop).run(sockets=bound)
 
 
 def _raise_open_file_limit() -> int:

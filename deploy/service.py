@@ -226,7 +226,8 @@ def port(settings: Settings, arguments: argparse.Namespace) -> int:
     """Check that the port is free, or used by the running service itself."""
     if arguments.running and _pid_file(settings).get("port") == settings.port:
         return 0
-    listen(settings).close()
+    for bound in listen(settings):
+        bound.close()
     return 0
 
 
