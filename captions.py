@@ -1,4 +1,4 @@
-"""Captions: which part of the text is heard when, as JSON, WebVTT and SRT."""
+"""Captions, the text of each segment with its time, as JSON, WebVTT and SRT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEPT_ANSWERS = 64
 
 @dataclass(frozen=True)
 class Caption:
-    """A segment's text and when it is heard, in seconds from the start of the audio."""
+    """A segment's text, and its start and end in seconds from the start of the audio."""
 
     group: int
     text: str
@@ -23,7 +23,7 @@ class Caption:
 
 
 def captions_of(segments: Sequence[str], timestamps: Sequence[SegmentTimestamp], speed: float) -> list[Caption]:
-    """The captions of an utterance, in the audio's own time: at double speed everything is heard in half of it."""
+    """Return the captions of an utterance. `timestamps` are at normal speed; the captions are at `speed`."""
     return [
         Caption(
             timestamp.segment,
@@ -36,40 +36,40 @@ def captions_of(segments: Sequence[str], timestamps: Sequence[SegmentTimestamp],
 
 
 def to_json(captions: Sequence[Caption]) -> dict[str, list[dict[str, object]]]:
-    """`{"captions": [{"group", "text", "start", "end"}]}`."""
+    """Return `{"captions": [{"group", "text", "start", "end"}]}`."""
     return {"captions": [asdict(caption) for caption in captions]}
 
 
 def to_webvtt(captions: Sequence[Caption]) -> str:
-    """A WebVTT file (W3C WebVTT, section 4)."""
+    """Return a WebVTT file (W3C WebVTT, section 4)."""
     cues = [f"{_clock(c.start, '.')} --> {_clock(c.end, '.')}\n{_escape(c.text)}\n" for c in captions]
     return "\n".join(["WEBVTT\n", *cues])
 
 
 def to_srt(captions: Sequence[Caption]) -> str:
-    """A SubRip file."""
+    """Return a SubRip file."""
     return "\n".join(f"{number}\n{_clock(c.start, ',')} --> {_clock(c.end, ',')}\n{c.text}\n" for number, c in enumerate(captions, 1))
 
 
 class CaptionStore:
-    """The captions of the last answers, in memory only: they hold the spoken text."""
+    """Keeps the captions of the last 64 answers, in memory only, because they contain the spoken text."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, list[Caption]] = OrderedDict()
 
     def keep(self, key: str, captions: list[Caption]) -> None:
-        """Keep an answer's captions under a `new_key()`."""
+        """Keep the captions of an answer under a `new_key()`."""
         self._answers[key] = captions
         while len(self._answers) > _KEPT_ANSWERS:
             self._answers.popitem(last=False)
 
     def get(self, key: str) -> list[Caption] | None:
-        """The captions kept under `key`, unless newer answers have taken their place."""
+        """Return the captions under `key`; None if there are none, or newer answers have replaced them."""
         return self._answers.get(key)
 
 
 def new_key() -> str:
-    """An id for an answer's captions, which cannot be guessed."""
+    """Return an unguessable id for an answer's captions."""
     return uuid.uuid4().hex
 
 
@@ -80,5 +80,5 @@ def _clock(seconds: float, separator: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """WebVTT reads & and < as markup, and --> as the end of the text."""
+    """Escape what WebVTT reads as markup (& and <) or as the end of the text (-->)."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,4 +1,4 @@
-"""Voices: preset files, voices that people added, and looking them up by name."""
+"""Reads preset files and added voices, and looks voices up by name."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ OPENAI_VOICES: tuple[str, ...] = (
     *("juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"),
 )
 
-
 ModelId = Literal["csm-1b", "hibari"]
 
-# The voice prompts in the CSM repository's prompts/ folder that mlx-audio knows the words of; see csm_prompts.py.
+# The voice prompts in the prompts/ folder of CSM's repository whose transcripts are known; see csm_prompts.py.
 CSM_VOICE_KEYS = ("conversational_a", "conversational_b")
 HIBARI_VOICE_KEYS = ("heart",)
 
@@ -38,22 +37,22 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 class VoicePreset(BaseModel):
-    """One voice: the fields of the first draft, and optional ones with mlx-audio's names.
+    """The content of a preset file.
 
     Attributes:
-        name: What a request calls it.
-        model: Which model speaks it.
-        voice_key: A voice prompt that the model brings along.
+        name: Selects the voice in a request.
+        model: The model that speaks.
+        voice_key: A voice prompt that comes with the model.
         speaker_id: CSM's speaker number.
-        temperature: Of the sampler.
-        top_k: Of the sampler.
-        max_audio_length_ms: No segment becomes longer than this.
-        description: For people.
-        speaker_embedding_path: Reserved by the first draft; must stay empty.
-        ref_audio: A recording to clone, in the preset's folder or below it, named relative to it.
-        ref_text: What is said in it, word for word.
-        voice_match: CSM's way to prompt: the recording's text and the new text as one segment.
-        aliases: Other names that reach this voice.
+        temperature: For CSM's sampler.
+        top_k: For CSM's sampler.
+        max_audio_length_ms: The longest segment.
+        description: Shown in the list of voices.
+        speaker_embedding_path: Reserved; must stay empty.
+        ref_audio: The path of a recording to clone, relative to the preset's folder and inside it.
+        ref_text: The words of the recording, exactly as spoken.
+        voice_match: Prompt CSM with the recording's text and the new text as one segment.
+        aliases: Other names that select this voice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,7 +80,7 @@ class VoicePreset(BaseModel):
             _require(self.ref_text is None, "ref_text", "is given without ref_audio")
             _require_key(self.voice_key, CSM_VOICE_KEYS, " (or give ref_audio and ref_text in its place)")
         else:
-            _require(self.voice_key is None, "voice_key", "and ref_audio exclude one another: keep one")
+            _require(self.voice_key is None, "voice_key", "and ref_audio are mutually exclusive: keep one")
             _require(_stays_inside(self.ref_audio), "ref_audio", "must be a file in the preset's folder, named relative to it")
             _require(bool(self.ref_text and self.ref_text.strip()), "ref_text", "must hold the words of ref_audio, exactly as spoken")
         return self
@@ -93,7 +92,7 @@ def _require(condition: bool, key: str, fault: str) -> None:
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a path leads nowhere but down. A preset may come from somebody else, and what it names is opened."""
+    """Return whether a path cannot leave its folder. Preset files may come from other people, and the recordings they name are opened."""
     path = PurePath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
@@ -103,10 +102,10 @@ def _require_key(value: str | None, choices: tuple[str, ...], otherwise: str = "
 
 
 def read_preset(path: Path) -> VoicePreset:
-    """The preset in a file.
+    """Read and check a preset file.
 
     Raises:
-        ValueError: With the key and the reason.
+        ValueError: It is invalid; the message has the key and the reason.
     """
     try:
         if path.stat().st_size > _MAX_PRESET_BYTES:
@@ -121,7 +120,7 @@ def read_preset(path: Path) -> VoicePreset:
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     if not isinstance(data, dict):
-        raise ValueError('the file must hold one JSON object, {"name": …}')  # noqa: TRY004 - one kind of fault for the caller
+        raise ValueError('the file must hold one JSON object, {"name": …}')  # noqa: TRY004 - callers handle one type of error
     try:
         return VoicePreset.model_validate(data)
     except ValidationError as error:
@@ -143,13 +142,13 @@ def _first_fault(error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class Voice:
-    """A preset and where it came from.
+    """A preset, or an added voice in the form of one.
 
     Attributes:
-        preset: The checked preset. That of an added voice is named by the voice's id: logs and headers hold no person's name.
-        folder: The preset file's folder: `ref_audio` is relative to it.
-        uploaded: Somebody sent this voice; it is not a file of the owner's.
-        given_name: What people call an added voice.
+        preset: The checked preset. For an added voice its name is the voice's id, so that no person's name appears in logs and headers.
+        folder: `ref_audio` is relative to it.
+        uploaded: The voice was added over HTTP.
+        given_name: The name of an added voice.
         created_at: When it was added, in Unix seconds.
     """
 
@@ -161,12 +160,12 @@ class Voice:
 
     @property
     def id(self) -> str:
-        """What reaches exactly this voice."""
+        """Unique, and never changes."""
         return self.preset.name
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name for people."""
         return self.given_name or self.preset.name
 
 

@@ -1,4 +1,4 @@
-"""Voices that people add themselves: each is a folder with a recording and a description, which appears and disappears as a whole."""
+"""Stores added voices: each is a folder with a recording and a description, created and deleted atomically."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ MAX_VOICES = 100
 """How many voices are kept: at 60 s each, 288 MB of recordings."""
 
 MAX_NAME = 64
-"""Characters a voice's name may have."""
+"""Characters in a voice's name."""
 
 MAX_WORDS = 2000
-"""Characters that the words of a recording may have: a minute of fast speech is about 1200."""
+"""Characters in the transcript of a recording: a minute of fast speech has about 1200."""
 
 RECORDING = "recording.wav"
 """A voice's recording in its folder: 24 kHz, mono, 16 bit."""
 
 _DESCRIPTION = "voice.json"
 _MAX_DESCRIPTION_BYTES = 64 * 1024
-_TEMPORARY = ".unfinished-"  # hidden, and no id: what is in the making, or about to go
+_TEMPORARY = ".unfinished-"  # of hidden folders: voices that are being written or deleted
 _ID = regex.compile(r"voice_[0-9a-f]{24}")
-# Letters of every script with their marks, as people's names have them; no controls, no invisible and no bidirectional characters.
+# Letters of every script with their combining marks; no control, invisible or bidirectional characters.
 _NAME = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N} .'’()&+_-]*")
 
 
 class VoiceDescription(BaseModel):
-    """What `voice.json` holds.
+    """The content of `voice.json`.
 
     Attributes:
-        name: What people call the voice.
-        ref_text: What is said in the recording.
-        consent: What was sent as the speaker's consent: a word for yes, or the id of a consent.
-        consent_date: When that was, in ISO 8601, UTC.
-        created_at: The same moment in Unix seconds.
-        seconds: How long the recording is.
+        name: The voice's name.
+        ref_text: The words of the recording.
+        consent: The speaker's consent as it was sent: a word for yes, or the id of a consent.
+        consent_date: When it was sent: ISO 8601, UTC.
+        created_at: The same in Unix seconds.
+        seconds: The length of the recording.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -72,12 +72,12 @@ class VoiceDescription(BaseModel):
 
 @dataclass(frozen=True)
 class StoredVoice:
-    """A voice that somebody added.
+    """An added voice.
 
     Attributes:
-        id: Opaque, never used twice.
-        folder: Where its recording lies. Never told to anybody.
-        description: All else.
+        id: Random, never used twice.
+        folder: Contains the recording. Never shown to clients.
+        description: The rest.
     """
 
     id: str
@@ -86,10 +86,10 @@ class StoredVoice:
 
 
 def clean_name(name: str) -> str:
-    """`name` as it is kept: composed characters, single spaces.
+    """Return `name` as it is stored: composed characters, single spaces.
 
     Raises:
-        InvalidRequestError: It cannot be a voice's name; the message says what can.
+        InvalidRequestError: It is not valid as a voice's name; the message says what is.
     """
     cleaned = " ".join(unicodedata.normalize("NFC", name).split(" ")).strip()
     if not _NAME.fullmatch(cleaned) or len(cleaned) > MAX_NAME or _ID.fullmatch(cleaned):
@@ -103,29 +103,29 @@ def clean_name(name: str) -> str:
 
 
 def name_key(name: str) -> str:
-    """What two names share when people would take them for one."""
+    """Return a key that is equal for names that differ only in case or in Unicode composition."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 class VoiceStore:
-    """The voices in a folder. Safe to use from several threads and processes at a time; a process that is killed leaves nothing half done.
+    """The added voices in a folder. Safe for several threads and processes, and against being killed.
 
-    A voice is written into a hidden folder that is then renamed; all changes happen under one lock, so whatever hidden folder there is
-    when the lock is had was left by a process that was killed. All methods block; `add` for milliseconds.
+    A voice is written into a hidden folder that is then renamed. All changes happen under one lock, so a hidden folder that exists when the
+    lock is acquired was left by a killed process. All methods block; `add` for milliseconds.
 
     Args:
-        folder: Made when the first voice is added. It must not be inside the project.
+        folder: Created when the first voice is added. It must be outside the project.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def signature(self) -> object:
-        """What changes when a voice is added or deleted. Nothing else matters: no id comes twice, and what a voice is never changes."""
+        """Return a value that changes when a voice is added or deleted. Nothing else can change: ids and voices are final."""
         return frozenset(folder.name for folder in self._folders())
 
     def voices(self) -> list[StoredVoice]:
-        """The voices, oldest first; one that is damaged is left out, with a warning in the log."""
+        """Return the voices, oldest first; a damaged one is left out, with a warning in the log."""
         found = []
         for folder in self._folders():
             try:
@@ -135,17 +135,17 @@ class VoiceStore:
         return sorted(found, key=lambda voice: (voice.description.created_at, voice.id))
 
     def add(self, name: str, recording: Samples, ref_text: str, consent: str) -> StoredVoice:
-        """Keep a voice.
+        """Store a voice.
 
         Args:
             name: From `clean_name`.
             recording: float32, shape (n,), 24 kHz, from `recordings`.
-            ref_text: Its words.
-            consent: The speaker's.
+            ref_text: The words of the recording.
+            consent: The speaker's consent, as it was sent.
 
         Raises:
             ConflictError: The name is taken, or there are too many voices.
-            StorageError: The disk is full or cannot be written to. Nothing is left then.
+            StorageError: The disk is full or cannot be written to; nothing is left on it.
         """
         now = int(time.time())
         date = datetime.fromtimestamp(now, timezone.utc).isoformat()
@@ -162,7 +162,7 @@ class VoiceStore:
         return StoredVoice(voice_id, folder, description)
 
     def delete(self, voice_id: str) -> None:
-        """Remove a voice and all that was made from its recording.
+        """Delete a voice and everything made from its recording.
 
         Raises:
             NotFoundError: There is none with this id.
@@ -174,12 +174,12 @@ class VoiceStore:
             raise missing
         with self._alone(), self._unfinished() as leaving:
             try:
-                folder.rename(leaving / voice_id)  # gone at once; its files follow
+                folder.rename(leaving / voice_id)  # atomic; then its files are deleted
             except FileNotFoundError:
                 raise missing from None
 
     def clean(self) -> None:
-        """Remove what a process that was killed left behind. A folder that cannot be written to is no obstacle to a start."""
+        """Delete what a killed process has left. Only log a warning if the folder cannot be written to."""
         if not self._folder.is_dir():
             return
         try:
@@ -192,28 +192,28 @@ class VoiceStore:
         try:
             with os.scandir(self._folder) as entries:
                 return [Path(entry.path) for entry in entries if _ID.fullmatch(entry.name)]
-        except OSError as error:  # not there yet, or not any more
+        except OSError as error:  # it does not exist
             if is_shortage(error):
                 raise
             return []
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While this lasts, nobody else changes the folder, and there is nothing unfinished in it."""
+        """Lock the folder against other changes, and delete the leftovers of killed processes."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self._folder / ".lock").open("ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when a process ends, however it ends
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system even if the process is killed
                 for leftover in self._folder.glob(f"{_TEMPORARY}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 yield
         except OSError as error:
-            logger.error("an added voice cannot be kept or removed: %s", error.strerror)  # noqa: TRY400 - the cause is all there is to know
+            logger.error("an added voice cannot be stored or deleted: %s", error.strerror)  # noqa: TRY400 - the cause is enough
             raise StorageError(f"The server cannot change its folder of voices: {error.strerror or type(error).__name__}.") from None
 
     @contextmanager
     def _unfinished(self) -> Iterator[Path]:
-        """A hidden folder, readable for this user only; whatever is in it, or becomes of it, goes at the end."""
+        """Create a hidden folder, readable by this user only; delete it at the end unless it was renamed."""
         folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._folder))
         try:
             yield folder
@@ -223,21 +223,21 @@ class VoiceStore:
     def _check_room(self, name: str) -> None:
         voices = self.voices()
         if len(self._folders()) >= MAX_VOICES:
-            raise ConflictError(f"There are {MAX_VOICES} voices already, the most that are kept: delete one first.", code="too_many_voices")
+            raise ConflictError(f"There are {MAX_VOICES} voices, which is the limit: delete one first.", code="too_many_voices")
         if any(name_key(voice.description.name) == name_key(name) for voice in voices):
             raise name_taken(name)
 
 
 def name_taken(name: str) -> ConflictError:
-    """The refusal of a name that reaches a voice already."""
+    """Return the error for a name that already selects a voice."""
     return ConflictError(f"The name {shorten(name)} is taken: choose another.", param="name")
 
 
 def _read(folder: Path) -> VoiceDescription:
-    """What a voice's folder says of it.
+    """Read the description of a voice and check that its recording is complete.
 
     Raises:
-        ValueError: It is damaged; the message holds no path.
+        ValueError: The voice is damaged; the message contains no path.
     """
     try:
         with (folder / _DESCRIPTION).open("rb") as file:

@@ -67,7 +67,7 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
     *(({"name": "x", "ref_audio": path, "ref_text": "Hi."}, "ref_audio must be a file in the preset's folder")
       for path in ("../a.wav", "/a.wav", "voices/../../a.wav", "", ".")),
     ({"name": "x", "ref_text": "Hello."}, "without ref_audio"),
-    ({"name": "x", "voice_key": "conversational_a", "ref_audio": "a.wav", "ref_text": "Hi."}, "exclude one another"),
+    ({"name": "x", "voice_key": "conversational_a", "ref_audio": "a.wav", "ref_text": "Hi."}, "are mutually exclusive"),
     ({"name": "x", "voice_key": "conversational_a", "speaker_embedding_path": "x.pt"}, "speaker_embedding_path"),
 ])  # fmt: skip
 def test_a_bad_file_is_skipped_with_its_reason_and_the_others_load(tmp_path: Path, content: object, reason: str) -> None:
