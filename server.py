@@ -46,7 +46,8 @@ from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
 from tts_engine import TTSEngine
 from voice_presets import VoicePresetManager
-from voice_routes import VoiceEndpoint, fresh_voices, voice_routes
+from voice_routes import VoiceEndpoint, fresh_voices
+from voice_routes import router as voice_routes
 from voice_store import VoiceStore
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Voices over HTTP: list, add from a recording, delete."""
+"""/v1/audio/voices: list voices, add one from a recording, delete one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import regex
 from fastapi import APIRouter, Depends, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -26,80 +26,80 @@ from tts_engine import TTSEngine
 from voice_presets import Voice, VoiceCatalog, VoicePresetManager
 from voice_store import MAX_NAME, MAX_WORDS, StoredVoice, VoiceStore, clean_name
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 MAX_SAMPLE_BYTES = 10 << 20
 """OpenAI's limit for a recording."""
 
 _MAX_CONSENT = 200
-_REFUSALS = frozenset({"", "false", "no", "0", "off", "f", "n", "none", "null", "undefined"})
+_NO_CONSENT = frozenset({"", "false", "no", "0", "off", "f", "n", "none", "null", "undefined"})
+_MOST_WAITING = 8  # recordings of up to 10 MiB each, which wait in temporary files
 _WORD = regex.compile(r"[\p{L}\p{N}]")
 _INVISIBLE = regex.compile(r"[\p{Z}\p{C}]+")
 
 
-@dataclass(frozen=True)
-class VoiceForm:
-    """What a form holds.
+def clean_words(text: str) -> str:
+    """Return `text` with single spaces and without invisible characters; empty if it contains no word."""
+    cleaned = _INVISIBLE.sub(" ", text).strip()
+    return cleaned if _WORD.search(cleaned) else ""
 
-    Attributes:
-        name: As it was sent.
-        consent: A word for yes, or the id of a consent.
-        ref_text: The recording's words; empty where they were not sent.
-        audio_sample: The recording, at its beginning.
-    """
 
-    name: str
-    consent: str
-    ref_text: str
-    audio_sample: BinaryIO
+class VoiceForm(BaseModel):
+    """The form that adds a voice."""
 
-    OPENAPI: ClassVar[dict[str, Any]] = {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["name", "audio_sample", "consent"],
-                        "properties": {
-                            "name": {
-                                "type": "string",
-                                "minLength": 1,
-                                "maxLength": MAX_NAME,
-                                "example": "Grandmother",
-                                "description": "What the voice is called.",
-                            },
-                            "audio_sample": {
-                                "type": "string",
-                                "format": "binary",
-                                "description": "1 to 60 s of speech as WAV, MP3, M4A, FLAC, Ogg, Opus or WebM; up to 10 MiB.",
-                            },
-                            "consent": {
-                                "type": "string",
-                                "minLength": 1,
-                                "maxLength": _MAX_CONSENT,
-                                "example": "true",
-                                "description": "`true`, or the id of a consent: the speaker agrees. Kept with the date.",
-                            },
-                            "ref_text": {
-                                "type": "string",
-                                "maxLength": MAX_WORDS,
-                                "example": "These are the words that I say in the recording.",
-                                "description": "The words of the recording, exactly as spoken. Where a recogniser is installed, they may be left out.",
-                            },
-                        },
-                    }
-                }
-            },
-        }
-    }
+    model_config = ConfigDict(arbitrary_types_allowed=True, str_strip_whitespace=True)
+
+    name: str = Field(min_length=1, max_length=MAX_NAME, examples=["Grandmother"], description="The name of the voice.")
+    consent: str = Field(
+        min_length=1,
+        max_length=_MAX_CONSENT,
+        examples=["true"],
+        description="`true`, or the id of a consent: the speaker agrees. Stored with the date.",
+    )
+    ref_text: Annotated[
+        str,
+        Field(
+            max_length=MAX_WORDS,
+            examples=["These are the words that I say in the recording."],
+            description="The words of the recording, exactly as spoken. May be left out where a speech recogniser is installed.",
+        ),
+        AfterValidator(clean_words),
+    ] = ""
+    audio_sample: Annotated[UploadFile, WithJsonSchema({"type": "string", "format": "binary"})] = Field(
+        description="1 to 60 s of speech as WAV, MP3, M4A, FLAC, Ogg, Opus or WebM; up to 10 MiB."
+    )
+
+    @field_validator("consent")
+    @classmethod
+    def _is_consent(cls, consent: str) -> str:
+        if consent.lower() in _NO_CONSENT:
+            raise ValueError("must be 'true', or the id of a consent: a voice may be used only if its speaker agrees.")
+        return consent
+
+
+# The form is read here and not by FastAPI, which would read it before it is known whether the client may add a voice, without limits for
+# the number of parts, and would report a full disk as a bad request.
+_FORM_DOCUMENT: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": VoiceForm.model_json_schema()}}}
+}
+
+_FAULTS = {  # by pydantic's error types
+    "missing": "is missing, or the form ends before it.",
+    "string_type": "must be text, not a file.",
+    "string_too_short": "is empty.",
+    "is_instance_of": "must be a file: send it with a file name.",
+}
 
 
 @asynccontextmanager
 async def read_voice_form(request: Request) -> AsyncIterator[VoiceForm]:
-    """The form of a request. Its recording, kept in a nameless temporary file, is gone when the context ends.
+    """Read the form of a request. Its recording is in an unnamed temporary file, which is removed when the context ends.
 
     Raises:
-        InvalidRequestError: Something is missing, twice there, or of the wrong kind.
-        BodyTooLargeError: The recording is.
+        InvalidRequestError: A field is missing, sent twice, or invalid.
+        BodyTooLargeError: The recording is too large.
         StorageError: There is no room for a temporary file.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
@@ -109,86 +109,57 @@ async def read_voice_form(request: Request) -> AsyncIterator[VoiceForm]:
     except HTTPException as error:
         raise _bad_form(f"The form cannot be read: {error.detail}") from None
     except OSError as error:
-        logger.error("a form cannot be kept while it is read: %s", error.strerror)  # noqa: TRY400 - the cause is all there is to know
+        logger.error("a form cannot be stored while it is read: %s", error.strerror)  # noqa: TRY400 - the cause is enough
         raise StorageError("The server has no room for a temporary file.") from None
     try:
-        yield _checked(form)
+        yield _validated(form)
     finally:
         await form.close()
 
 
-def clean_words(text: str) -> str:
-    """`text` with single spaces and nothing invisible; empty when no word is in it."""
-    cleaned = _INVISIBLE.sub(" ", text).strip()
-    return cleaned if _WORD.search(cleaned) else ""
-
-
-def _checked(form: FormData) -> VoiceForm:
-    name = _text(form, "name", MAX_NAME)
-    consent = _text(form, "consent", _MAX_CONSENT)
-    if consent.lower() in _REFUSALS:
-        raise _bad_field("consent", "'consent' must be 'true', or the id of a consent: a voice may be used only if its speaker agrees.")
-    words = clean_words(_text(form, "ref_text", MAX_WORDS)) if "ref_text" in form else ""
-    return VoiceForm(name, consent, words, _sample(form))
-
-
-def _only(form: FormData, field: str) -> str | UploadFile:
-    values = form.getlist(field)
-    if not values:
-        raise _bad_field(field, f"'{field}' is missing, or the form ends before it does.")
-    if len(values) > 1:
-        raise _bad_field(field, f"'{field}' is there {len(values)} times.")
-    return values[0]
-
-
-def _text(form: FormData, field: str, longest: int) -> str:
-    value = _only(form, field)
-    if not isinstance(value, str):
-        raise _bad_field(field, f"'{field}' must be a text, not a file.")
-    if len(value.strip()) > longest:
-        raise _bad_field(field, f"'{field}' has {len(value.strip())} characters; at most {longest} are allowed.")
-    return value.strip()
-
-
-def _sample(form: FormData) -> BinaryIO:
-    value = _only(form, "audio_sample")
-    if isinstance(value, str):
-        raise _bad_field("audio_sample", "'audio_sample' must be a file: send it with a file name.")
-    if not value.size:
+def _validated(form: FormData) -> VoiceForm:
+    for field in VoiceForm.model_fields:
+        if (count := len(form.getlist(field))) > 1:
+            raise _bad_field(field, f"was sent {count} times.")
+    try:
+        checked = VoiceForm.model_validate(dict(form))
+    except ValidationError as error:
+        raise _explained(error) from None
+    size = checked.audio_sample.size or 0
+    if not size:
         raise InvalidAudioError("The recording is empty.", param="audio_sample")
-    if value.size > MAX_SAMPLE_BYTES:
-        raise BodyTooLargeError(
-            f"The recording has {value.size} bytes; at most {MAX_SAMPLE_BYTES} (10 MiB) are allowed.", param="audio_sample"
-        )
-    return value.file
+    if size > MAX_SAMPLE_BYTES:
+        raise BodyTooLargeError(f"The recording has {size} bytes; at most {MAX_SAMPLE_BYTES} (10 MiB) are allowed.", param="audio_sample")
+    return checked
 
 
-def _bad_field(field: str, message: str) -> InvalidRequestError:
-    return InvalidRequestError(message, param=field, code=f"invalid_{field}")
+def _explained(error: ValidationError) -> InvalidRequestError:
+    fault: Any = error.errors(include_url=False)[0]
+    if fault["type"] == "string_too_long":
+        reason = f"has {len(fault['input'].strip())} characters; at most {fault['ctx']['max_length']} are allowed."
+    elif fault["type"] == "value_error":
+        reason = str(fault["ctx"]["error"])
+    else:
+        reason = _FAULTS.get(fault["type"], "is not valid.")
+    return _bad_field(str(fault["loc"][0]), reason)
+
+
+def _bad_field(field: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"'{field}' {reason}", param=field, code=f"invalid_{field}")
 
 
 def _bad_form(message: str) -> InvalidRequestError:
     return InvalidRequestError(message, code="invalid_form")
 
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_MOST_WAITING = 8  # recordings of up to 10 MiB each, which are in temporary files meanwhile
-
-
-voice_routes = APIRouter(tags=["voices"])
-
-
 class VoiceEndpoint:
-    """Answers requests about voices.
+    """Describes, adds and deletes voices.
 
     Args:
-        settings: For whether a request comes from the owner.
-        presets: The voices.
-        store: Where added voices are kept.
-        engine: Knows which voices are ready.
+        settings: Decide whether a request comes from the owner.
+        presets: All voices.
+        store: The added voices.
+        engine: Tells which voices are ready.
     """
 
     def __init__(self, settings: Settings, presets: VoicePresetManager, store: VoiceStore, engine: TTSEngine) -> None:
@@ -196,113 +167,107 @@ class VoiceEndpoint:
         self._presets = presets
         self._store = store
         self._engine = engine
-        # One recording at a time: each may take tens of MB, and all of a core while its words are being heard.
+        # One recording at a time: each may take tens of MB, and a whole core while it is transcribed.
         self._queue = RequestQueue(_MOST_WAITING, settings.queue_timeout)
 
-    def describe(self, voice: Voice) -> dict[str, Any]:
-        """One entry of the list."""
+    def describe(self, voice: Voice, catalog: VoiceCatalog) -> dict[str, Any]:
+        """Return a voice's entry in the list of voices."""
         return {
             "id": voice.id,
             "name": voice.name,
             "description": voice.preset.description,
             "model": voice.preset.model,
             "ready": self._engine.host(voice).ready,
-            "aliases": self._presets.catalog.aliases_of(voice),
+            "aliases": catalog.aliases_of(voice),
             "uploaded": voice.uploaded,
         }
 
-    def list(self) -> dict[str, Any]:
-        """All voices."""
-        return {"voices": [self.describe(voice) for voice in self._presets.catalog.voices]}
-
-    def get(self, voice_id: str) -> dict[str, Any]:
-        """One voice, by its id alone.
+    def details(self, voice_id: str, catalog: VoiceCatalog) -> dict[str, Any]:
+        """Return all about the voice with this id.
 
         Raises:
             NotFoundError: There is none.
         """
-        return {"object": "audio.voice", "created_at": self._voice(voice_id).created_at} | self.describe(self._voice(voice_id))
+        voice = catalog.get(voice_id)
+        if voice is None:
+            raise NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices.")
+        return {"object": "audio.voice", "created_at": voice.created_at} | self.describe(voice, catalog)
 
-    async def add(self, request: Request) -> dict[str, Any]:
-        """Keep the voice that a form holds; whatever is refused, or given up by the client, leaves nothing behind.
+    async def add(self, request: Request, catalog: VoiceCatalog) -> dict[str, Any]:
+        """Add the voice in the request's form. If it is refused, or the client disconnects, nothing is left on the disk.
 
         Raises:
-            TTSError: Who asks may not, too many ask, or the form, the name, the consent or the recording will not do.
-            ClientDisconnect: The client went.
+            TTSError: The client is not the owner, the queue is full, or the form, the name, the consent or the recording is invalid.
+            ClientDisconnect: The client disconnected.
         """
         require_owner(request, self._settings)
         async with read_voice_form(request) as form:
             name = clean_name(form.name)
-            self._presets.catalog.check_new_name(name)
-            stored = await run_until_gone(self._keep(form, name), request.receive)
-        await asyncio.to_thread(self._presets.refresh)
+            catalog.check_new_name(name)
+            stored = await run_until_gone(self._store_voice(form, name), request.receive)
+        catalog = await asyncio.to_thread(self._presets.refresh)
         request.state.log_fields["voice"] = stored.id
-        return self.get(stored.id) | {"ref_text": stored.description.ref_text}
+        return self.details(stored.id, catalog) | {"ref_text": stored.description.ref_text}
 
-    async def delete(self, voice_id: str, request: Request) -> dict[str, Any]:
-        """Remove an added voice. Who speaks with it at this moment is not disturbed: its recording has been read by then.
+    async def delete(self, voice_id: str, request: Request, catalog: VoiceCatalog) -> dict[str, Any]:
+        """Delete an added voice. Speech that is being generated with it goes on: the recording has been read before.
 
         Raises:
-            ForbiddenError: Who asks may not, or it is a preset.
-            NotFoundError: There is none.
+            ForbiddenError: The client is not the owner, or the voice is a preset.
+            NotFoundError: There is no such voice.
         """
         require_owner(request, self._settings)
-        voice = self._presets.catalog.get(voice_id)
+        voice = catalog.get(voice_id)
         if voice is not None and not voice.uploaded:
-            raise ForbiddenError("This voice is a preset of the server's owner, not one that was added here: it is removed with its file.")
+            raise ForbiddenError("This voice is a preset of the server's owner, not an added voice: delete its file to remove it.")
         await asyncio.to_thread(self._store.delete, voice_id)
         await asyncio.to_thread(self._presets.refresh)
         return {"id": voice_id, "object": "audio.voice", "deleted": True}
 
-    def _voice(self, voice_id: str) -> Voice:
-        voice = self._presets.catalog.get(voice_id)
-        if voice is None:
-            raise NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices.")
-        return voice
-
     def drain(self) -> None:
-        """Take no more recordings, and refuse those that wait."""
+        """Accept no more recordings, and refuse those that wait."""
         self._queue.close()
 
-    async def _keep(self, form: VoiceForm, name: str) -> StoredVoice:
+    async def _store_voice(self, form: VoiceForm, name: str) -> StoredVoice:
         async with self._queue.slot():
             try:
-                samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.read()))
+                samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.file.read()))
             except InvalidAudioError as error:
                 raise InvalidAudioError(error.message, param="audio_sample") from None
-            words = form.ref_text or await _in_thread(lambda: _heard(samples))
+            words = form.ref_text or await _in_thread(lambda: _transcribe(samples))
             return await _in_thread(lambda: self._store.add(name, samples, words, form.consent))
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """What `work` gives. A thread cannot be stopped, so its end is waited for even when nobody wants its result any more."""
+    """Return the result of `work`. A thread cannot be stopped: when cancelled, wait until `work` has ended.
+
+    Not `anyio.to_thread`: its shield does not hold against the cancellation of an asyncio task, and its threads are not the limited pool.
+    """
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait({running})
-        running.exception()  # seen, or asyncio would report it as lost
+        running.exception()  # retrieved, or asyncio would log it as lost
         raise
 
 
-def _heard(samples: Samples) -> str:
-    """The words of a recording that came without them.
+def _transcribe(samples: Samples) -> str:
+    """Return the words of a recording that was sent without them.
 
     Raises:
-        InvalidRequestError: There is no recogniser, or it heard none.
+        InvalidRequestError: There is no recogniser, or it found no words.
     """
-    from transcription import Recognizer  # a recogniser is large, and seldom needed: loaded for this once, then let go
+    from transcription import Recognizer  # large and seldom needed: loaded for this one call
 
-    needed = "'ref_text' is missing: the words of the recording, exactly as spoken."
+    needed = "is missing: the words of the recording, exactly as spoken."
     try:
         words = clean_words(Recognizer().transcribe(samples))
     except ModelLoadError as error:
         logger.info("no recogniser for a recording without words: %s", error.message)
-        raise InvalidRequestError(
-            f"{needed} This server has no speech recogniser to find them.", param="ref_text", code="invalid_ref_text"
-        ) from None
+        raise _bad_field("ref_text", f"{needed} This server has no speech recogniser to find them.") from None
     if not words:
-        raise InvalidRequestError(f"{needed} The speech recogniser heard none.", param="ref_text", code="invalid_ref_text")
+        raise _bad_field("ref_text", f"{needed} The speech recogniser found none.")
     return words
 
 
@@ -312,49 +277,51 @@ async def fresh_voices(request: Request) -> VoiceCatalog:
     return await asyncio.to_thread(presets.refresh) if presets.changed() else presets.catalog
 
 
+async def _endpoint(request: Request) -> VoiceEndpoint:
+    endpoint: VoiceEndpoint = request.app.state.server.voices
+    return endpoint
+
+
 FreshVoices = Annotated[VoiceCatalog, Depends(fresh_voices)]
 """The parameter of a route that uses the voices. FastAPI calls the dependency once a request."""
 
+_Endpoint = Annotated[VoiceEndpoint, Depends(_endpoint)]
 
-@voice_routes.get("/audio/voices", operation_id="listVoices", summary="List voices", response_model=VoiceList)
-async def list_voices(request: Request) -> dict[str, Any]:
-    """Every voice, whether it is ready, and the other names that reach it."""
-    return _endpoint(request).list()
+router = APIRouter(prefix="/audio/voices", tags=["voices"])
 
 
-@voice_routes.post(
-    "/audio/voices",
+@router.get("", operation_id="listVoices", summary="List voices", response_model=VoiceList)
+async def list_voices(endpoint: _Endpoint, catalog: FreshVoices) -> dict[str, Any]:
+    """List all voices, whether each is ready, and their aliases."""
+    return {"voices": [endpoint.describe(voice, catalog) for voice in catalog.voices]}
+
+
+@router.post(
+    "",
     operation_id="createVoice",
     summary="Add a voice from a recording",
     response_model=VoiceDetails,
     responses=refusals(403, 409, 429),
-    openapi_extra=VoiceForm.OPENAPI,
+    openapi_extra=_FORM_DOCUMENT,
 )
-async def create_voice(request: Request) -> dict[str, Any]:
-    """As OpenAI's custom voices, with the words of the recording; from this machine, or with the key."""
-    return await _endpoint(request).add(request)
+async def create_voice(request: Request, endpoint: _Endpoint, catalog: FreshVoices) -> dict[str, Any]:
+    """Like OpenAI's custom voices, plus the words of the recording. Allowed from this machine, or with the API key."""
+    return await endpoint.add(request, catalog)
 
 
-@voice_routes.get(
-    "/audio/voices/{voice_id}", operation_id="getVoice", summary="Get a voice", response_model=VoiceDetails, responses=refusals(404)
-)
-async def get_voice(voice_id: str, request: Request) -> dict[str, Any]:
-    """A voice by its id."""
-    return _endpoint(request).get(voice_id)
+@router.get("/{voice_id}", operation_id="getVoice", summary="Get a voice", response_model=VoiceDetails, responses=refusals(404))
+async def get_voice(voice_id: str, endpoint: _Endpoint, catalog: FreshVoices) -> dict[str, Any]:
+    """Get a voice by its id."""
+    return endpoint.details(voice_id, catalog)
 
 
-@voice_routes.delete(
-    "/audio/voices/{voice_id}",
+@router.delete(
+    "/{voice_id}",
     operation_id="deleteVoice",
     summary="Delete an added voice",
     response_model=DeletedVoice,
     responses=refusals(403, 404),
 )
-async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
-    """The recording and all that was made from it go with it; from this machine, or with the key."""
-    return await _endpoint(request).delete(voice_id, request)
-
-
-def _endpoint(request: Request) -> VoiceEndpoint:
-    endpoint: VoiceEndpoint = request.app.state.server.voices
-    return endpoint
+async def delete_voice(voice_id: str, request: Request, endpoint: _Endpoint, catalog: FreshVoices) -> dict[str, Any]:
+    """Delete the recording and everything made from it. Allowed from this machine, or with the API key."""
+    return await endpoint.delete(voice_id, request, catalog)
