@@ -6,10 +6,23 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 PY := .venv/bin/python
 
+# On a Mac, uv installs and keeps this Python, which .ci/run tests too. An upgrade of Homebrew would remove its own, and .venv with it.
+MAC_PYTHON := 3.11
+ifeq ($(shell uname -s),Darwin)
+export UV_PYTHON := $(MAC_PYTHON)
+export UV_MANAGED_PYTHON := 1
+endif
+
+# Empty, unless the Python of .venv has been removed.
+BROKEN := $(shell test ! -e .venv || $(PY) -S -c '' 2>/dev/null || echo broken-environment)
+# On a terminal, uv shows what it downloads.
+QUIET := $(shell test -t 2 || echo --quiet)
+
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run setup test check clients bench bench-csm soak audit clean help
+.PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
 	@exec $(PY) server.py
@@ -49,14 +62,18 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 # Stamp files, so that later runs do not start uv. --inexact keeps packages that other targets installed.
-.venv/.run-stamp: pyproject.toml | $(UV)
-	$(UV) sync --quiet --inexact
+.venv/.run-stamp: pyproject.toml $(BROKEN) | $(UV)
+	$(UV) sync $(QUIET) --inexact
 	@touch $@
 
-.venv/.dev-stamp: pyproject.toml | $(UV)
-	$(UV) sync --quiet --inexact --group dev
+.venv/.dev-stamp: pyproject.toml $(BROKEN) | $(UV)
+	$(UV) sync $(QUIET) --inexact --group dev
 	@touch $@ .venv/.run-stamp
+
+broken-environment:
+	@echo ".venv/bin/python does not run: its Python was removed or upgraded. Installing the environment again." >&2
+	rm -rf .venv
 
 .uv/bin/uv:
 	$(PYTHON) -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	.uv/bin/pip install $(QUIET) --disable-pip-version-check uv==0.13.9

@@ -156,13 +156,6 @@ def test_install_sh_is_clean_for_bash_and_shellcheck() -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def test_make_help_lists_every_target() -> None:
-    targets = next(line for line in (PROJECT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:")).split()[1:]
-    listed = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line.split()[1] for line in listed] == targets
-    assert all(len(line.split()) > 2 for line in listed)
-
-
 def test_the_plist_is_a_valid_template_that_names_only_what_is_replaced() -> None:
     text = (PROJECT / f"{LABEL}.plist").read_text()
     plist = plistlib.loads(text.encode())
