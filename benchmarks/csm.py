@@ -48,7 +48,7 @@ SEGMENTS = [(SENTENCE * 4)[:300].strip() for _ in range(5)]  # 1500 characters
 
 
 @dataclass
-class Marks:
+class Times:
     """Times within one request, in seconds after its start."""
 
     start: float = field(default_factory=clock)
@@ -61,22 +61,22 @@ class Marks:
 
 
 @contextmanager
-def marked(model: Model) -> Iterator[Marks]:
+def timed_network(model: Model) -> Iterator[Times]:
     """Record when the network is first called: both engines use the library's."""
-    marks = Marks()
+    times = Times()
     network = model.model.generate_frame
 
     def generate_frame(tokens: mx.array, *others: object) -> mx.array:
-        if not marks.first_frame:
+        if not times.first_frame:
             mx.eval(tokens)  # stock's prompt is encoded only when it is used
-            marks.first_frame = marks.now()
+            times.first_frame = times.now()
         frame: mx.array = network(tokens, *others)
         return frame
 
     model.model.generate_frame = generate_frame
     try:
-        yield marks
-        marks.total = marks.now()
+        yield times
+        times.total = times.now()
     finally:
         del model.model.generate_frame
 
@@ -95,23 +95,23 @@ class Engines:
         self.speaker = CsmSpeaker(self.model, self.prompts, settings)
         self.transcript = TRANSCRIPTS["conversational_a"]
 
-    def stock(self, segments: list[str], frames: int, *, stream: bool = False) -> Marks:
-        with marked(self.stock_model) as marks:
+    def stock(self, segments: list[str], frames: int, *, stream: bool = False) -> Times:
+        with timed_network(self.stock_model) as times:
             prompt: Segment = self.stock_model.prepare_prompt(self.transcript, 0, str(self.recording), 24_000)
             sampler = make_sampler(temp=0.9, top_k=50)
             for result in self.stock_model.generate(
                 segments, context=[prompt], sampler=sampler, max_audio_length_ms=frames * FRAME_MS, stream=stream
             ):
                 np.array(result.audio)
-                marks.first_sound = marks.first_sound or marks.now()
-        return marks
+                times.first_sound = times.first_sound or times.now()
+        return times
 
-    def ours(self, segments: list[str], frames: int, *, stream: bool = False) -> Marks:
+    def ours(self, segments: list[str], frames: int, *, stream: bool = False) -> Times:
         voice = csm_loading.voice(max_audio_length_ms=frames * FRAME_MS)
-        with marked(self.model) as marks:
+        with timed_network(self.model) as times:
             for _ in self.speaker.speak(segments, voice, SpeechOptions(1, streamed=stream), lambda: False):
-                marks.first_sound = marks.first_sound or marks.now()
-        return marks
+                times.first_sound = times.first_sound or times.now()
+        return times
 
 
 def main() -> None:
@@ -208,15 +208,15 @@ def codec_alone(engines: Engines, frames: int = 16) -> None:
 
 def long_text(engines: Engines, frames: int) -> None:
     """The time for 1500 characters in five segments, and MLX's peak memory."""
-    marks: list[Marks] = []
+    times: list[Times] = []
     memory: list[float] = []
     for speak in (engines.stock, engines.ours):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        marks.append(speak(SEGMENTS, frames))
+        times.append(speak(SEGMENTS, frames))
         memory.append((mx.get_peak_memory() - before) / 1e6)
-    row(f"1500 characters, 5 segments of {frames} frames, total", marks[0].total, marks[1].total)
+    row(f"1500 characters, 5 segments of {frames} frames, total", times[0].total, times[1].total)
     row("its peak memory beyond the weights", memory[0], memory[1], "MB")
 
 

@@ -1,4 +1,4 @@
-"""The weights of the tiny CSM checkpoint: random ones, scripted ones that end when they are told to, and Mimi's.
+"""The weights of the tiny CSM checkpoint: random ones, scripted ones that end at a given frame, and Mimi's.
 
 A *script* makes the network predictable without leaving it. Hidden dimensions are flags: a text or prompt frame sets the flag "choose",
 every other frame the flag of the state it stands for. The blocks pass the flags through unchanged (their output projections are zero),
@@ -46,7 +46,7 @@ _LOGIT = 20.0
 
 
 def config() -> dict[str, Any]:
-    """`config.json`: every field of mlx-audio's `SesameModelArgs` and `DepthDecoderConfig`, with CSM-1B's values except for the sizes."""
+    """Return `config.json`: every field of mlx-audio's `SesameModelArgs` and `DepthDecoderConfig`, with CSM-1B's values except for the sizes."""
     rope = {
         "factor": 32.0,
         "low_freq_factor": 1.0,
@@ -96,7 +96,7 @@ def config() -> dict[str, Any]:
 
 
 def random_weights(seed: int = 0) -> dict[str, Array]:
-    """Random weights under the names that the file of `sesame/csm-1b` uses, float32."""
+    """Return random weights under the names in the file of `sesame/csm-1b`, float32."""
     random = np.random.default_rng(seed)
     weights: dict[str, Array] = {}
     for part, layers in (("backbone", LAYERS), ("decoder", 1)):
@@ -116,7 +116,7 @@ def random_weights(seed: int = 0) -> dict[str, Array]:
 
 
 def scripted_weights(script: Script) -> dict[str, Array]:
-    """Weights that follow `script`, under the same names.
+    """Return weights that follow `script`, under the same names.
 
     Raises:
         ValueError: The script has too many letters or too many different frames for the hidden size.
@@ -135,9 +135,9 @@ def scripted_weights(script: Script) -> dict[str, Array]:
 
 
 def _write_letters(weights: dict[str, Array], letters: Sequence[str]) -> None:
-    """Layer 0's first head: a choosing frame reads the letter's flag from wherever in the text it stands, all others read nothing.
+    """Write layer 0's first head: a choosing frame reads the letter's flag from any place in the text, all others read nothing.
 
-    The directions are the pairs of the head's dimensions that rotary embedding queue slowest (under 0.001 rad in 2048 positions).
+    The directions are the pairs of the head's dimensions that rotary embedding rotates slowest (under 0.001 rad in 2048 positions).
     """
     text = weights["text_embeddings.weight"]
     text[:] = 0
@@ -189,7 +189,7 @@ def _write_chain(weights: dict[str, Array], script: Script, letters: Sequence[st
 
 
 def _write_other_codebooks(audio: Array, head: Array, first_rest: Array, step: np.float32) -> None:
-    """Codebooks 1 to 31: each follows the one before it; 0, silence and tone stay what they are, sound goes through eight groups."""
+    """Write codebooks 1 to 31: each follows the one before it; 0, silence and tone stay the same, sound goes through eight groups."""
     every = np.arange(AUDIO_VOCABULARY)
     flags = _GROUP + every % _GROUPS
     flags[0], flags[_SILENT_TOKEN], flags[_TONE_TOKEN] = 0, _SILENT, _TONE
@@ -217,7 +217,7 @@ def _next(state: _State) -> _State:
 
 
 def _states(script: Script) -> dict[_State, tuple[int, str]]:
-    """Every frame of every outcome → (its flag, its kind). Frames before the same rest of an ending outcome are one state."""
+    """Return (flag, kind) of every frame of every outcome. Frames before the same rest of an ending outcome are one state."""
     states: dict[_State, tuple[int, str]] = {}
     flags: dict[object, int] = {}
     for outcome in sorted({outcome for outcomes in script.values() for outcome in outcomes}):
@@ -232,12 +232,12 @@ def _states(script: Script) -> dict[_State, tuple[int, str]]:
 
 
 def byte_token(character: str) -> int:
-    """The token id of an ASCII character in the tiny tokenizer's vocabulary."""
+    """Return the token id of an ASCII character in the tiny tokenizer's vocabulary."""
     return byte_alphabet().index(character)
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 characters that byte-level tokenizers write bytes as, sorted."""
+    """Return the 256 characters that stand for bytes in byte-level tokenizers, sorted."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     return sorted(ByteLevel.alphabet())
@@ -256,7 +256,7 @@ def _block_shapes() -> dict[str, tuple[int, int]]:
 
 
 def _only_what_mimi_can_say(weights: dict[str, Array]) -> None:
-    """Make tokens unlikely that are no speech.
+    """Make tokens unlikely that are not speech.
 
     For those from 2048 on Mimi has no sound (the real model never says them), MLX would read past the table; some others are a script's
     silence, tone and NaN.
@@ -271,7 +271,7 @@ def _normal(random: np.random.Generator, *shape: int, scale: float) -> Array:
 
 
 def mimi_weights(config: Any = None) -> dict[str, Array]:
-    """Random weights for Mimi, under the names and with the axes of the PyTorch file, float32.
+    """Return random weights for Mimi, under the names and with the axes of the PyTorch file, float32.
 
     What the first codebook's tokens sound like is set for the scripts: `_TOKENS`. The decoder has no biases, so silence is exact.
 
@@ -289,7 +289,7 @@ def mimi_weights(config: Any = None) -> dict[str, Array]:
 
 
 def pytorch_name(name: str) -> str:
-    """mlx-audio's name of a Mimi parameter as the PyTorch file has it (the inverse of `Mimi.load_pytorch_weights`)."""
+    """Return mlx-audio's name of a Mimi parameter as the PyTorch file has it (the inverse of `Mimi.load_pytorch_weights`)."""
     for side, sampler, first, shift in (("encoder", "downsample", 1, 2), ("decoder", "upsample", 2, 0)):
         for layer in range(4):
             index = first + 3 * layer
@@ -302,7 +302,7 @@ def pytorch_name(name: str) -> str:
 
 
 def _mimi_weight(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    """One parameter of Mimi; `shape` is mlx-audio's, the result has PyTorch's axes."""
+    """Return one parameter of Mimi; `shape` is mlx-audio's, the result has PyTorch's axes."""
     if name.endswith((".initialized", ".cluster_usage", "norm1.weight", "norm2.weight")):
         return np.ones(shape, np.float32)
     if name.endswith(".scale"):
@@ -323,7 +323,7 @@ def _mimi_weight(random: np.random.Generator, name: str, shape: tuple[int, ...])
 
 
 def _write_codebooks(weights: dict[str, Array], random: np.random.Generator) -> None:
-    """Sounds for the tokens of `_TOKENS`; a recording, whose vectors are short, is always nearest to one of the short prompt tokens."""
+    """Return sounds for the tokens of `_TOKENS`; a recording, whose vectors are short, is always nearest to one of the short prompt tokens."""
     first = weights["quantizer.rvq_first.vq.layers.0._codebook.embedding_sum"]
     scale = first.shape[1] ** -0.5
     first[:] = _normal(random, *first.shape, scale=scale)

@@ -1,4 +1,4 @@
-"""A Whisper checkpoint with eight hidden dimensions, laid out as a Hugging Face cache: whatever it hears, it writes the words it was made with.
+"""A Whisper checkpoint with eight hidden dimensions, in the layout of a Hugging Face cache: its transcript is always the same.
 
 Everything that mlx-audio's loader and transformers' processor want is there, with the vocabulary's size and order of the multilingual
 originals. The decoder's blocks add nothing; the embedding of each position points at the token that comes next.
@@ -26,7 +26,7 @@ _HIDDEN, _HEADS, _MELS, _POSITIONS, _HEARD = 8, 2, 80, 16, 1500
 
 
 def build(folder: Path, words: str, *, processor: bool = True) -> Path:
-    """The folder for HF_HUB_CACHE.
+    """Build it, and return the folder for HF_HUB_CACHE.
 
     Args:
         folder: An empty one.
@@ -67,7 +67,7 @@ def _token(word: int) -> int:
 
 
 def _save(path: Path, words: list[str]) -> None:
-    """Random weights under mlx-audio's names, but for the last step of the decoder, which knows nothing but the position."""
+    """Return random weights under mlx-audio's names; the last step of the decoder depends on the position only."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_audio.stt.models.whisper import Model, ModelConfig
@@ -83,7 +83,7 @@ def _save(path: Path, words: list[str]) -> None:
 
 
 def _write_words(weights: dict[str, Array], words: list[str]) -> None:
-    """A position's embedding points at the token whose turn it is: the first time stamp, the words, another time stamp, the end."""
+    """Make each position's embedding point at its token: a first timestamp, the words, another timestamp, the end."""
     first_time = _WORDS_END + len(_special_tokens()) - _TIMES
     written = [first_time, *(_token(place) for place in range(len(words))), first_time + 50, _WORDS_END]
     directions = np.linalg.qr(np.random.default_rng(1).normal(size=(_HIDDEN, _HIDDEN)))[0][: len(written)]
@@ -98,7 +98,7 @@ def _write_words(weights: dict[str, Array], words: list[str]) -> None:
 
 
 def _write_processor(snapshot: Path, words: list[str]) -> None:
-    """Single bytes, the words, and what is left of the vocabulary, in the files that `WhisperProcessor` reads."""
+    """Write single bytes, the words and the rest of the vocabulary in the files that `WhisperProcessor` reads."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {character: place for place, character in enumerate(tiny_weights.byte_alphabet())}
