@@ -1,4 +1,4 @@
-"""The HTTP server: its routes, and the application they make up."""
+"""Run the server: create the application from its routers, middleware, page and error handlers, and serve it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
 
-# For what blocks for a moment: samples to bytes, small files. Each thread keeps memory of its own for good (its allocator's arena; 9 MB at the
-# sixth, measured), and asyncio would make up to four more of them than there are cores.
+# Threads for short blocking calls, such as reading small files. Each thread permanently keeps memory (its malloc arena; the sixth thread
+# added 9 MB, measured). asyncio's default is four threads more than there are cores.
 _HELPER_THREADS = 4
 
 _BEARER = Depends(HTTPBearer(auto_error=False, description="One of the keys in API_KEY, if it is set."))
@@ -67,17 +67,7 @@ _PAGE_POLICY = (
 
 
 class Server:
-    """What the routes share.
-
-    Attributes:
-        settings: The settings.
-        store: The voices that people added.
-        presets: All voices.
-        engine: The models.
-        metrics: The figures.
-        speech: The speech endpoint.
-        voices: The endpoint of the voices.
-    """
+    """The objects that all requests share."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -90,28 +80,28 @@ class Server:
         self._started = time.monotonic()
 
     def drain(self) -> None:
-        """Take no more work, and refuse what waits."""
+        """Refuse new requests and those in the queues; requests in progress continue."""
         self.engine.drain()
         self.voices.drain()
 
     def default_ready(self) -> bool:
-        """Whether the default voice can speak."""
+        """Return whether the default voice can speak."""
         try:
             return self.engine.host(self.presets.catalog.resolve(self.settings.default_voice)).ready
         except TTSError:
             return False
 
     def setting_faults(self) -> list[str]:
-        """Settings that name a voice there is not. Not an end to the start: presets come and go while the server runs."""
+        """Return a message for each setting with an unknown voice. The server runs nevertheless: its preset may be added later."""
         named = {"DEFAULT_VOICE": self.settings.default_voice, "FALLBACK_VOICE": self.settings.fallback_voice}
         return [
-            f"{setting}={shorten(voice)} is no voice. Available voices: {', '.join(self.presets.catalog.names())}."
+            f"{setting}={shorten(voice)} is not a voice. Available voices: {', '.join(self.presets.catalog.names())}."
             for setting, voice in named.items()
             if voice and not self.presets.catalog.knows(voice)
         ]
 
     def status(self) -> Literal["ok", "loading", "degraded"]:
-        """`degraded` when something wanted has failed, `loading` while something is still coming, else `ok`."""
+        """Return `degraded` after a failure, `loading` while a model is loading, else `ok`."""
         states = {host.state for host in self.engine.hosts.values()}
         if "failed" in states or find_ffmpeg() is None or self.setting_faults():
             return "degraded"
@@ -212,13 +202,13 @@ async def reload(request: Request, server: CurrentServer) -> dict[str, Any]:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application. Its models begin to load when it starts up."""
+    """Create the application. Its models start to load on startup."""
     server = Server(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_HELPER_THREADS, "helper"))
-        await asyncio.to_thread(_look_around, server)
+        await asyncio.to_thread(_prepare, server)
         await server.engine.start()
         yield
         await server.engine.close()
@@ -255,8 +245,8 @@ def _include_routers(app: FastAPI) -> None:
     app.include_router(service_routes, **shared)
 
 
-def _look_around(server: Server) -> None:
-    """What takes a moment the first time (a process, a few files), done before the first request."""
+def _prepare(server: Server) -> None:
+    """Do slow work that would otherwise delay the first requests: clean folders, find ffmpeg, read the voices."""
     clean_temporary_files()
     server.store.clean()
     find_ffmpeg()
@@ -267,13 +257,13 @@ def _look_around(server: Server) -> None:
 
 
 def _peak_resident_gb() -> float:
-    """The most memory this process has had resident, in GB (1e9 bytes)."""
+    """Return the peak resident memory of this process in GB (1e9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)  # macOS counts bytes, Linux KiB
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page at `/`, with the assets beside it; a fixed list, so that no path of a request ever becomes a path of a file."""
+    """Add the page at `/` and its files. The list of files is fixed, so that a request's path is never used as a file path."""
     assets = {path.name: path for path in sorted(_PAGE_DIR.iterdir()) if path.is_file()}
     headers = {
         "Content-Security-Policy": _PAGE_POLICY,
@@ -289,7 +279,7 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/playground/{name}", include_in_schema=False)
     async def asset(name: str) -> FileResponse:
         if name not in assets:
-            raise NotFoundError("There is no such file.")
+            raise NotFoundError(f"File {shorten(name)} not found.")
         return FileResponse(assets[name], headers=headers)
 
 
@@ -314,25 +304,27 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
 
 
 def _from_http(request: Request, error: HTTPException) -> TTSError:
-    """FastAPI's own refusals as errors of ours; one of ours that it caught while it read the body is let through."""
+    """Return an HTTPException of FastAPI as one of our errors. If it wraps one of ours, raised while the body was read, return that."""
     if isinstance(error.__cause__, TTSError):
         return error.__cause__
     if error.status_code == 404:
-        return NotFoundError(f"There is nothing at {shorten(request.url.path)}. /docs lists what there is.")
+        return NotFoundError(f"Path {shorten(request.url.path)} not found. /docs lists all paths.")
     if error.status_code == 405:
         allowed = ", ".join(_methods_at(request.url.path)) or (error.headers or {}).get("Allow", "")
-        return MethodNotAllowedError(f"{shorten(request.method)} is not possible here; allowed: {allowed}.", headers={"Allow": allowed})
+        return MethodNotAllowedError(
+            f"Method {shorten(request.method)} is not allowed for this path. Allowed: {allowed}.", headers={"Allow": allowed}
+        )
     return InvalidRequestError("The body could not be read: it must be a JSON object in UTF-8.", code="invalid_json")
 
 
 def _methods_at(path: str) -> list[str]:
-    """The methods of all routes at a path; FastAPI's own refusal names those of the first one only."""
+    """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [route for router in (speech_routes, voice_routes, service_routes) for route in router.routes if isinstance(route, APIRoute)]
     return sorted({method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()})
 
 
 def main() -> int:
-    """Run the server; the exit status is 2 when a setting or the port cannot be used."""
+    """Run the server. Return the exit status: 2 if a setting is invalid or the port cannot be used, else 0."""
     try:
         settings = load_settings()
         bound = listen(settings)
@@ -343,12 +335,12 @@ def main() -> int:
     app = create_app(settings)
     host, port = bound[0].getsockname()[:2]
     hosts = " and ".join(each.getsockname()[0] for each in bound)
-    here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - what to type into a browser, not what to bind to
+    here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - compared, not bound
     logger.info(
         "sesame-tts %s listens on %s, port %d: http://%s:%d/ (default voice: %s)", VERSION, hosts, port, here, port, settings.default_voice
     )
     if settings.open_to_network:
-        logger.warning("open to the network without a key: other machines can use it. Set HOST=127.0.0.1, or API_KEY.")
+        logger.warning("open to the network without a key: other machines can use this server. Set HOST=127.0.0.1 or API_KEY.")
     serve(app, settings, bound, app.state.server.drain)
     logger.info("stopped")
     return 0
@@ -357,6 +349,6 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     logging.shutdown()
-    # Not sys.exit: a model's thread may be inside MLX (a load cannot be interrupted), and tearing the interpreter down around it ends in
-    # "terminate called without an active exception", status 134, which a supervisor takes for a crash.
+    # Not sys.exit: a model's thread may still run MLX code, because a load cannot be interrupted. Finalizing the interpreter then ends in
+    # "terminate called without an active exception" and status 134, which a supervisor takes for a crash.
     os._exit(status)

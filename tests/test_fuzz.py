@@ -1,4 +1,4 @@
-"""Bodies that nobody would send, against the real server: each is spoken or refused in the envelope, and the server stays as it was."""
+"""Random and extreme requests to a real server: each is answered with speech or an error envelope, and the server stays healthy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def client(server: RunningServer) -> Iterator[httpx.Client]:
 
 
 def answered(response: httpx.Response) -> httpx.Response:
-    """Check that it is speech, or a refusal that clients can read."""
+    """Check that the answer is speech, or an error that clients can read."""
     assert response.status_code == 200 or 400 <= response.status_code < 500, (response.status_code, response.text)
     if response.status_code == 200:
         assert response.content
@@ -146,7 +146,7 @@ def test_any_path(client: httpx.Client, path: str, method: str) -> None:
     assert "import annotations" not in response.text
 
 
-# Control characters, which the client itself refuses to send in a header; test_security sends some raw.
+# Control characters, which httpx refuses to send in a header; test_security sends some of them through a socket.
 _UNSENDABLE = {*range(32), 127} - {9}
 
 

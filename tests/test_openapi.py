@@ -1,4 +1,4 @@
-"""The OpenAPI document against the server: schemathesis makes requests of it, good and bad, single and in sequences, with all its checks."""
+"""Check the server against its OpenAPI document: schemathesis generates valid and invalid requests, single and in sequences."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import httpx
 import pytest
 from conftest import PROJECT, RunningServer
 
-# Half a minute finds what changed; SCHEMATHESIS_SECONDS=1800 makes tens of thousands of cases.
+# Half a minute is enough to find regressions; SCHEMATHESIS_SECONDS=1800 makes tens of thousands of cases.
 SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "30"))
 KEY = "an-openapi-key"
 
 
 @pytest.mark.timeout(SECONDS + 240)
 def test_every_answer_is_as_documented(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
-    server = make_server(API_KEY=KEY, FALLBACK_VOICE="heart")  # or CSM's voices would rightly answer 503
+    server = make_server(API_KEY=KEY, FALLBACK_VOICE="heart")  # without it, CSM's voices would correctly answer 503
     command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", str(PROJECT / "tests" / "schemathesis.toml")]
     command += ["run", f"{server.url}/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--checks", "all"]
     command += ["--max-time", str(SECONDS), "--continue-on-failure", "--suppress-health-check", "all"]
@@ -46,7 +46,7 @@ def document(server: RunningServer) -> dict[str, Any]:
     return dict(httpx.get(f"{server.url}/openapi.json").json())
 
 
-def test_all_that_the_document_refers_to_is_in_it(server: RunningServer) -> None:
+def test_the_document_has_exactly_the_schemas_that_it_refers_to(server: RunningServer) -> None:
     text = json.dumps(document(server))
     schemas = document(server)["components"]["schemas"]
     referred = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}

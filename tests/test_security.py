@@ -1,4 +1,4 @@
-"""What the server must not do, whoever asks: open what a request names, tell what is nobody's business, or be led astray by odd HTTP."""
+"""Security: requests open no files or addresses, secrets and texts are never shown or logged, malformed HTTP is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BODY: dict[str, Any] = {"model": "m", "voice": "heart", "input": TEXT + "."}
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A talkative server with a key, whose ffmpeg writes down how it was called."""
+    """Run a server with a key and debug logging; its ffmpeg records its arguments."""
     folder = tmp_path_factory.mktemp("watched")
     program = folder / "tools" / "ffmpeg"
     program.parent.mkdir()
@@ -51,7 +51,7 @@ def all_logs(server: RunningServer) -> str:
 @pytest.mark.parametrize(
     "path", ["/v1/audio/voices", "/audio/voices", "/v1/audio/voices/heart", "/v1/models", "/v1/audio/models", "/metrics"]
 )
-def test_with_a_key_set_nothing_is_told_without_it(watched: RunningServer, owner: httpx.Client, path: str) -> None:
+def test_with_a_key_set_nothing_is_readable_without_it(watched: RunningServer, owner: httpx.Client, path: str) -> None:
     assert httpx.get(watched.url + path).status_code == 401
     assert httpx.get(watched.url + path, headers={"Authorization": f"Bearer {KEY}x"}).status_code == 401
     assert owner.get(path).status_code == 200
@@ -65,14 +65,14 @@ def test_with_a_key_set_nothing_is_done_without_it(watched: RunningServer, metho
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/health", "/health/ready"])
-def test_what_stays_open_tells_nothing_of_the_owner(watched: RunningServer, path: str) -> None:
+def test_open_paths_show_nothing_about_the_owner(watched: RunningServer, path: str) -> None:
     response = httpx.get(watched.url + path)
     assert response.status_code == 200
     for told in (KEY, str(PROJECT), str(watched.cache_dir), "ffmpeg_path"):
         assert told not in response.text
 
 
-def test_the_key_is_not_taken_from_elsewhere(watched: RunningServer) -> None:
+def test_the_key_is_accepted_in_the_authorization_header_only(watched: RunningServer) -> None:
     for url, headers in [
         (f"/v1/models?api_key={KEY}", {}),
         (f"/v1/models?authorization=Bearer%20{KEY}", {}),
@@ -86,7 +86,7 @@ def test_the_key_is_not_taken_from_elsewhere(watched: RunningServer) -> None:
         assert httpx.get(watched.url + url, headers=headers).status_code in (401, 404), url
 
 
-def test_a_page_that_is_allowed_may_ask_and_needs_the_key_all_the_same(watched: RunningServer) -> None:
+def test_a_page_of_an_allowed_origin_still_needs_the_key(watched: RunningServer) -> None:
     asked = {
         "Origin": "https://chat.example.com",
         "Access-Control-Request-Method": "POST",
@@ -102,7 +102,7 @@ def test_a_page_that_is_allowed_may_ask_and_needs_the_key_all_the_same(watched: 
     assert httpx.post(f"{watched.url}/v1/audio/speech", json=BODY, headers=asked).status_code == 401
 
 
-def test_a_page_of_another_site_cannot_make_a_simple_request_do_anything(server: RunningServer) -> None:
+def test_simple_requests_from_other_sites_are_refused(server: RunningServer) -> None:
     origin = {"Origin": "https://evil.example.com"}
     as_text = {"Content-Type": "text/plain"}
     assert httpx.post(f"{server.url}/v1/audio/speech", content=json.dumps(BODY), headers=origin | as_text).status_code == 400
@@ -201,7 +201,7 @@ def test_nothing_that_a_request_names_is_opened(watched: RunningServer, owner: h
 
 
 def exchange(server: RunningServer, data: bytes) -> bytes:
-    """What comes back for these bytes until the server closes the connection, or has nothing more to say."""
+    """Send these bytes, and return what arrives until the server closes the connection or is silent for a second."""
     received = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as opened:
         opened.sendall(data)
@@ -251,13 +251,13 @@ HIDDEN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ],
     ids=range(27),
 )
-def test_odd_http_is_refused_and_hides_no_second_request(server: RunningServer, data: bytes) -> None:
+def test_malformed_http_is_refused_and_hides_no_second_request(server: RunningServer, data: bytes) -> None:
     answer = exchange(server, data)
     assert b'"uptime_seconds"' not in answer
     last = answer[answer.rindex(b"HTTP/1.1 ") :]
     assert last.startswith(b"HTTP/1.1 400 Bad Request\r\n") or b"HTTP/1.1" not in answer
     assert json.loads(last[last.index(b"{") :])["error"]["code"] == "invalid_http"
-    assert "Traceback" not in server.log_text(), "nobody can fill the log with what is no fault of ours"
+    assert "Traceback" not in server.log_text(), "invalid requests must not fill the log with tracebacks"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_odd_http_is_refused_and_hides_no_second_request(server: RunningServer, 
     ],
     ids=["same-length-twice", "folded-header", "expect", "websocket", "http2", "many-headers"],
 )
-def test_odd_http_that_has_one_meaning_is_answered(server: RunningServer, data: bytes) -> None:
+def test_unusual_but_unambiguous_http_is_answered(server: RunningServer, data: bytes) -> None:
     answer = exchange(server, data + HIDDEN)
     assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 100 "))
     assert b'"uptime_seconds"' in answer
@@ -282,7 +282,7 @@ def test_odd_http_that_has_one_meaning_is_answered(server: RunningServer, data: 
     "framing", [b"Content-Length: 1000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n{"], ids=["length", "chunk"]
 )
 @pytest.mark.parametrize("path", [b"speech", b"voices"])
-def test_a_body_that_is_shorter_than_said_is_refused_and_costs_nothing(server: RunningServer, path: bytes, framing: bytes) -> None:
+def test_a_body_shorter_than_announced_is_refused_and_frees_everything(server: RunningServer, path: bytes, framing: bytes) -> None:
     head = b"POST /v1/audio/" + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as opened:
         opened.sendall(head + framing)

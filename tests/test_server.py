@@ -1,4 +1,4 @@
-"""The API's happy path, against a running server: every endpoint, every format, decoded and listened to."""
+"""Successful requests to every endpoint of a running server. The audio of every format is decoded and transcribed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def speak(server: RunningServer, path: str = "/v1/audio/speech", **fields: Any) 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_says_the_sentence(server: RunningServer, name: str) -> None:
+def test_every_format_contains_the_sentence(server: RunningServer, name: str) -> None:
     response = speak(server, response_format=name)
     assert response.headers["content-type"] == FORMATS[name]
     assert response.headers["content-disposition"] == f"attachment; filename=speech.{name}"
@@ -57,7 +57,7 @@ def test_without_a_format_it_is_mp3(server: RunningServer) -> None:
     assert decode(response.content, "mp3")[0].size > 24_000
 
 
-def test_answers_say_how_they_came_about(server: RunningServer) -> None:
+def test_answers_have_headers_about_voice_seed_and_times(server: RunningServer) -> None:
     headers = speak(server, seed=5).headers
     assert headers["x-voice"] == "heart"
     assert headers["x-model"] == "hibari"
@@ -110,7 +110,7 @@ def test_models_are_listed_as_openai_lists_them(server: RunningServer) -> None:
     assert one == listed["data"][0]
 
 
-def test_voices_are_listed_with_what_a_person_needs_to_choose(server: RunningServer) -> None:
+def test_voices_are_listed_with_readiness_aliases_and_description(server: RunningServer) -> None:
     voices = {voice["id"]: voice for voice in httpx.get(f"{server.url}/v1/audio/voices").json()["voices"]}
     assert set(voices) == {"heart", "conversational", "conversational_b"}
     assert voices["heart"]["ready"] is True
@@ -120,7 +120,7 @@ def test_voices_are_listed_with_what_a_person_needs_to_choose(server: RunningSer
     assert {voice["model"] for voice in voices.values()} == {"hibari", "csm-1b"}
 
 
-def test_health_tells_the_state_of_everything(server: RunningServer) -> None:
+def test_health_shows_models_ffmpeg_voices_and_queue(server: RunningServer) -> None:
     health = server.health()
     assert health["status"] == "ok"
     assert health["model"]["id"] == "sesame/csm-1b"
@@ -137,7 +137,7 @@ def test_health_tells_the_state_of_everything(server: RunningServer) -> None:
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
 
 
-def test_the_documentation_has_an_example_to_press(server: RunningServer) -> None:
+def test_the_documentation_has_an_example_that_works(server: RunningServer) -> None:
     schema = httpx.get(f"{server.url}/openapi.json").json()
     body = schema["components"]["schemas"]["SpeechRequest"]
     example = body["examples"][0]

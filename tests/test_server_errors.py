@@ -1,4 +1,4 @@
-"""Every way a request can be refused, caused for real, and what the client is told."""
+"""Every error that a request can cause, with the status, code and message of its answer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_surrounding_space_does_not_count(server: RunningServer) -> None:
     assert post(server, input=" " * 5000 + "Hi." + "\n" * 5000).status_code == 200
 
 
-def test_an_unknown_voice_is_told_the_voices(server: RunningServer) -> None:
+def test_an_unknown_voice_is_refused_with_the_list_of_voices(server: RunningServer) -> None:
     message = refused(post(server, voice="unknown_voice"), 400, "invalid_voice", "voice")
     assert "'unknown_voice'" in message
     assert "conversational, conversational_b, heart" in message
@@ -67,7 +67,7 @@ def test_voice_must_be_a_name_or_an_id(server: RunningServer, voice: object) -> 
 
 
 @pytest.mark.parametrize("name", ["ogg", "", 3, "exe; rm -rf /"])
-def test_an_unknown_format_is_told_the_formats(server: RunningServer, name: object) -> None:
+def test_an_unknown_format_is_refused_with_the_list_of_formats(server: RunningServer, name: object) -> None:
     assert "mp3, opus, aac, flac, wav, pcm" in refused(post(server, response_format=name), 400, "invalid_format", "response_format")
 
 
@@ -174,24 +174,24 @@ def test_the_fallback_voice_speaks_only_where_the_owner_says_so(make_server: Cal
     assert "FALLBACK_VOICE heart speaks instead" in server.log_text()
 
 
-def test_settings_that_name_no_voice_are_told_and_are_not_the_callers_fault(make_server: Callable[..., RunningServer]) -> None:
+def test_settings_with_unknown_voices_are_reported_and_do_not_change_a_requests_error(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(FALLBACK_VOICE="nobody", DEFAULT_VOICE="noone")
     health = server.health()
     assert health["status"] == "degraded"
     assert [fault.split("=")[0] for fault in health["setting_faults"]] == ["DEFAULT_VOICE", "FALLBACK_VOICE"]
-    assert "FALLBACK_VOICE='nobody' is no voice" in server.log_text()
+    assert "FALLBACK_VOICE='nobody' is not a voice" in server.log_text()
     refused(post(server, voice="conversational"), 503, "model_not_ready", "voice")
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("speed", True), ("temperature", False), ("top_k", True), ("seed", False), ("temperature", 3), ("seed", -1)]
 )
-def test_what_is_no_number_or_out_of_bounds_is_told_once_with_what_is_allowed(server: RunningServer, name: str, value: object) -> None:
+def test_numbers_of_the_wrong_type_or_out_of_range_are_refused_with_the_range(server: RunningServer, name: str, value: object) -> None:
     told = refused(post(server, **{name: value}), 400, f"invalid_{name}", name)
     assert f"'{name}'={value} is not valid. Allowed: " in told
 
 
-def test_the_official_client_does_not_wait_for_what_cannot_come(server: RunningServer) -> None:
+def test_the_official_client_does_not_retry_while_a_model_is_disabled(server: RunningServer) -> None:
     response = post(server, voice="conversational")
     assert int(response.headers["retry-after"]) > 60
     assert response.headers["x-should-retry"] == "false"
@@ -212,7 +212,7 @@ def test_a_query_parameter_is_named(server: RunningServer) -> None:
     refused(httpx.get(f"{server.url}/v1/audio/speech/x/timestamps?format=pdf"), 400, "invalid_format", "format")
 
 
-def test_bytes_that_are_no_request_are_told_with_an_id(server: RunningServer) -> None:
+def test_bytes_that_are_not_http_are_refused_with_a_request_id(server: RunningServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")
         answer = connection.recv(4096).decode()
@@ -241,6 +241,6 @@ def test_a_taken_port_ends_the_start_and_says_who_holds_it(make_server: Callable
         assert "taken by another program" in third.log_text()
 
 
-def test_an_open_server_is_warned_of_once(make_server: Callable[..., RunningServer], server: RunningServer) -> None:
+def test_an_open_server_without_a_key_logs_one_warning(make_server: Callable[..., RunningServer], server: RunningServer) -> None:
     assert make_server(HOST="0.0.0.0").log_text().count("open to the network without a key") == 1
     assert "open to the network" not in server.log_text()

@@ -1,4 +1,4 @@
-"""A streamed answer ends its work when the client goes, at whatever moment that is."""
+"""A streamed answer stops its work when the client disconnects, at any moment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from speech_routes import SpeechStream
 PIECES = 2000
 
 
-async def _pieces_made_for_a_client_that_goes_after(taken: int) -> int:
+async def _pieces_made_for_a_client_that_disconnects_after(taken: int) -> int:
     made = 0
     gone = asyncio.Event()
 
@@ -38,6 +38,6 @@ async def _pieces_made_for_a_client_that_goes_after(taken: int) -> int:
     return made
 
 
-def test_a_client_that_goes_stops_the_work_at_once() -> None:
+def test_a_disconnected_client_stops_the_work_at_once() -> None:
     for taken in range(1, 40):
-        assert asyncio.run(_pieces_made_for_a_client_that_goes_after(taken)) < taken + 20
+        assert asyncio.run(_pieces_made_for_a_client_that_disconnects_after(taken)) < taken + 20

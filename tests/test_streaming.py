@@ -1,4 +1,4 @@
-"""Streamed answers: the same speech as complete ones, from the first sound on, and broken visibly when something fails."""
+"""Streamed answers: the same audio as complete answers, sent while it is generated, and a closed connection after a failure."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_way_of_asking_streams(server: RunningServer, asked: dict[str, Any
         assert len(list(response.iter_raw())) > 1
 
 
-def test_sound_leaves_before_the_text_is_spoken(server: RunningServer) -> None:
+def test_audio_is_sent_while_the_rest_is_generated(server: RunningServer) -> None:
     long = BODY | {"input": " ".join([TEXT] * 12), "response_format": "pcm"}
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=long) as response:
         pieces = response.iter_raw()
@@ -93,7 +93,7 @@ def test_the_official_client_reads_the_events(server: RunningServer) -> None:
     assert kinds.count("speech.audio.delta") == len(kinds) - 1 > 0
 
 
-def test_timestamps_tell_when_each_sentence_is_heard(server: RunningServer) -> None:
+def test_timestamps_match_the_audio_of_each_sentence(server: RunningServer) -> None:
     with server.client() as client:
         told = events(client.post("/v1/audio/speech", json=BODY | {"stream_format": "sse", "response_format": "pcm", "timestamps": True}))
         complete = client.post("/v1/audio/speech", json=BODY | {"response_format": "wav", "timestamps": True})
@@ -134,7 +134,7 @@ def test_refusals_of_streams_have_their_status(server: RunningServer) -> None:
 
 
 def ffmpeg_that_dies(folder: Path) -> str:
-    """A PATH on which ffmpeg is real but dies after some output, as an out-of-memory killer would have it."""
+    """Return a PATH with an ffmpeg that is killed after some output, as an out-of-memory killer would do."""
     import listening
 
     folder.mkdir()
@@ -147,7 +147,7 @@ def ffmpeg_that_dies(folder: Path) -> str:
 
 
 def events_until_broken(client: httpx.Client, body: dict[str, object]) -> tuple[dict[str, Any], bool]:
-    """The last event of a stream, and whether its connection was broken off."""
+    """Return the last event of a stream, and whether its connection was closed before the end of the body."""
     last: dict[str, Any] = {}
     try:
         with client.stream("POST", "/v1/audio/speech", json=body) as response:
@@ -158,7 +158,7 @@ def events_until_broken(client: httpx.Client, body: dict[str, object]) -> tuple[
     return last, False
 
 
-def test_a_failure_midway_breaks_the_stream_off(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+def test_a_failure_midway_closes_the_connection(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     server = make_server(PATH=ffmpeg_that_dies(tmp_path / "bin"))
     long = BODY | {"input": " ".join([TEXT] * 8)}
     with server.client() as client:
