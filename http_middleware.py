@@ -208,10 +208,6 @@ async def run_until_gone(work: Awaitable[T], receive: Receive) -> T:
                 task.exception()  # retrieved, or asyncio would log it as lost
 
 
-def _shut_down() -> ShuttingDownError:
-    return ShuttingDownError("The server shut down before this request was complete. Retry in a moment.", headers={"Retry-After": "10"})
-
-
 def _log_failure(request_id: str, error: Exception) -> None:
     """Log a TTSError as one line, and any other exception with its traceback."""
     known = error if isinstance(error, TTSError) else error.__cause__  # Starlette wraps errors that are raised after the response's start
