@@ -238,7 +238,7 @@ def test_a_taken_port_ends_the_start_and_says_who_holds_it(make_server: Callable
     with socket.create_server(("127.0.0.1", 0)) as other:
         third = start_server(tmp_path, PORT=other.getsockname()[1])
         assert third.process.wait(30) == 2
-        assert "taken by another program" in third.log_text()
+        assert "in use by another program" in third.log_text()
 
 
 def test_an_open_server_without_a_key_logs_one_warning(make_server: Callable[..., RunningServer], server: RunningServer) -> None:
