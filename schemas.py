@@ -300,13 +300,12 @@ class SkippedPresetFile(_Answer):
 
 
 class Health(_Answer):
-    """The state of the server. If API_KEY is set, requests without the key get `status` only; other machines do not get `ffmpeg_path`."""
+    """The state of the server. If API_KEY is set, requests without the key get `status` only."""
 
     status: Literal["ok", "loading", "degraded"]
     model: CsmStatus | None = None
     models: dict[str, ModelStatus] | None = None
     ffmpeg: bool | None = None
-    ffmpeg_path: str | None = None
     ffmpeg_version: str | None = None
     voices: list[str] | None = None
     default_voice: str | None = None

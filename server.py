@@ -110,7 +110,7 @@ class Server:
         return "ok" if self.default_ready() else "degraded"
 
     def health(self, *, to_owner: bool) -> Health:
-        """Return everything that `/health` shows. `ffmpeg_path` is for the owner only: no path leaves this machine."""
+        """Return everything that `/health` shows, and for the owner `ffmpeg_path`: neither it nor its field's name is shown to others."""
         models = {name: ModelStatus.model_validate(host.info()) for name, host in self.engine.hosts.items()}
         csm = models["csm-1b"]
         ffmpeg = find_ffmpeg()
@@ -136,9 +136,7 @@ class Server:
             uptime_seconds=round(time.monotonic() - self._started, 3),
             version=VERSION,
         )
-        if to_owner:
-            health.ffmpeg_path = ffmpeg
-        return health
+        return health.model_copy(update={"ffmpeg_path": ffmpeg} if to_owner else {})
 
     def _queue_status(self) -> QueueStatus:
         queues = [host.queue for host in self.engine.hosts.values()]
