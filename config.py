@@ -58,6 +58,20 @@ def _installed(distribution: str) -> bool:
     return True
 
 
+def _default_cache_dir() -> Path:
+    return Path.home() / ".cache" / "sesame-tts"
+
+
+def _default_data_dir(settings: dict[str, Any]) -> Path:
+    """Return CACHE_DIR if it was set: who chooses a folder wants everything in it. Otherwise the platform's folder for data."""
+    cache_dir = settings.get("cache_dir", _default_cache_dir())
+    if cache_dir != _default_cache_dir():
+        return Path(cache_dir)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "sesame-tts"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sesame-tts"
+
+
 _List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 _Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_lower)]
 
@@ -103,7 +117,8 @@ class Settings(BaseSettings):
     queue_timeout: float = Field(300.0, gt=0, le=3600)
 
     # Files
-    cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "sesame-tts")
+    cache_dir: Path = Field(default_factory=_default_cache_dir)
+    data_dir: Path = Field(default_factory=_default_data_dir)
     presets_dir: Path = PROJECT_DIR / "presets"
 
     # Access
@@ -112,7 +127,7 @@ class Settings(BaseSettings):
     cors_origins: _List = ()
     playground: bool = True
 
-    @field_validator("cache_dir", "presets_dir")
+    @field_validator("cache_dir", "data_dir", "presets_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         expanded = path.expanduser()
@@ -122,6 +137,11 @@ class Settings(BaseSettings):
     def csm_enabled(self) -> bool:
         """Whether CSM is loaded on this machine."""
         return self.csm == "on" or (self.csm == "auto" and csm_can_run())
+
+    @property
+    def voice_folders(self) -> tuple[Path, Path]:
+        """The folder of added voices, and the folder where earlier versions kept them."""
+        return self.data_dir / "voices", self.cache_dir / "voices"
 
     @property
     def open_to_network(self) -> bool:

@@ -205,7 +205,7 @@ def _own_voices(settings: Settings) -> list[dict[str, Any]]:
     from voice_presets import VoicePresetManager
     from voice_store import VoiceStore
 
-    presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(settings.cache_dir / "voices"))
+    presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
     return [
         {
             "id": voice.id,

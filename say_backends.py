@@ -407,7 +407,7 @@ class LocalSpeaker:
         from voice_presets import VoicePresetManager
         from voice_store import VoiceStore
 
-        presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(settings.cache_dir / "voices"))
+        presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
         self._voice = presets.catalog.resolve(voice)
         self.voice = self._voice.id
         self.model: str = self._voice.preset.model

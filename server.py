@@ -71,7 +71,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.store = VoiceStore(settings.cache_dir / "voices")
+        self.store = VoiceStore(*settings.voice_folders)
         self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice, self.store)
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import logging
@@ -115,10 +116,12 @@ class VoiceStore:
 
     Args:
         folder: Created when the first voice is added. It must be outside the project.
+        older: The folder of earlier versions. `clean` moves its voices into `folder`; those that cannot be moved are used where they are.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, older: Path | None = None) -> None:
         self._folder = folder
+        self._older = older if older != folder else None
 
     def signature(self) -> object:
         """Return a value that changes when a voice is added or deleted. Nothing else can change: ids and voices are final."""
@@ -168,34 +171,48 @@ class VoiceStore:
             NotFoundError: There is none with this id.
             StorageError: It cannot be removed.
         """
-        folder = self._folder / voice_id
         missing = NotFoundError("There is no added voice with this id. GET /v1/audio/voices lists the voices.")
-        if not _ID.fullmatch(voice_id) or not folder.is_dir():
+        folder = next((folder for folder in self._folders() if folder.name == voice_id), None)
+        if folder is None:
             raise missing
         with self._alone(), self._unfinished() as leaving:
             try:
                 folder.rename(leaving / voice_id)  # atomic; then its files are deleted
             except FileNotFoundError:
                 raise missing from None
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                shutil.rmtree(folder)
 
     def clean(self) -> None:
-        """Delete what a killed process has left. Only log a warning if the folder cannot be written to."""
-        if not self._folder.is_dir():
+        """Delete what a killed process has left, and move the voices of the older folder. Only log a warning if that is impossible."""
+        older = _voice_folders(self._older)
+        if not older and not self._folder.is_dir():
             return
         try:
             with self._alone():
-                pass
+                for folder in older:
+                    self._adopt(folder)
         except StorageError as error:
             logger.warning("%s", error.message)
 
-    def _folders(self) -> list[Path]:
+    def _adopt(self, folder: Path) -> None:
+        """Move a voice into the folder of this store. Until it is there completely, it stays where it was."""
         try:
-            with os.scandir(self._folder) as entries:
-                return [Path(entry.path) for entry in entries if _ID.fullmatch(entry.name)]
-        except OSError as error:  # it does not exist
-            if is_shortage(error):
+            folder.rename(self._folder / folder.name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
                 raise
-            return []
+            with self._unfinished() as unfinished:  # another file system
+                shutil.copytree(folder, unfinished, dirs_exist_ok=True)
+                unfinished.rename(self._folder / folder.name)
+            shutil.rmtree(folder)
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of all voices; in the older folder only those that are not in the new one."""
+        found = {folder.name: folder for place in (self._older, self._folder) for folder in _voice_folders(place)}
+        return list(found.values())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -226,6 +243,19 @@ class VoiceStore:
             raise ConflictError(f"There are {MAX_VOICES} voices, which is the limit: delete one first.", code="too_many_voices")
         if any(name_key(voice.description.name) == name_key(name) for voice in voices):
             raise name_taken(name)
+
+
+def _voice_folders(place: Path | None) -> list[Path]:
+    """Return the folders of the voices in one place."""
+    if place is None:
+        return []
+    try:
+        with os.scandir(place) as entries:
+            return [Path(entry.path) for entry in entries if _ID.fullmatch(entry.name)]
+    except OSError as error:  # it does not exist
+        if is_shortage(error):
+            raise
+        return []
 
 
 def name_taken(name: str) -> ConflictError:

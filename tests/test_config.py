@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,16 @@ def test_the_example_holds_exactly_the_settings_with_their_defaults(tmp_path: Pa
     names = re.findall(r"^([A-Z_]+)=", example.read_text(), re.M)
     assert sorted(names) == sorted(name.upper() for name in Settings.model_fields)
     assert load_settings(example) == load_settings(NONE)
+
+
+def test_added_voices_are_in_the_platforms_data_folder_unless_cache_dir_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    home, old = Path.home(), Path.home() / ".cache" / "sesame-tts" / "voices"
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert load_settings(NONE).voice_folders == (home / ".local" / "share" / "sesame-tts" / "voices", old)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert load_settings(NONE).voice_folders == (home / "Library" / "Application Support" / "sesame-tts" / "voices", old)
+    monkeypatch.setenv("CACHE_DIR", "/data")
+    assert load_settings(NONE).voice_folders == (Path("/data/voices"), Path("/data/voices"))
+    monkeypatch.setenv("DATA_DIR", "~/my voices")
+    assert load_settings(NONE).voice_folders == (home / "my voices" / "voices", Path("/data/voices"))

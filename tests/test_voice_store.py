@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from voice_presets import OPENAI_VOICES, VoicePresetManager
 from voice_store import MAX_NAME, MAX_VOICES, VoiceStore, clean_name
 
 RATE = 24_000
+OTHER_PLACES = ("/dev/shm", tempfile.gettempdir(), PROJECT)  # noqa: S108 - one of them is on another file system than tmp_path
 TONE = (0.3 * np.sin(2 * np.pi * 220 * np.arange(2 * RATE) / RATE)).astype(np.float32)
 
 BUILT_IN = {"model": "hibari", "voice_key": "heart"}
@@ -371,3 +373,48 @@ def test_decoded_recordings_are_bounded_in_memory(tmp_path: Path, monkeypatch: p
     for name in "abcdef":
         read_recording(folder / f"{name}.wav")
     assert runs() == 6 + 2
+
+
+def test_voices_of_the_older_folder_are_moved_and_nothing_is_lost(tmp_path: Path) -> None:
+    older = VoiceStore(tmp_path / "cache" / "voices")
+    anna, berta = add(older, "Anna"), add(older, "Berta")
+    both = VoiceStore(tmp_path / "data" / "voices", tmp_path / "cache" / "voices")
+    assert [voice.id for voice in both.voices()] == sorted([anna, berta])
+    signature = both.signature()
+    both.clean()
+    assert both.signature() == signature
+    assert {voice.folder.parent for voice in both.voices()} == {tmp_path / "data" / "voices"}
+    assert older.voices() == []
+    late = add(older, "Carla")  # by a server of an earlier version
+    assert late in [voice.id for voice in both.voices()]
+    both.delete(late)
+    both.delete(anna)
+    assert [voice.id for voice in both.voices()] == [berta]
+
+
+def test_voices_are_moved_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_system = next((Path(place) for place in OTHER_PLACES if _is_another_system(Path(place), tmp_path)), None)
+    if other_system is None:
+        pytest.skip("this machine has one file system")
+    folder = Path(tempfile.mkdtemp(dir=other_system))
+    try:
+        anna = add(VoiceStore(folder / "voices"), "Anna")
+        both = VoiceStore(tmp_path / "voices", folder / "voices")
+        both.clean()
+        assert [voice.folder for voice in both.voices()] == [tmp_path / "voices" / anna]
+        assert list((tmp_path / "voices").glob(".unfinished*")) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def _is_another_system(place: Path, folder: Path) -> bool:
+    return os.access(place, os.W_OK) and place.stat().st_dev != folder.stat().st_dev
+
+
+def test_voices_that_cannot_be_moved_are_used_where_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    anna = add(VoiceStore(tmp_path / "cache"), "Anna")
+    (tmp_path / "data").write_text("a file where the folder should be")
+    both = VoiceStore(tmp_path / "data", tmp_path / "cache")
+    both.clean()
+    assert "cannot change its folder of voices" in caplog.text
+    assert [voice.id for voice in both.voices()] == [anna]
