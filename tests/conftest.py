@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,3 +223,14 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     yield make
     for each in running:
         each.stop()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that the workers of this test run share."""
+    if not hasattr(config, "workerinput"):
+        os.environ["TEST_RUN_FOLDER"] = tempfile.mkdtemp(prefix="sesame-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TEST_RUN_FOLDER"], ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import re
 import subprocess
 import tempfile
@@ -82,7 +84,20 @@ def _whisper() -> WhisperModel:
 
 
 def transcribe(samples: Samples, rate: int, *, beam: int = 5) -> str:
-    """The words that Whisper (tiny.en) hears in mono `samples` of shape (n,) at `rate` Hz."""
+    """The words that Whisper (tiny.en) hears in mono `samples` of shape (n,) at `rate` Hz.
+
+    The same sound is heard once a test run, whichever test and worker asks: a sentence takes about a second of processor time.
+    """
+    pcm = np.clip(np.rint(samples * 32767), -32768, 32767).astype(np.int16)
+    known = Path(os.environ["TEST_RUN_FOLDER"], f"{hashlib.sha256(pcm.tobytes()).hexdigest()}-{rate}-{beam}.txt")
+    if not known.exists():
+        unfinished = known.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(_heard(samples, rate, beam))
+        unfinished.rename(known)
+    return known.read_text()
+
+
+def _heard(samples: Samples, rate: int, beam: int) -> str:
     divisor = int(np.gcd(rate, _WHISPER_RATE))
     heard = resample_poly(samples, _WHISPER_RATE // divisor, rate // divisor).astype(np.float32)
     # A window must not lean on what was heard in the one before: one error would then drag others behind it.
