@@ -19,12 +19,14 @@ class SpeechOptions:
         temperature: Overrides the preset's sampling temperature.
         top_k: Overrides the preset's top-k.
         streamed: The samples are sent while they are generated, so the first segment is returned in small chunks.
+        verbalize: Numbers, symbols and abbreviations are read out as words; None is NORMALIZE_TEXT. Models get True or False.
     """
 
     seed: int
     temperature: float | None = None
     top_k: int | None = None
     streamed: bool = False
+    verbalize: bool | None = None
 
 
 @dataclass(frozen=True)

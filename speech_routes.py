@@ -137,7 +137,7 @@ class SpeechEndpoint:
         audio_format = FORMATS[body.response_format or self._settings.default_format]
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
-        options = SpeechOptions(seed, body.temperature, body.top_k, streamed)
+        options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize)
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
         fields = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
         request.state.log_fields.update(fields, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
@@ -293,7 +293,8 @@ class _EncodedUtterance:
 
 
 def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
-    return {
+    transliterated = {"X-Transliterated": str(utterance.transliterated)} if utterance.transliterated else {}
+    return transliterated | {
         "Content-Disposition": f"attachment; filename=speech.{plan.format.name}",
         "X-Queue-Time": f"{utterance.queue_time:.3f}",
         "X-Voice": plan.voice.preset.name,

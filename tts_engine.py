@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import anyio
 import numpy as np
@@ -21,6 +22,7 @@ from model_host import Heartbeat, ModelHost, RequestQueue
 from speech_model import SegmentChunk, SpeechModel, SpeechOptions
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
+from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length
 from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,9 @@ class Utterance:
         audio_seconds: Length of the samples so far.
         retries: How many segments were generated again.
         word_error_rate: The highest of all segments, where a recogniser checks them.
-        segments: The text as it was split.
+        segments: The text as it was split, as the client wrote it.
+        spoken: The words of the segments.
+        transliterated: How many words in foreign scripts are spoken in Latin letters.
         timestamps: Start and end of each finished segment, in seconds.
     """
 
@@ -60,6 +64,8 @@ class Utterance:
         self.retries = 0
         self.word_error_rate: float | None = None
         self.segments: list[str] = []
+        self.spoken = SpokenSegments((), None)
+        self.transliterated = 0
         self.timestamps: list[SegmentTimestamp] = []
         # MAX_INPUT_LENGTH bounds the buffer. A smaller bound would let a slow reader block the model.
         self._buffer: asyncio.Queue[Samples | TTSError | None] = asyncio.Queue()
@@ -246,9 +252,12 @@ class TTSEngine:
             InvalidInputError: The voice's model cannot speak this text.
         """
         host = self.host(voice)
-        if (reason := host.model.refusal(text)) is not None:
+        options = replace(options, verbalize=self._settings.normalize_text if options.verbalize is None else options.verbalize)
+        transliterated = foreign_words(text) if options.verbalize and not mostly_foreign(text) else 0
+        if not transliterated and (reason := host.model.refusal(text)) is not None:
             raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak all of 'input': {reason}", param="input")
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
+        utterance.transliterated = transliterated
 
         async def work() -> None:
             async with host.queue.slot() as waited:
@@ -262,11 +271,13 @@ class TTSEngine:
     def _speak_on_thread(self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions) -> None:
         """Split the text, speak the segments and join them. Runs on the model's thread."""
         heartbeat, voice = utterance.heartbeat, utterance.voice
-        segments = split_text(text, model.segment_lengths, lambda segment: model.fits(segment, voice))
+        longest = model.segment_lengths.maximum
+        segments = split_text(text, model.segment_lengths, lambda segment: spoken_length(segment) <= longest and model.fits(segment, voice))
         joiner = SegmentJoiner(model.sample_rate, self._settings.pause_ms)
         utterance.segments, utterance.timestamps = segments, joiner.timestamps
+        utterance.spoken = SpokenSegments(segments, voice.preset.language if options.verbalize else None)
         finished = 0
-        for chunk in model.speak(segments, voice, options, heartbeat.cancelled):
+        for chunk in model.speak(utterance.spoken, voice, options, heartbeat.cancelled):
             utterance.push(joiner.push(chunk))
             if chunk.last:
                 finished += 1

@@ -53,6 +53,7 @@ class VoicePreset(BaseModel):
         ref_text: The words of the recording, exactly as spoken.
         voice_match: Prompt CSM with the recording's text and the new text as one segment.
         aliases: Other names that select this voice.
+        language: How numbers, symbols and abbreviations are read out: "en", or any other code to leave them to the model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +71,7 @@ class VoicePreset(BaseModel):
     ref_text: str | None = Field(None, max_length=2000)
     voice_match: bool = True
     aliases: tuple[_Name, ...] = ()
+    language: str = Field("en", pattern=r"^[a-z]{2,3}$")
 
     @model_validator(mode="after")
     def _one_source_of_voice(self) -> VoicePreset:
