@@ -20,6 +20,8 @@ from errors import shorten
 PROJECT_DIR = Path(__file__).resolve().parent
 ENV_FILE = PROJECT_DIR / ".env"
 
+BUILT_IN_VOICE = "heart"
+
 FormatName = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
 # Read by huggingface_hub itself from the environment; .env may set them too.
@@ -39,14 +41,27 @@ def _lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
-@cache
+def system_and_processor() -> tuple[str, str]:
+    """Return the operating system and the processor, such as ("darwin", "arm64"). Every module asks here, so that tests can answer."""
+    return sys.platform, platform.machine()
+
+
+def on_mac() -> bool:
+    """Return whether this is macOS."""
+    return system_and_processor()[0] == "darwin"
+
+
 def csm_can_run() -> bool:
     """Return whether CSM-1B runs fast enough here: on Apple Silicon, or on Linux with MLX's CUDA backend installed.
 
     On a Linux CPU an 80 ms frame takes about 4 s, 50 times slower than real time (measured with random weights of full size).
     """
-    if sys.platform == "darwin":
-        return platform.machine() == "arm64"
+    system, processor = system_and_processor()
+    return processor == "arm64" if system == "darwin" else _cuda_installed()
+
+
+@cache
+def _cuda_installed() -> bool:
     return any(_installed(backend) for backend in ("mlx-cuda-13", "mlx-cuda-12"))
 
 
@@ -67,9 +82,18 @@ def _default_data_dir(settings: dict[str, Any]) -> Path:
     cache_dir = settings.get("cache_dir", _default_cache_dir())
     if cache_dir != _default_cache_dir():
         return Path(cache_dir)
-    if sys.platform == "darwin":
+    if on_mac():
         return Path.home() / "Library" / "Application Support" / "sesame-tts"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sesame-tts"
+
+
+def _csm_enabled(csm: str) -> bool:
+    return csm == "on" or (csm == "auto" and csm_can_run())
+
+
+def _default_voice(settings: dict[str, Any]) -> str:
+    """Return CSM's voice where CSM is loaded, otherwise the built-in one."""
+    return "conversational" if _csm_enabled(settings["csm"]) else BUILT_IN_VOICE
 
 
 _List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
@@ -100,7 +124,7 @@ class Settings(BaseSettings):
     idle_unload_seconds: float = Field(0.0, ge=0)
 
     # Defaults
-    default_voice: str = Field(default_factory=lambda: "conversational" if csm_can_run() else "heart", min_length=1)
+    default_voice: str = Field(default_factory=_default_voice, min_length=1)
     fallback_voice: str = ""
     default_format: Annotated[FormatName, BeforeValidator(_lower)] = "mp3"
     max_input_length: int = Field(4096, ge=1, le=100_000)
@@ -136,7 +160,7 @@ class Settings(BaseSettings):
     @property
     def csm_enabled(self) -> bool:
         """Whether CSM is loaded on this machine."""
-        return self.csm == "on" or (self.csm == "auto" and csm_can_run())
+        return _csm_enabled(self.csm)
 
     @property
     def voice_folders(self) -> tuple[Path, Path]:

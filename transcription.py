@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import regex
 
 from audio_formats import SAMPLE_RATE, Samples
+from config import on_mac
 from speech_model import ModelLoadError
 
 # A segment with a larger share of wrong words is retried. Reported for 1088 clips of CSM: 2.5 % wrong words in those that ended by
@@ -107,7 +107,7 @@ def _distance(wanted: Sequence[str], heard: Sequence[str]) -> int:
 def _load_recogniser() -> _Transcribe:
     if importlib.util.find_spec("faster_whisper"):
         return _faster_whisper()
-    if sys.platform == "darwin":
+    if on_mac():
         return _mlx_whisper()
     raise ModelLoadError(
         "VERIFY=whisper needs a recogniser: install it with `uv sync --inexact --extra verify`, or set VERIFY=off.", retry=False
