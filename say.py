@@ -1,4 +1,4 @@
-"""The command line: speak a text through the loudspeaker or into a file, through a server or with the engine in this process."""
+"""The command line: speak a text through the loudspeaker or into a file, with a server or with the engine in this process."""
 
 from __future__ import annotations
 
@@ -7,69 +7,119 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-# Heavy modules are imported when they are needed, so that `--help` and usage errors are answered at once.
+# Heavy modules are imported inside functions, so that `--help` and usage errors stay fast.
 from audio_formats import FORMATS
 from errors import TTSError
 from files import OutputError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from config import Settings
     from say_backends import SpeechServer
     from say_output import ProgressBar
     from say_reading import Output, Speaker
 
+T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
+OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BAD_REQUEST = 400
+_PROBE_SECONDS = 2.0
 _CAPTION_ENDINGS = (".vtt", ".srt", ".json")
-_MOST_SEED = 2**32 - 1
+_MAX_SEED = 2**32 - 1
 
-_DESCRIPTION = """Say a text aloud, or write it into an audio file.
+_DESCRIPTION = """Speak a text, or write it into an audio file.
 
-The text is the words on the command line, a file (-f), or standard input (-, or simply a pipe); it may be as long as a book.
-A server that runs on this machine is used; without one, the voice is loaded here, which takes a moment."""
+The text is given on the command line, in a file (-f), or on standard input (- or a pipe). It may be as long as a book.
+If a server runs on this machine, it is used; otherwise the voice is loaded in this process, which takes a moment."""
 
 _EPILOG = f"""examples:
-  say.py "Hello"                               through the loudspeaker
-  say.py -f book.txt -o book.mp3               a book, into a file
+  say.py "Hello"                               play through the loudspeaker
+  say.py -f book.txt -o book.mp3               write a book into a file
   say.py -f book.txt -o book.mp3 --captions book.vtt
   echo "Hello" | say.py --voice heart --speed 1.2
-  say.py "Hello" -o - --format flac > a.flac   to standard output
-  say.py --local "Hello" -o test.wav           without a server: loads the model here
+  say.py "Hello" -o - --format flac > a.flac   write to standard output
+  say.py --local "Hello" -o test.wav           without a server: load the model in this process
   say.py --list-voices
 
-formats, by the file's ending: {", ".join(FORMATS)}
+formats, chosen by the file's ending: {", ".join(FORMATS)}
 
-exit status: 0 all was said; 1 it failed while speaking; 2 the command line, a setting, the text or the voice cannot be used;
-130 ended by Ctrl-C (128 + the signal's number in general); 141 the reader of standard output went away"""
+exit status: 0 success; 1 failed while speaking; 2 invalid option, setting, text or voice;
+130 stopped by Ctrl-C (in general: 128 + the signal's number); 141 the reader of standard output closed it"""
 
 
 class UsageError(Exception):
-    """The command line cannot be followed; the message says why."""
+    """The command line is invalid; the message says why."""
+
+
+class StoppedBySignal(Exception):
+    """A signal stopped the work.
+
+    Attributes:
+        status: The exit status for this signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help explains everything)")
+        raise UsageError(f"{message} (see --help for all options)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    _reserve_standard_descriptors()
+    try:
+        return _main(parse(arguments))
+    except StoppedBySignal as stopped:
+        return stopped.status
+    except UsageError as error:
+        return _complain(str(error), USAGE)
+    except TTSError as error:
+        return _complain(error.message, USAGE if error.status == _BAD_REQUEST else FAILED)
+    except OutputError as error:
+        return _complain(str(error), FAILED)
+    except MemoryError:
+        return _complain("not enough memory", FAILED)
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except OSError as error:
+        return _complain(f"reading or writing failed: {error.strerror or type(error).__name__}", FAILED)
+    except Exception as error:
+        logger.exception("unexpected error")
+        return _complain(f"unexpected error ({type(error).__name__}); --verbose shows the details", FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options, checked.
+    """Return the checked options.
 
     Raises:
-        UsageError: Says what is wrong.
+        UsageError: An option is invalid.
         SystemExit: After `--help`.
     """
     args = _parser().parse_args(arguments)
     if args.server and args.local:
-        raise UsageError("--server and --local exclude one another")
+        raise UsageError("--server and --local are mutually exclusive")
     if args.file is not None and args.text:
         raise UsageError("give the text on the command line or with -f, not both")
     if args.format and args.output is None:
-        raise UsageError("--format says how a file is written; name the file with -o")
+        raise UsageError("--format is for files: name the file with -o")
     if args.output is not None:
         _check_output(args.output, args.format)
     if args.captions is not None:
@@ -78,10 +128,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_text(args: argparse.Namespace) -> str:
-    """The text, from wherever the options say.
+    """Return the text from the command line, a file or standard input.
 
     Raises:
-        UsageError: There is none, or it cannot be read.
+        UsageError: There is no text, or it cannot be read.
     """
     if args.file is not None and args.file != "-":
         return _decoded(_read_file(Path(args.file)), args.file)
@@ -90,38 +140,222 @@ def read_text(args: argparse.Namespace) -> str:
     if sys.stdin is None:
         raise UsageError("there is no text: standard input is closed")
     if not args.text and args.file is None and sys.stdin.isatty():
-        raise UsageError('there is no text: say.py "Hello", or -f FILE, or - to type it')
+        raise UsageError('there is no text: use say.py "Hello", or -f FILE, or - to type it')
     return _decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def voice_table(voices: list[dict[str, Any]]) -> str:
+    """Return one line a voice: name, model, whether it is ready (if known), description and aliases.
+
+    Args:
+        voices: As in the answer of `/v1/audio/voices`.
+    """
+    rows = [_row(voice) for voice in voices]
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows)
+
+
+def _main(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    if args.list_voices:
+        from say_backends import local_voices
+
+        server = _server(args, settings)
+        print(voice_table(_run(server.voices()) if server else local_voices(settings)))
+        return OK
+    text = read_text(args)
+    if args.output is None:
+        from say_output import require_loudspeaker
+
+        require_loudspeaker()
+    _say(text, args, settings)
+    return OK
+
+
+def _say(text: str, args: argparse.Namespace, settings: Settings) -> None:
+    from say_output import ProgressBar
+    from say_reading import clean_text, sentences, speak_pieces, split_pieces
+
+    pieces = split_pieces(clean_text(text, normalize=settings.normalize_text), settings.max_input_length)
+    server = _server(args, settings)
+    if server is None:
+        import tts_engine  # noqa: F401 - takes seconds; imported inside the event loop, it would delay Ctrl-C
+    output = _output(args, settings)
+    bar = ProgressBar(sentences(pieces))
+
+    async def say() -> None:
+        async with _speaker(server, args.voice, settings, bar, streamed=output.streamed) as speaker:
+            await speak_pieces(pieces, speaker, output, settings, args.seed, bar)
+
+    try:
+        _run(say())
+    finally:
+        bar.close()
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` and return its result. A signal cancels it once; its clean-up is waited for.
+
+    Signals that are ignored at the start (nohup) stay ignored. `asyncio.run` is not used because it waits for the threads of
+    the default executor, and a host name look-up that hangs in one of them would delay Ctrl-C.
+
+    Raises:
+        StoppedBySignal: A signal was received.
+    """
+    import asyncio
+
+    received: list[int] = []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+
+    def cancel(number: int) -> None:
+        if not received:
+            received.append(number)
+            task.cancel()
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, cancel, number)
+    try:
+        result = loop.run_until_complete(task)
+    except asyncio.CancelledError:
+        if not received:
+            raise
+    finally:
+        _close(loop)
+    if received:
+        raise StoppedBySignal(received[0])
+    return result
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what still runs in `loop`, then close it without waiting for its threads."""
+    import asyncio
+
+    if remaining := asyncio.all_tasks(loop):
+        for task in remaining:
+            task.cancel()
+        loop.run_until_complete(asyncio.wait(remaining))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@asynccontextmanager
+async def _speaker(
+    server: SpeechServer | None, voice: str | None, settings: Settings, bar: ProgressBar, *, streamed: bool
+) -> AsyncIterator[Speaker]:
+    from say_backends import LocalSpeaker, ServerSpeaker
+
+    if server is not None:
+        yield ServerSpeaker(server, voice or server.default_voice or settings.default_voice, bar.status, bar.warn)
+        return
+    async with LocalSpeaker(settings, voice or settings.default_voice, bar.status, streamed=streamed) as speaker:
+        yield speaker
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from config import SettingsError, load_settings
+
+    if args.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    else:
+        logging.getLogger().addHandler(logging.NullHandler())  # an error is reported in one line
+    try:
+        return load_settings()
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
+
+
+def _server(args: argparse.Namespace, settings: Settings) -> SpeechServer | None:
+    """Return the server given with --server, or the one running on this machine; None to use the engine in this process.
+
+    Raises:
+        UnreachableError: The server given with --server does not answer.
+    """
+    if args.local:
+        return None
+    from say_backends import SpeechServer
+
+    key = args.api_key or (settings.api_key[0].get_secret_value() if settings.api_key else None)
+    try:
+        server = SpeechServer(args.server or _own_url(settings), key, settings.queue_timeout + settings.generation_timeout)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.server:
+        _run(server.health())
+        return server
+    try:
+        _run(server.health(_PROBE_SECONDS))
+    except TTSError:
+        return None
+    return server
+
+
+def _own_url(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - an address to connect to, not to bind
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _output(args: argparse.Namespace, settings: Settings) -> Output:
+    from say_reading import Output
+
+    captions = Path(args.captions) if args.captions else None
+    if args.output is None:
+        return Output(None, None, FORMATS["pcm"], args.speed, captions)
+    if args.output == "-":
+        return Output(None, _take_standard_output(), FORMATS[args.format or settings.default_format], args.speed, captions)
+    path = Path(args.output)
+    return Output(path, None, FORMATS[args.format or path.suffix[1:].lower()], args.speed, captions)
+
+
+def _take_standard_output() -> int:
+    """Return a descriptor of standard output for the audio. From now on, what libraries print goes to standard error."""
+    taken = os.dup(1)
+    os.dup2(2, 1)
+    return taken
+
+
+def _row(voice: dict[str, Any]) -> tuple[str, ...]:
+    from voice_presets import OPENAI_VOICES
+
+    ready = "" if "ready" not in voice else "ready" if voice["ready"] else "not ready"
+    names = voice.get("aliases", ())
+    if set(OPENAI_VOICES) <= set(names):
+        names = [*(name for name in names if name not in OPENAI_VOICES), "OpenAI's names"]
+    aliases = ", ".join(names)
+    description = f"{voice.get('description') or ''}{f' (also {aliases})' if aliases else ''}"
+    name = voice["name"] if voice["name"] == voice["id"] else f"{voice['name']} ({voice['id']})"
+    return name, voice.get("model", ""), ready, " ".join(description.split())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="say.py", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="*", help="what to say; - for standard input")
+    parser.add_argument("text", nargs="*", help="the text; - for standard input")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the text from FILE (UTF-8); - for standard input")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write an audio file; - for standard output. Nothing is played then")
-    parser.add_argument("--format", choices=FORMATS, help="the file's format, where its ending does not say it")
-    parser.add_argument("--captions", metavar="FILE", help="also write when each sentence is heard, as .vtt, .srt or .json")
-    parser.add_argument("--voice", metavar="NAME", help="a voice's name (default: DEFAULT_VOICE)")
-    parser.add_argument("--speed", type=_number(float, 0.25, 4), default=1.0, metavar="N", help="0.25 to 4; the pitch stays (default: 1)")
-    parser.add_argument("--seed", type=_number(int, 0, _MOST_SEED), metavar="N", help="the same text, voice and seed sound the same again")
-    parser.add_argument("--list-voices", action="store_true", help="list the voices, and say nothing")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write an audio file instead of playing; - for standard output")
+    parser.add_argument("--format", choices=FORMATS, help="the file's format, if its ending does not name one")
+    parser.add_argument("--captions", metavar="FILE", help="also write the sentences with their times, as .vtt, .srt or .json")
+    parser.add_argument("--voice", metavar="NAME", help="the voice's name (default: DEFAULT_VOICE)")
+    parser.add_argument("--speed", type=_number(float, 0.25, 4), default=1.0, metavar="N", help="0.25 to 4; keeps the pitch (default: 1)")
+    parser.add_argument("--seed", type=_number(int, 0, _MAX_SEED), metavar="N", help="the same text, voice and seed give the same audio")
+    parser.add_argument("--list-voices", action="store_true", help="list the voices and exit")
     parser.add_argument("--server", metavar="URL", help="use this server (default: the one on HOST and PORT of the settings, if it runs)")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: API_KEY from the environment or .env)")
-    parser.add_argument("--local", action="store_true", help="use no server: load the model here")
+    parser.add_argument("--local", action="store_true", help="use no server: load the model in this process")
     parser.add_argument("--verbose", action="store_true", help="show the log on standard error")
     return parser
 
 
-def _number(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
-    """An argument's type: a number within bounds."""
+def _number(kind: type[int] | type[float], minimum: float, maximum: float) -> Callable[[str], float]:
+    """Return an argument type: a number within bounds."""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = kind(least) - 1
-        if not least <= value <= most:  # NaN fails too
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most}")
+            value = kind(minimum) - 1
+        if not minimum <= value <= maximum:  # NaN fails too
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {minimum:g} to {maximum}")
         return value
 
     return convert
@@ -132,23 +366,23 @@ def _check_output(name: str, format_name: str | None) -> None:
         if sys.stdout is None:
             raise UsageError("standard output is closed")
         if sys.stdout.isatty():
-            raise UsageError("-o - would write audio to the terminal: send it into a file or a pipe")
+            raise UsageError("-o - would write audio to the terminal: redirect it to a file or a pipe")
         return
     path = Path(name)
     if not format_name and path.suffix[1:].lower() not in FORMATS:
         known = ", ".join(f".{known}" for known in FORMATS)
-        raise UsageError(f"the ending of {path.name!r} names no format; there are {known} (or say --format)")
-    _check_target(path)
+        raise UsageError(f"the ending of {path.name!r} is not a known format: use {known}, or --format")
+    _check_writable(path)
 
 
 def _check_captions(path: Path) -> None:
     if path.suffix.lower() not in _CAPTION_ENDINGS:
-        raise UsageError(f"the ending of {path.name!r} names no kind of captions; there are {', '.join(_CAPTION_ENDINGS)}")
-    _check_target(path)
+        raise UsageError(f"the ending of {path.name!r} is not a known caption format: use {', '.join(_CAPTION_ENDINGS)}")
+    _check_writable(path)
 
 
-def _check_target(path: Path) -> None:
-    """Notice before any work what cannot be written."""
+def _check_writable(path: Path) -> None:
+    """Raise UsageError before any work if `path` cannot be written."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
     folder = path.resolve().parent
@@ -170,211 +404,18 @@ def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 text (byte {error.start + 1} cannot be read)") from None
-
-
-def voice_table(server: SpeechServer | None, settings: Settings) -> str:
-    """A line a voice: its name, its model, whether the server can speak with it now, its description and its other names.
-
-    Args:
-        server: Whose voices; None for those of the settings, of which nobody knows yet whether they can speak.
-        settings: The settings.
-
-    Raises:
-        TTSError: The server refuses, or does not answer.
-    """
-    rows = [_row(voice) for voice in (_own_voices(settings) if server is None else server.voices())]
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows)
-
-
-def _row(voice: dict[str, Any]) -> tuple[str, ...]:
-    ready = "" if "ready" not in voice else "ready" if voice["ready"] else "not ready"
-    names = voice.get("aliases", ())
-    from voice_presets import OPENAI_VOICES
-
-    if set(OPENAI_VOICES) <= set(names):
-        names = [*(name for name in names if name not in OPENAI_VOICES), "OpenAI's names"]
-    aliases = ", ".join(names)
-    about = f"{voice.get('description') or ''}{f' (also {aliases})' if aliases else ''}".strip()
-    name = voice["name"] if voice["name"] == voice["id"] else f"{voice['name']} ({voice['id']})"
-    return name, voice.get("model", ""), ready, " ".join(about.split())
-
-
-def _own_voices(settings: Settings) -> list[dict[str, Any]]:
-    from voice_presets import VoicePresetManager
-    from voice_store import VoiceStore
-
-    presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
-    return [
-        {
-            "id": voice.id,
-            "name": voice.name,
-            "model": voice.preset.model,
-            "description": voice.preset.description,
-            "aliases": presets.catalog.aliases_of(voice),
-        }
-        for voice in presets.catalog.voices
-    ]
-
-
-logger = logging.getLogger(__name__)
-
-OK, FAILED, USAGE = 0, 1, 2
-INTERRUPTED = 128 + signal.SIGINT
-BROKEN_PIPE = 128 + signal.SIGPIPE
-
-_BAD_REQUEST = 400
-_PROBE_SECONDS = 2.0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
-    _reserve_standard_descriptors()
-    try:
-        return _main(parse(arguments))
-    except UsageError as error:
-        return _complain(str(error), USAGE)
-    except TTSError as error:
-        return _complain(error.message, USAGE if error.status == _BAD_REQUEST else FAILED)
-    except OutputError as error:
-        return _complain(str(error), FAILED)
-    except MemoryError:
-        return _complain("the memory is too small for this", FAILED)
-    except BrokenPipeError:
-        return BROKEN_PIPE
-    except OSError as error:
-        return _complain(f"something cannot be read or written: {error.strerror or type(error).__name__}", FAILED)
-    except Exception as error:
-        logger.exception("unforeseen")
-        return _complain(f"it failed in an unforeseen way ({type(error).__name__}); --verbose shows the details", FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _main(args: argparse.Namespace) -> int:
-    settings = _settings(args)
-    if args.list_voices:
-        print(voice_table(_server(args, settings), settings))
-        return OK
-    text = read_text(args)
-    if args.output is None:
-        from say_output import require_player
-
-        require_player()
-    return _say(text, args, settings)
-
-
-def _say(text: str, args: argparse.Namespace, settings: Settings) -> int:
-    from say_output import ProgressBar
-    from say_reading import Interrupted, cut, readable, recite, run_until_signal, sentences
-
-    pieces = cut(readable(text, normalize=settings.normalize_text), settings.max_input_length)
-    server = _server(args, settings)
-    if server is None:
-        import tts_engine  # noqa: F401 - takes seconds, and inside the event loop Ctrl-C would have to wait for it
-    output = _output(args, settings)
-    bar = ProgressBar(sentences(pieces))
-
-    async def say() -> None:
-        async with _speaker(server, args.voice, settings, bar, streamed=output.streamed) as speaker:
-            await recite(pieces, speaker, output, settings, args.seed, bar)
-
-    try:
-        run_until_signal(say())
-    except Interrupted as interrupted:
-        return interrupted.status
-    finally:
-        bar.close()
-    return OK
-
-
-@asynccontextmanager
-async def _speaker(
-    server: SpeechServer | None, voice: str | None, settings: Settings, bar: ProgressBar, *, streamed: bool
-) -> AsyncIterator[Speaker]:
-    if server is not None:
-        from say_backends import ServerSpeaker
-
-        yield ServerSpeaker(server, voice or server.default_voice or settings.default_voice, bar.tell, bar.warn)
-        return
-    from say_backends import LocalSpeaker
-
-    async with LocalSpeaker(settings, voice or settings.default_voice, bar.tell, streamed=streamed) as speaker:
-        yield speaker
-
-
-def _output(args: argparse.Namespace, settings: Settings) -> Output:
-    from say_reading import Output
-
-    captions = Path(args.captions) if args.captions else None
-    if args.output is None:
-        return Output(None, None, FORMATS["pcm"], args.speed, captions)
-    if args.output == "-":
-        return Output(None, _take_standard_output(), FORMATS[args.format or settings.default_format], args.speed, captions)
-    path = Path(args.output)
-    return Output(path, None, FORMATS[args.format or path.suffix[1:].lower()], args.speed, captions)
-
-
-def _take_standard_output() -> int:
-    """Standard output's descriptor, for the audio alone: what a library prints goes to standard error from here on."""
-    taken = os.dup(1)
-    os.dup2(2, 1)
-    return taken
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    from config import SettingsError, load_settings
-
-    if args.verbose:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    else:
-        logging.getLogger().addHandler(logging.NullHandler())  # what goes wrong is told in one line
-    try:
-        return load_settings()
-    except SettingsError as error:
-        raise UsageError(str(error)) from None
-
-
-def _server(args: argparse.Namespace, settings: Settings) -> SpeechServer | None:
-    """The server to use: the one that is named, or the one that runs on this machine; None to load the engine here.
-
-    Raises:
-        UnreachableError: The one that is named does not answer.
-    """
-    if args.local:
-        return None
-    from say_backends import SpeechServer
-
-    key = args.api_key or (settings.api_key[0].get_secret_value() if settings.api_key else None)
-    try:
-        server = SpeechServer(args.server or _own_url(settings), key, settings.queue_timeout + settings.generation_timeout)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if args.server:
-        server.health()
-        return server
-    try:
-        server.health(_PROBE_SECONDS)
-    except TTSError:
-        return None
-    return server
-
-
-def _own_url(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - where to reach it, not where to bind
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+        raise UsageError(f"{name} is not UTF-8 text (invalid byte at position {error.start + 1})") from None
 
 
 def _complain(message: str, status: int) -> int:
-    if sys.stderr is not None:  # None: closed by whoever started us
+    if sys.stderr is not None:  # None: closed by the calling process
         with suppress(OSError):
             print(f"say.py: {message}", file=sys.stderr)
     return status
 
 
 def _reserve_standard_descriptors() -> None:
-    """Where standard input, output or error is closed, the next file that is opened would take its number, and get its bytes."""
+    """Open /dev/null for each closed standard descriptor, or the next opened file would get its number, and its output."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -383,7 +424,7 @@ def _reserve_standard_descriptors() -> None:
 
 
 def _flushed(status: int) -> int:
-    """The exit status once all that was printed has left."""
+    """Flush what was printed and return the exit status."""
     try:
         for stream in (sys.stderr, sys.stdout):
             if stream is not None:
@@ -396,6 +437,6 @@ def _flushed(status: int) -> int:
 
 
 if __name__ == "__main__":
-    # Not sys.exit: a model that is being loaded cannot be stopped, and the interpreter's end would abort its thread in the middle of
-    # native code (measured: "terminate called without an active exception", status 134). Everything is cleaned up by now.
+    # Not sys.exit: the load of a model cannot be stopped, and the end of the interpreter would abort its thread in the middle of
+    # native code (measured: "terminate called without an active exception", status 134). All clean-up is done at this point.
     os._exit(_flushed(main()))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import http.client
 import json
+import os
 import socket
 import ssl
-import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 
 from audio_formats import SAMPLE_RATE
-from background_call import call_in_background, post
 from captions import Caption, captions_of
 from config import Settings
 from errors import InputTooLongError, ModelNotReadyError, TTSError
@@ -29,13 +27,19 @@ if TYPE_CHECKING:
     from model_host import ModelHost
 
 _CONNECT_SECONDS = 10.0
+_MAX_BUSY_SECONDS = 600.0  # of waiting for a server whose queue is full
+_MAX_RETRY_SECONDS = 30.0
+_SERVER_POLL_SECONDS = 1.0
+_ENGINE_POLL_SECONDS = 0.2
+_MAX_PORT = 65_535
+_PCM_SCALE = np.float32(32767)  # the server's factor: the local encoder then writes exactly the server's samples
 
 
 class RefusedError(TTSError):
-    """The server's own error, as its envelope tells it.
+    """An error answer of the server.
 
     Attributes:
-        retry_after: In how many seconds to try again, where the server says so.
+        retry_after: Seconds after which to try again, if the server says so.
     """
 
     def __init__(self, status: int, envelope: dict[str, Any], retry_after: float | None = None) -> None:
@@ -45,242 +49,237 @@ class RefusedError(TTSError):
 
 
 class UnreachableError(TTSError):
-    """No server answers, or it broke off."""
+    """The server does not answer, or the connection was lost."""
 
     status = 503
 
 
 class SpeechServer:
-    """A server at a URL. Its methods block.
+    """A client for the server at a URL. Each request has its own connection; proxies from the environment are not used.
 
     Attributes:
         url: As it was given.
-        default_voice: Known once `health` was asked, unless the server keeps it from those without a key.
+        default_voice: Known after `health`, unless the server hides it from clients without its key.
 
     Args:
         url: Of the server, with or without `/v1`.
-        key: Sent as a bearer token, if there is one.
-        silence: Seconds without a byte after which a speaking server counts as gone; it may keep a request waiting for its turn.
+        key: Sent as a bearer token, if given.
+        silence: Seconds without a byte after which a speech request counts as failed. A queued request is silent too.
 
     Raises:
         ValueError: `url` is no http or https URL, or `key` cannot be sent.
     """
 
     def __init__(self, url: str, key: str | None, silence: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is not the address of a server: it must look like http://localhost:8880")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > _MAX_PORT:
+            raise ValueError(f"{url!r} is not the URL of a server: it must look like http://localhost:8880")
         if key is not None and not (key.isascii() and key.isprintable()):
             raise ValueError("the API key cannot be sent: it must be printable ASCII")
         self.url = url.rstrip("/")
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._silence = silence
         self.default_voice: str | None = None
+        path = parsed.path.rstrip("/").removesuffix("/v1")
+        self._base = parsed.copy_with(userinfo=b"", path=path or "/", query=None, fragment=None)
+        self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._silence = silence
 
-    def health(self, timeout: float = _CONNECT_SECONDS) -> dict[str, Any]:
-        """`/health`. With a key set and none given it holds only `status`.
+    async def health(self, timeout: float = _CONNECT_SECONDS) -> dict[str, Any]:
+        """Return the answer of `/health`. If the server has a key and none was given, it holds only `status`.
 
         Raises:
-            UnreachableError: Nothing answers, or something that is not this project's server.
+            UnreachableError: Nothing answers, or it is not this project's server.
         """
-        found = self._get("/health", timeout)
-        if not isinstance(found.get("status"), str):
+        answer = await self._get("/health", timeout)
+        if not isinstance(answer.get("status"), str):
             raise self._unknown()
-        self.default_voice = found.get("default_voice")
-        return found
+        self.default_voice = answer.get("default_voice")
+        return answer
 
-    def voices(self) -> list[dict[str, Any]]:
-        """`/v1/audio/voices`.
+    async def voices(self) -> list[dict[str, Any]]:
+        """Return the voices of `/v1/audio/voices`.
 
         Raises:
             RefusedError: The key is missing or wrong.
             UnreachableError: Nothing answers.
         """
-        found = self._get("/v1/audio/voices", _CONNECT_SECONDS).get("voices")
-        if not isinstance(found, list):
+        voices = (await self._get("/v1/audio/voices", _CONNECT_SECONDS)).get("voices")
+        if not isinstance(voices, list):
             raise self._unknown()
-        return found
+        return voices
 
-    def connect(self, timeout: float) -> http.client.HTTPConnection:
-        """A new connection.
+    @asynccontextmanager
+    async def speech(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """Post to the speech endpoint and yield its answer, a stream of events. Leaving the context closes the connection.
 
         Raises:
-            UnreachableError: Nothing answers.
+            RefusedError: The server answers with an error.
+            InputTooLongError: The text is longer than the server accepts.
+            UnreachableError: Nothing answers, or the connection is lost.
         """
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=min(timeout, _CONNECT_SECONDS))
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        async with self._request("POST", "/v1/audio/speech", self._silence, headers, json.dumps(body).encode()) as response:
+            if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                raise self._unknown()
+            yield response
+
+    async def events(self, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the JSON objects of a stream of events.
+
+        Raises:
+            UnreachableError: The stream ended early, or is not JSON. The consumer stops at the event that ends the speech.
+        """
+        rest = b""
+        async for data in response.aiter_bytes():
+            *lines, rest = (rest + data).split(b"\n")  # not `aiter_lines`, which also splits at line separators inside the text
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield self._event(line[5:])
+        raise self._lost("the speech is incomplete")
+
+    def _event(self, data: bytes) -> dict[str, Any]:
         try:
-            connection.connect()
-        except (OSError, ValueError) as error:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise self._lost("an event is not JSON") from None
+
+    async def _get(self, path: str, timeout: float) -> dict[str, Any]:
+        async with self._request("GET", path, timeout) as response:
+            try:
+                answer = json.loads(await response.aread())
+            except ValueError:
+                answer = None
+        if not isinstance(answer, dict):
+            raise self._unknown()
+        return answer
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, timeout: float, headers: dict[str, str] | None = None, content: bytes | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """Send a request and yield the answer if its status is 200; raise the error answer otherwise."""
+        limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS))
+        # The system's certificates, where httpx would use its own list.
+        tls = ssl.create_default_context() if self._base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client = httpx.AsyncClient(base_url=self._base, headers=self._headers, timeout=limits, verify=tls, trust_env=False)
+        with self._failures_reported():
+            async with client, client.stream(method, path, headers=headers, content=content) as response:
+                if response.status_code != httpx.codes.OK:
+                    raise self._refusal(response, await response.aread())
+                yield response
+
+    @contextmanager
+    def _failures_reported(self) -> Iterator[None]:
+        """Translate errors of the network."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise UnreachableError(f"No server answers at {self.url}: {_reason(error)}.") from None
-        connection.sock.settimeout(timeout)
-        return connection
+        except httpx.HTTPError as error:
+            raise self._lost(_reason(error)) from None
 
-    def post_speech(self, connection: http.client.HTTPConnection, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """The speech endpoint's answer, a stream of events.
-
-        Raises:
-            TTSError: The server's refusal.
-        """
-        headers = self._headers | {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        connection.request("POST", f"{self._path}/v1/audio/speech", json.dumps(body).encode(), headers)
-        response = connection.getresponse()
-        if response.status != http.client.OK:
-            raise self._refusal(response)
-        if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
-            raise self._unknown()
-        return response
-
-    @property
-    def silence(self) -> float:
-        """Seconds without a byte after which it counts as gone."""
-        return self._silence
-
-    def lost(self, error: Exception) -> UnreachableError:
-        """The error for a connection that broke."""
-        return UnreachableError(f"The server at {self.url} broke off: {_reason(error)}.")
-
-    def _get(self, path: str, timeout: float) -> dict[str, Any]:
-        connection = self.connect(timeout)
+    def _refusal(self, response: httpx.Response, body: bytes) -> TTSError:
         try:
-            connection.request("GET", self._path + path, headers=self._headers)
-            response = connection.getresponse()
-            if response.status != http.client.OK:
-                raise self._refusal(response)
-            found = json.loads(response.read())
-        except (OSError, http.client.HTTPException) as error:
-            raise self.lost(error) from None
-        except ValueError:
-            raise self._unknown() from None
-        finally:
-            connection.close()
-        if not isinstance(found, dict):
-            raise self._unknown()
-        return found
-
-    def _refusal(self, response: http.client.HTTPResponse) -> TTSError:
-        try:
-            envelope = json.loads(response.read())["error"]
-            retry_after = response.headers.get("Retry-After", "")
-            refused = RefusedError(response.status, dict(envelope), float(retry_after) if retry_after.isdigit() else None)
+            envelope = dict(json.loads(body)["error"])
         except (ValueError, KeyError, TypeError):
             return self._unknown()
-        if refused.code == "invalid_api_key":
-            return RefusedError(
-                refused.status,
-                {"message": f"The server at {self.url} wants its API key: --api-key KEY, or API_KEY in .env.", "code": refused.code},
-            )
-        return InputTooLongError(refused.message) if refused.code == "input_too_long" else refused
+        if envelope.get("code") == "invalid_api_key":
+            envelope["message"] = f"The server at {self.url} requires its API key: use --api-key KEY, or set API_KEY in .env."
+        if envelope.get("code") == InputTooLongError.code:
+            return InputTooLongError(str(envelope.get("message")))
+        retry_after = response.headers.get("Retry-After", "")
+        return RefusedError(response.status_code, envelope, float(retry_after) if retry_after.isdigit() else None)
+
+    def _lost(self, reason: str) -> UnreachableError:
+        return UnreachableError(f"The connection to the server at {self.url} was lost: {reason}.")
 
     def _unknown(self) -> UnreachableError:
-        return UnreachableError(f"What answers at {self.url} is not a Sesame TTS server.")
-
-
-def _reason(error: Exception) -> str:
-    """An error of the network, in words."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, socket.gaierror):
-        return "there is no host of this name"
-    if isinstance(error, ssl.SSLError):
-        return "the encrypted connection failed"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return "the answer ended too soon" if isinstance(error, http.client.IncompleteRead) else type(error).__name__
-
-
-_PIECE_BYTES = 1 << 16
-_POLL_SECONDS = 1.0
-_PATIENCE_SECONDS = 600.0  # with a server whose queue is full
-_LONGEST_WAIT_SECONDS = 30.0
+        return UnreachableError(f"The server at {self.url} is not a Sesame TTS server.")
 
 
 class ServerSpeaker:
-    """Speaks through a server.
+    """Speaks with a server.
 
     Args:
         server: The server.
         voice: A voice's name or alias.
-        tell: Takes a line about what is being waited for, "" when the wait is over.
-        warn: Takes a line that is to be read in any case.
+        status: Called with a line that says what is being waited for, "" when the wait is over.
+        warn: Called with a warning.
     """
 
     sample_rate = SAMPLE_RATE
 
-    def __init__(self, server: SpeechServer, voice: str, tell: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    def __init__(self, server: SpeechServer, voice: str, status: Callable[[str], None], warn: Callable[[str], None]) -> None:
         self.voice = voice
         self.model = ""
         self._server = server
-        self._asked = voice
-        self._tell = tell
+        self._requested = voice
+        self._status = status
         self._warn = warn
         self._warned = False
 
     async def speak(self, text: str, seed: int) -> AsyncGenerator[Part, None]:
-        """Say `text`; waits while the voice's model loads or the queue is full.
+        """Speak `text`; wait while the voice's model loads or the queue is full.
 
         Raises:
-            TTSError: The server's refusal or failure; or it is gone.
+            TTSError: The server refused the request, failed or is gone.
         """
-        # As events, because only they tell of a failure midway in words, and bring the captions along. At speed 1 and as samples:
-        # speed and encoding are done once, for all pieces together. The text is cleaned up already.
-        body = {"model": "csm-1b", "input": text, "voice": self._asked, "seed": seed, "normalize": False}
+        # As events, because they carry errors and captions. At speed 1 and as raw samples, because speed and encoding are applied
+        # once to all pieces together. The text is normalized already.
+        body = {"model": "csm-1b", "input": text, "voice": self._requested, "seed": seed, "normalize": False}
         body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": True}
-        patience = _PATIENCE_SECONDS
+        async with AsyncExitStack() as stack:
+            response = await self._accepted(stack, body)
+            await self._read_headers(response.headers)
+            events = await stack.enter_async_context(aclosing(self._server.events(response)))
+            async for part in _parts(events):
+                yield part
+
+    async def _accepted(self, stack: AsyncExitStack, body: dict[str, Any]) -> httpx.Response:
+        """Post until the server accepts the request."""
+        patience = _MAX_BUSY_SECONDS
         while True:
-            events = _Events(self._server, body)
             try:
-                headers = await events.headers()
-                break
+                return await stack.enter_async_context(self._server.speech(body))
             except RefusedError as refused:
                 patience -= await self._wait(refused, patience)
-            except BaseException:
-                events.close()
-                raise
-        try:
-            await self._learn(headers)
-            async for part in events.parts():
-                yield part
-        finally:
-            events.close()
 
     async def _wait(self, refused: RefusedError, patience: float) -> float:
-        """Wait as long as the refusal says, if it is one that passes; returns for how many seconds that counts.
+        """Wait before the next try and return the seconds spent on a full queue.
 
         Raises:
-            RefusedError: It does not pass.
+            RefusedError: Trying again is of no use.
         """
         if refused.code == ModelNotReadyError.code and await self._is_loading():
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(_SERVER_POLL_SECONDS)
             return 0.0
         if refused.code not in ("rate_limit_exceeded", "queue_timeout") or patience <= 0:
             raise refused
-        seconds = min(refused.retry_after or _POLL_SECONDS, _LONGEST_WAIT_SECONDS)
-        self._tell("the server is busy: waiting for a place in its queue")
+        seconds = min(refused.retry_after or _SERVER_POLL_SECONDS, _MAX_RETRY_SECONDS)
+        self._status("the server is busy: waiting for a place in its queue")
         await asyncio.sleep(seconds)
         return seconds
 
     async def _is_loading(self) -> bool:
-        """Whether the voice's model is on its way; tells how far it is."""
+        """Return whether the voice's model is loading, and show its progress."""
         owner = await self._owner()
-        health = await call_in_background(self._server.health)
+        health = await self._server.health()
         model = health.get("models", {}).get(owner.get("model"), {})
         if model.get("state") != "loading":
-            return bool(owner.get("ready"))  # it became ready between the refusal and the question
+            return bool(owner.get("ready"))  # it became ready after the refusal
         progress = model.get("progress") or {}
         fraction = progress.get("fraction")
-        share = f" {fraction:.0%}" if isinstance(fraction, float) else ""
-        self._tell(f"the server loads {owner.get('model')}: {progress.get('stage', 'starting')}{share}")
+        percent = f" {fraction:.0%}" if isinstance(fraction, float) else ""
+        self._status(f"the server loads {owner.get('model')}: {progress.get('stage', 'starting')}{percent}")
         return True
 
-    async def _learn(self, headers: http.client.HTTPMessage) -> None:
-        """Who speaks, and say so if it is somebody else than was asked for."""
-        self._tell("")
-        self.voice, self.model = headers.get("X-Voice", self._asked), headers.get("X-Model", "")
-        if self.voice == self._asked or self._warned:
+    async def _read_headers(self, headers: httpx.Headers) -> None:
+        """Read which voice speaks, and warn if it is a fallback."""
+        self._status("")
+        self.voice, self.model = headers.get("X-Voice", self._requested), headers.get("X-Model", "")
+        if self.voice == self._requested or self._warned:
             return
         self._warned = True
         owner = (await self._owner()).get("id", self.voice)
@@ -288,120 +287,25 @@ class ServerSpeaker:
             self._warn(f"voice '{owner}' is not ready; the server's FALLBACK_VOICE '{self.voice}' speaks instead")
 
     async def _owner(self) -> dict[str, Any]:
-        """The voice that the asked name belongs to."""
-        voices = await call_in_background(self._server.voices)
-        return next((voice for voice in voices if self._asked in (voice.get("id"), *voice.get("aliases", ()))), {})
-
-
-class _Events:
-    """One request for speech, sent and read on a thread of its own."""
-
-    def __init__(self, server: SpeechServer, body: dict[str, Any]) -> None:
-        self._server = server
-        self._body = body
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None
-        self._closed = False
-        threading.Thread(target=self._run, daemon=True).start()
-
-    async def headers(self) -> http.client.HTTPMessage:
-        """The answer's headers.
-
-        Raises:
-            TTSError: The request was refused, or nobody answers.
-        """
-        headers: http.client.HTTPMessage = await self._next()
-        return headers
-
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """The speech.
-
-        Raises:
-            TTSError: The server failed, or broke off.
-        """
-        odd = b""
-        while True:
-            event = await self._next()
-            kind = event.get("type")
-            if kind == "speech.audio.delta":
-                data = odd + base64.b64decode(event["audio"])
-                odd = data[len(data) & ~1 :]
-                # 32767 is what the server multiplies with: its very samples come out of our encoder.
-                yield Part(np.frombuffer(data[: len(data) & ~1], "<i2").astype(np.float32) / np.float32(32767))
-            elif kind == "speech.audio.timestamps":
-                caption = Caption(event["group"], event["text"], event["start"], event["end"])
-                yield Part(np.zeros(0, np.float32), (caption,))
-            elif kind == "speech.audio.error":
-                raise RefusedError(500, event["error"])
-            elif kind == "speech.audio.done":
-                return
-
-    def close(self) -> None:
-        """Break the connection off, so that the server stops; may be called at any time."""
-        self._closed = True
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    async def _next(self) -> Any:  # noqa: ANN401 - headers first, then JSON objects
-        item = await self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def _run(self) -> None:
-        try:
-            connection = self._server.connect(self._server.silence)
-            self._socket = connection.sock
-            try:
-                if not self._closed:
-                    self._read(self._server.post_speech(connection, self._body))
-            finally:
-                connection.close()
-        except TTSError as error:
-            self._put(error)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._put(self._server.lost(error))
-
-    def _read(self, response: http.client.HTTPResponse) -> None:
-        with response:
-            self._put(response.headers)
-            for event in _events(response):
-                self._put(event)
-        raise UnreachableError(f"The server at {self._server.url} broke off: the speech ended too soon.")
-
-    def _put(self, item: object) -> None:
-        post(self._loop, lambda: self._queue.put_nowait(item))
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of events, each as soon as it is complete."""
-    rest = b""
-    while data := response.read1(_PIECE_BYTES):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield json.loads(line[5:])
-
-
-_POLL_SECONDS = 0.2
+        """Return the voice that the requested name belongs to."""
+        voices = await self._server.voices()
+        return next((voice for voice in voices if self._requested in (voice.get("id"), *voice.get("aliases", ()))), {})
 
 
 class LocalSpeaker:
-    """Speaks with the engine. An async context manager: the model is loaded inside it.
+    """Speaks with the engine in this process. An async context manager, which loads the model.
 
     Args:
         settings: The settings.
         voice: A voice's name or alias.
-        tell: Takes a line about the load, "" when it is over.
-        streamed: Somebody listens while the sound is made.
+        status: Called with a line about the load, "" when it is over.
+        streamed: The audio is consumed while it is generated.
 
     Raises:
-        InvalidVoiceError: Lists the voices there are.
+        InvalidVoiceError: There is no such voice; lists the voices.
     """
 
-    def __init__(self, settings: Settings, voice: str, tell: Callable[[str], None], *, streamed: bool) -> None:
+    def __init__(self, settings: Settings, voice: str, status: Callable[[str], None], *, streamed: bool) -> None:
         # The engine takes seconds to import, and a running server needs none of it.
         from tts_engine import TTSEngine
         from voice_presets import VoicePresetManager
@@ -412,11 +316,11 @@ class LocalSpeaker:
         self.voice = self._voice.id
         self.model: str = self._voice.preset.model
         if self.model == "hibari":
-            settings = settings.model_copy(update={"csm": "off"})  # 6 GB that nobody asked for stay where they are
+            settings = settings.model_copy(update={"csm": "off"})  # 6 GB that this voice does not need
         self._engine = TTSEngine(settings, presets)
         self._host: ModelHost = self._engine.host(self._voice)
         self.sample_rate = self._host.model.sample_rate
-        self._tell = tell
+        self._status = status
         self._streamed = streamed
 
     async def __aenter__(self) -> LocalSpeaker:
@@ -438,28 +342,83 @@ class LocalSpeaker:
         await self._engine.close()
 
     async def speak(self, text: str, seed: int) -> AsyncGenerator[Part, None]:
-        """Say `text`.
+        """Speak `text`.
 
         Raises:
             TTSError: The engine failed.
         """
         utterance = self._engine.speak(text, self._voice, SpeechOptions(seed, streamed=self._streamed))
-        told = 0
+        yielded = 0  # captions
         try:
             async for samples in utterance:
                 timestamps = list(utterance.timestamps)
-                yield Part(samples, tuple(captions_of(utterance.segments, timestamps[told:], 1.0)))
-                told = len(timestamps)
-            yield Part(np.zeros(0, np.float32), tuple(captions_of(utterance.segments, utterance.timestamps[told:], 1.0)))
+                yield Part(samples, tuple(captions_of(utterance.segments, timestamps[yielded:], 1.0)))
+                yielded = len(timestamps)
+            yield Part(np.zeros(0, np.float32), tuple(captions_of(utterance.segments, utterance.timestamps[yielded:], 1.0)))
         finally:
             await utterance.aclose()
 
     async def _loaded(self) -> None:
-        """Wait until it is known whether the model can speak, telling how far the load is."""
+        """Wait until the model has loaded or failed, and show the progress."""
         while self._host.state == "loading":
-            progress = self._host.progress
-            stage = progress.stage if progress else "starting"
-            share = f" {progress.done / progress.total:.0%}" if progress and progress.done is not None and progress.total else ""
-            self._tell(f"loading {self.model}: {stage}{share}")
-            await asyncio.sleep(_POLL_SECONDS)
-        self._tell("")
+            self._status(f"loading {self.model}: {self._host.progress or 'starting'}")
+            await asyncio.sleep(_ENGINE_POLL_SECONDS)
+        self._status("")
+
+
+def local_voices(settings: Settings) -> list[dict[str, Any]]:
+    """Return the voices of this machine's settings, as `/v1/audio/voices` lists them, but without knowing whether they are ready."""
+    from voice_presets import VoicePresetManager
+    from voice_store import VoiceStore
+
+    presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
+    return [
+        {
+            "id": voice.id,
+            "name": voice.name,
+            "model": voice.preset.model,
+            "description": voice.preset.description,
+            "aliases": presets.catalog.aliases_of(voice),
+        }
+        for voice in presets.catalog.voices
+    ]
+
+
+async def _parts(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[Part, None]:
+    """Yield the speech of a stream of events.
+
+    Raises:
+        RefusedError: The server reports a failure.
+    """
+    odd = b""
+    async for event in events:
+        kind = event.get("type")
+        if kind == "speech.audio.delta":
+            data = odd + base64.b64decode(event["audio"])
+            whole = len(data) & ~1
+            odd = data[whole:]
+            yield Part(np.frombuffer(data[:whole], "<i2").astype(np.float32) / _PCM_SCALE)
+        elif kind == "speech.audio.timestamps":
+            caption = Caption(event["group"], event["text"], event["start"], event["end"])
+            yield Part(np.zeros(0, np.float32), (caption,))
+        elif kind == "speech.audio.error":
+            raise RefusedError(500, event["error"])
+        elif kind == "speech.audio.done":
+            return
+
+
+def _reason(error: BaseException) -> str:
+    """Return the cause of a network error in words."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    if isinstance(error, httpx.RemoteProtocolError):
+        return "the answer is incomplete or not HTTP"
+    while inner := error.__cause__ or error.__context__ or next(iter(getattr(error, "exceptions", ())), None):
+        error = inner  # the operating system's error is the innermost
+    if isinstance(error, socket.gaierror):
+        return "there is no host of this name"
+    if isinstance(error, ssl.SSLError):
+        return "the encrypted connection failed"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return type(error).__name__

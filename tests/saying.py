@@ -20,11 +20,70 @@ from conftest import PROJECT, clean_environment, free_port
 SECONDS = 240
 
 
+# Takes sounddevice's place: `RULE` says how the device behaves, and what it plays is kept in a file.
+_SOUNDDEVICE = """
+import pathlib, time
+
+PLAYED, RULE = pathlib.Path({played!r}), {rule!r}
+
+
+class PortAudioError(Exception):
+    pass
+
+
+if RULE == "no library":
+    raise OSError("PortAudio library not found")
+
+
+def check_output_settings(**settings):
+    if RULE == "no device":
+        raise PortAudioError("Error querying device -1", -1)
+    assert settings == dict(samplerate=24000, channels=1, dtype="int16")
+
+
+class RawOutputStream:
+    latency = 1.0
+    room = 5000
+
+    def __init__(self, *, latency, **settings):
+        check_output_settings(**settings)
+        if RULE == "busy":
+            raise PortAudioError("Error opening RawOutputStream: Device unavailable [PaErrorCode -9985]", -9985)
+
+    def start(self):
+        PLAYED.write_bytes(b"")
+
+    @property
+    def write_available(self):
+        if RULE == "stalls" and PLAYED.stat().st_size >= 48000:
+            return 0
+        return self.room
+
+    def write(self, data):
+        assert 0 < len(data) <= 2 * self.room
+        assert len(data) % 2 == 0
+        if RULE == "unplugged" and PLAYED.stat().st_size:
+            raise PortAudioError("Device unavailable", -9985)
+        with PLAYED.open("ab") as file:
+            file.write(data)
+
+    def stop(self):
+        if RULE == "never stops":
+            PLAYED.with_suffix(".stopping").touch()
+            time.sleep(1000)
+
+    def close(self):
+        pass
+"""
+
+
 def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
-    """No server on the settings' port, no server's files, no loudspeaker, no key."""
+    """No server on the settings' port, no server's files, no programs on PATH, no key; no loudspeaker unless `add_loudspeaker` made one."""
     (tmp_path / "bin").mkdir(exist_ok=True)
+    if not (tmp_path / "modules").exists():
+        add_loudspeaker(tmp_path, "no library")
     own = clean_environment(tmp_path / "say-cache", **({"PORT": free_port()} | settings))
-    return own | {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)}
+    return own | {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(tmp_path / "modules")}
 
 
 def command(*arguments: object) -> list[str]:
@@ -120,13 +179,11 @@ def at_terminal(tmp_path: Path, *arguments: object, **settings: object) -> tuple
     return process.returncode, shown.decode()
 
 
-def add_player(tmp_path: Path, name: str, script: str) -> Path:
-    """A stand-in for a player of the system, found under its name; returns the file that `$PLAYED` stands for in `script`."""
-    played = tmp_path / f"{name}.played"
-    program = tmp_path / "bin" / name
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(f'#!/bin/sh\nPLAYED={played}\necho "$@" >> $PLAYED.arguments\n{script}\n')
-    program.chmod(0o755)
+def add_loudspeaker(tmp_path: Path, rule: str = "plays") -> Path:
+    """A stand-in for the loudspeaker; returns the file with the samples that it has played."""
+    played = tmp_path / "modules" / "played.pcm"
+    played.parent.mkdir(exist_ok=True)
+    (played.parent / "sounddevice.py").write_text(_SOUNDDEVICE.format(played=str(played), rule=rule))
     return played
 
 

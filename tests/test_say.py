@@ -153,14 +153,14 @@ def test_a_key_is_sent_and_never_shown(make_server: MakeServer, tmp_path: Path) 
     said(tmp_path, "Hello.", "-o", "speech.wav", "--server", server.url, "--api-key", "open-sesame")
     ended = say(tmp_path, "Hello.", "-o", "speech.wav", "--server", server.url, "--api-key", "open-barley")
     assert ended.returncode == 1
-    assert b"wants its API key: --api-key" in ended.stderr
+    assert b"requires its API key: use --api-key" in ended.stderr
     assert b"open-" not in ended.stderr
 
 
 def test_a_terminal_shows_how_far_it_is_and_a_pipe_nothing(server: RunningServer, tmp_path: Path) -> None:
     text = " ".join(SENTENCES * 4)
     status, shown = at_terminal(tmp_path, text, "-o", "speech.wav", "--server", server.url)
-    seen = re.findall(r"(\d+)/8 sentences, (\d+) s of sound, (\S+) left", shown)
+    seen = re.findall(r"(\d+)/8 sentences, (\d+) s of audio, (\S+) left", shown)
     assert status == 0
     assert int(seen[-1][0]) == 8
     assert int(seen[-1][1]) == pytest.approx(duration(tmp_path / "speech.wav", "wav"), abs=1)
@@ -173,7 +173,7 @@ def test_a_single_sentence_needs_no_bar(server: RunningServer, tmp_path: Path) -
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
-    """CSM on the tiny checkpoint, whose segments are two frames of sound; one voice, because each costs a warm-up."""
+    """CSM on the tiny checkpoint, whose segments are two frames of audio; one voice, because each costs a warm-up."""
     (tmp_path / "presets").mkdir()
     for preset in ({"name": "tiny", "voice_key": "conversational_a"}, {"name": "heart", "model": "hibari", "voice_key": "heart"}):
         (tmp_path / "presets" / f"{preset['name']}.json").write_text(json.dumps(preset))

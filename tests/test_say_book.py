@@ -14,7 +14,7 @@ from conftest import RunningServer
 from listening import decode, duration, transcribe, word_error_rate
 from saying import captions_in, said, sentences_of, started, wait_until
 
-from say_reading import cut, readable, sentences
+from say_reading import clean_text, sentences, split_pieces
 
 MakeServer = Callable[..., RunningServer]
 _WHO = ("The old sailor", "A quiet teacher", "My neighbour", "The young painter", "Our captain", "The tall gardener")
@@ -65,7 +65,7 @@ def test_a_book_of_20000_characters_in_one_file(server: RunningServer, tmp_path:
     said(tmp_path, "-f", "book.txt", "-o", "book.wav", "--captions", "book.json", "--server", server.url, "--seed", 3)
     told = captions_in(tmp_path / "book.json")
     check_book(told, text, tmp_path / "book.wav")
-    pieces = cut(readable(text, normalize=True), 4096)
+    pieces = split_pieces(clean_text(text, normalize=True), 4096)
     assert len(pieces) >= 5
     check_seams(told, pieces[:4], tmp_path / "book.wav")
 
@@ -80,7 +80,7 @@ def test_pieces_sound_the_same_here_and_through_a_server(make_server: MakeServer
     assert told == captions_in(tmp_path / "local.json")
     assert (tmp_path / "served.wav").read_bytes() == (tmp_path / "local.wav").read_bytes()
     check_book(told, text, tmp_path / "served.wav")
-    check_seams(told, cut(readable(text, normalize=True), 400), tmp_path / "served.wav")
+    check_seams(told, split_pieces(clean_text(text, normalize=True), 400), tmp_path / "served.wav")
     assert len(re.findall("POST", server.log_text())) >= 4
 
 
@@ -107,8 +107,8 @@ def test_a_full_queue_is_waited_for(make_server: MakeServer, tmp_path: Path) -> 
 def test_a_document_is_cleaned_up_before_it_is_cut() -> None:
     table = "| city | year |\n|---|---|\n" + "\n".join(f"| Town {row} | {1900 + row} |" for row in range(60))
     text = f"# A list\n\n{table}\n\n***\n\nThe *end*."
-    pieces = cut(readable(text, normalize=True), 300)
+    pieces = split_pieces(clean_text(text, normalize=True), 300)
     assert len(pieces) > 3
-    assert "".join(pieces) == readable(text, normalize=True)
+    assert "".join(pieces) == clean_text(text, normalize=True)
     assert not re.search(r"[|*#]|--", "".join(pieces))
-    assert cut(readable("One.\n\n***\n\nTwo.", normalize=False), 6) == ["One.\n\n", "Two."]
+    assert split_pieces(clean_text("One.\n\n***\n\nTwo.", normalize=False), 6) == ["One.\n\n", "Two."]

@@ -24,7 +24,7 @@ LONG = " ".join(f"This is sentence number {number} of a long story." for number 
     [
         (["--loud", "Hello"], "--loud"),
         (["Hello", "-o", "speech.xyz"], ", ".join(f".{name}" for name in FORMATS)),
-        (["Hello", "-o", "speech"], "names no format"),
+        (["Hello", "-o", "speech"], "is not a known format"),
         (["Hello", "--format", "mp3"], "-o"),
         (["Hello", "-o", "no/such/folder.mp3"], "folder does not exist"),
         (["Hello", "-o", "bin.mp3"], "is a folder"),
@@ -34,11 +34,11 @@ LONG = " ".join(f"This is sentence number {number} of a long story." for number 
         (["Hello", "-o", "a.mp3", "--seed", "-1"], "--seed"),
         (["Hello", "-f", "a.txt", "-o", "a.mp3"], "not both"),
         (["-f", "missing.txt", "-o", "a.mp3"], "no such file"),
-        (["-f", "latin.txt", "-o", "a.mp3"], "not UTF-8 text (byte 2"),
+        (["-f", "latin.txt", "-o", "a.mp3"], "not UTF-8 text (invalid byte at position 2"),
         (["***", "-o", "a.mp3"], "nothing to say"),
         (["-o", "a.mp3"], "nothing to say"),
         (["Hello", "-o", "a.mp3", "--server", "localhost:8880"], "http://localhost:8880"),
-        (["Hello", "-o", "a.mp3", "--server", "http://localhost", "--local"], "exclude"),
+        (["Hello", "-o", "a.mp3", "--server", "http://localhost", "--local"], "mutually exclusive"),
         (["Hello", "-o", "a.mp3", "--local", "--voice", "nobody"], "Available voices: conversational, conversational_b, heart"),
     ],
 )
@@ -77,7 +77,7 @@ def test_audio_is_not_sent_to_a_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["Hello"], "no player on this machine (aplay, ffplay, pw-play, afplay)"),
+        (["Hello"], "The PortAudio library is missing"),
         (["Hello", "-o", "a.mp3", "--server", "http://127.0.0.1:9"], "No server answers at http://127.0.0.1:9: connection refused."),
         (["Hello", "-o", "a.mp3", "--server", "http://nowhere.invalid"], "no host of this name"),
         (["Hello", "-o", "a.mp3", "--local", "--voice", "conversational"], "Model 'csm-1b' is switched off"),
@@ -109,7 +109,7 @@ def test_a_server_that_dies_leaves_no_half_file(make_server: MakeServer, tmp_pat
         server.process.kill()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.startswith(f"say.py: The server at {server.url} broke off".encode())
+    assert errors.startswith(f"say.py: The connection to the server at {server.url} was lost: ".encode())
     assert (tmp_path / "old.mp3").read_bytes() == b"old"
     assert files(tmp_path) == {"old.mp3"}
 
