@@ -159,7 +159,7 @@ class FfmpegProcess:
 
     async def _follow(self) -> None:
         """Read all output, then the exit status. The task ends with the process."""
-        errors = asyncio.ensure_future(read_tail(self._stderr))
+        errors = asyncio.ensure_future(_read_tail(self._stderr))
         try:
             while data := await self._stdout.read(_PIECE):
                 self._progress += 1
@@ -206,7 +206,7 @@ class FfmpegProcess:
     def _kill(self, why: str) -> None:
         if self._process.returncode is None:
             self._killed = self._killed or why
-            kill_group(self._process.pid)
+            _kill_group(self._process.pid)
 
 
 def find_ffmpeg() -> str | None:
@@ -267,25 +267,10 @@ def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> byt
             raise _run_failed("took too long") from None
         finally:
             if process.returncode is None:
-                kill_group(process.pid)
+                _kill_group(process.pid)
     if process.returncode != 0:
         raise _run_failed(f"ended with status {process.returncode}", errors)
     return output
-
-
-def kill_group(pid: int) -> None:
-    """Kill the process and all its children: each of them holds the pipes open."""
-    with suppress(ProcessLookupError, PermissionError):  # already gone; macOS raises EPERM for a group of zombies
-        os.killpg(pid, signal.SIGKILL)
-
-
-async def read_tail(stream: asyncio.StreamReader, limit: int = _STDERR_KEPT) -> bytes:
-    """Read `stream` to its end and return its last `limit` bytes."""
-    tail = bytearray()
-    while data := await stream.read(_PIECE):
-        tail += data
-        del tail[:-limit]
-    return bytes(tail)
 
 
 @contextmanager
@@ -360,6 +345,21 @@ def _run_failed(what: str, stderr: bytes = b"") -> FfmpegFailedError:
 
 def _log_failure(what: str, stderr: bytes) -> None:
     logger.error("ffmpeg %s: %s", what, shorten(stderr[-_STDERR_KEPT:].decode("utf-8", "replace").strip(), 500))
+
+
+def _kill_group(pid: int) -> None:
+    """Kill the process and all its children: each of them holds the pipes open."""
+    with suppress(ProcessLookupError, PermissionError):  # already gone; macOS raises EPERM for a group of zombies
+        os.killpg(pid, signal.SIGKILL)
+
+
+async def _read_tail(stream: asyncio.StreamReader, limit: int = _STDERR_KEPT) -> bytes:
+    """Read `stream` to its end and return its last `limit` bytes."""
+    tail = bytearray()
+    while data := await stream.read(_PIECE):
+        tail += data
+        del tail[:-limit]
+    return bytes(tail)
 
 
 async def _to_the_end(task: asyncio.Future[_Result]) -> _Result:
