@@ -15,7 +15,7 @@ UNIT_FILE="${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user/$UNIT"
 
 ENVIRONMENT_GB=2    # .venv and uv's cache
 HEALTH_SECONDS=60   # from the start to the first response, on a slow disk
-READY_SECONDS=120   # to read CSM's weights from the disk
+INTERRUPTED=4       # exit status of the helper after Ctrl-C
 FAILED=1            # a check or a step failed
 USAGE=2             # wrong arguments, or an invalid setting
 NO_MANAGER=3        # no service manager for this user
@@ -29,7 +29,7 @@ Usage: ./install.sh [--no-download]   install, or upgrade in place
        ./install.sh --uninstall       remove the service; voices, logs and models are kept
        ./install.sh --render FOLDER   write the service files into FOLDER, without installing or starting the service
 
-  --no-download   do not download CSM-1B now; the server downloads it when it first runs.
+  --no-download   do not wait for the download of CSM-1B; the service makes it in the background.
 
 Exit status: 0 success, 1 a step failed, 2 wrong arguments or an invalid setting, 3 no service manager.
 EOF
@@ -95,6 +95,37 @@ check_space() { # folder gigabytes purpose
     [ "$free" -ge "$2" ] || fail "$FAILED" "$3 needs $2 GB in $1, but only $free GB are free."
 }
 
+# macOS protects these folders: a program in the background gets no access until somebody allows it at the screen. Print the name of the one
+# that folder $1 is in; nothing if it is in none.
+protected_by() {
+    local home
+    home="$(cd "$HOME" && pwd -P)"
+    case "$1/" in
+    "$home/Desktop/"*) say "Desktop" ;;
+    "$home/Documents/"*) say "Documents" ;;
+    "$home/Downloads/"*) say "Downloads" ;;
+    "$home/Library/Mobile Documents/"*) say "iCloud Drive" ;;
+    "$home/Library/CloudStorage/"*) say "a cloud folder" ;;
+    "/Volumes/"*) say "an external volume" ;;
+    esac
+}
+
+check_project_folder() {
+    local place
+    place="$(protected_by "$PROJECT")"
+    case "$place" in
+    "") ;;
+    "an external volume") warn "this folder is on $place. macOS asks at the screen whether Python may read it: allow that, or the service cannot start." ;;
+    *) fail "$FAILED" "this folder is in $place ($PROJECT), which macOS does not let a service read. Move it and run install.sh again: mv \"$PROJECT\" ~/sesame-tts" ;;
+    esac
+}
+
+check_data_folder() { # setting folder
+    local place
+    place="$(protected_by "$2")"
+    [ -z "$place" ] || warn "$1 is in $place ($2). macOS asks at the screen whether Python may use it: allow that, or choose a folder elsewhere in your home folder."
+}
+
 # ── Steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 make_environment() {
@@ -103,31 +134,27 @@ make_environment() {
     make -C "$PROJECT" setup || fail "$FAILED" "the Python environment could not be installed; see the messages above. Run install.sh again to continue."
 }
 
-# Set URL, CACHE_DIR, STOP_SECONDS, WITH_CSM and OLD_PID from the settings that the service will use.
+# Set the variables below from the settings that the service will use.
 read_settings() {
     local lines
     lines="$(helper describe)" || exit "$?"
     {
         IFS= read -r URL
-        IFS= read -r CACHE_DIR
         IFS= read -r STOP_SECONDS
         IFS= read -r WITH_CSM
         IFS= read -r OLD_PID
+        IFS= read -r CACHE_DIR
+        IFS= read -r DATA_DIR
+        IFS= read -r MODEL_DIR
     } <<EOF
 $lines
 EOF
 }
 
-fetch_model() {
-    step "CSM-1B"
-    if [ "$WITH_CSM" = "-" ]; then
-        say "Not used on this machine (setting CSM); the built-in voice speaks."
-    elif [ "$DOWNLOAD" = "no" ]; then
-        say "Not downloaded now. The server downloads it when it first runs; /health shows the progress."
-    else
-        helper fetch || fail "$FAILED" \
-            "the model could not be downloaded; see the messages above. Run install.sh again to resume, or use --no-download to continue without it."
-    fi
+check_data_folders() {
+    check_data_folder CACHE_DIR "$CACHE_DIR"
+    check_data_folder DATA_DIR "$DATA_DIR"
+    if [ "$WITH_CSM" != "-" ]; then check_data_folder HF_HOME "$MODEL_DIR"; fi
 }
 
 installed() { if on_mac; then [ -f "$PLIST" ]; else [ -f "$UNIT_FILE" ]; fi; }
@@ -159,7 +186,24 @@ start_on_mac() {
         say "launchd could not start the service (attempt $attempt of 3)."
         sleep 2
     done
-    fail "$FAILED" "launchd could not start the service. You must be logged in at the Mac's own screen: an ssh login alone has no domain $DOMAIN."
+    bootstrap_causes >&2
+    fail "$FAILED" "launchd could not start the service, for the reason above."
+}
+
+# Print the causes that this Mac shows, or all known ones if it shows none.
+bootstrap_causes() {
+    if ! launchctl print "$DOMAIN" >/dev/null 2>&1; then
+        say "Nobody is logged in at this Mac's screen, so there is no domain $DOMAIN: an ssh login alone does not create one."
+        say "Log in at the screen or with Screen Sharing and run install.sh again. docs/SERVICE.md lists the choices for a Mac without a screen."
+    elif launchctl print-disabled "$DOMAIN" 2>/dev/null | grep -q "\"$LABEL\" => \(disabled\|true\)"; then
+        say "The service is switched off. Switch it on in System Settings > General > Login Items & Extensions (\"python\" or \"sesame-tts\"), then run install.sh again."
+    else
+        say "Possible causes:"
+        say "- It is switched off in System Settings > General > Login Items & Extensions (shown as \"python\")."
+        say "- A service with this name is still loaded: launchctl bootout $DOMAIN/$LABEL"
+        say "- The service file is damaged: plutil $PLIST"
+        say "- A device management profile forbids background items."
+    fi
 }
 
 # Runs before the service is stopped, so that a mistake in .env does not end a running server.
@@ -199,18 +243,31 @@ wait_for_health() {
     fail "$FAILED" "the server did not answer within $HEALTH_SECONDS seconds. See the end of its logs above, and ./install.sh --status."
 }
 
-# Speak with the default voice if its model is ready in time, otherwise with the built-in voice.
-speak() {
-    local sample="$CACHE_DIR/installed.wav" seconds="$READY_SECONDS"
-    step "Test sentence"
-    if [ "$WITH_CSM" != "-" ] && [ "$DOWNLOAD" = "no" ]; then seconds=5; fi
-    if helper ready "$seconds"; then
-        helper speak "$sample" || fail "$FAILED" "the server runs, but could not speak. See ./install.sh --logs."
-    else
-        say "The default voice is not ready yet (./install.sh --status shows the progress); using the built-in voice."
-        helper speak "$sample" --voice heart || fail "$FAILED" "the server runs, but could not speak. See ./install.sh --logs."
-    fi
+speak() { # file arguments...
+    local sample="$CACHE_DIR/$1"
+    shift
+    helper speak "$sample" "$@" || fail "$FAILED" "the server runs, but could not speak. See ./install.sh --logs."
     play "$sample"
+}
+
+# Watch the download and the load that the service makes, and speak with CSM. On a Mac, caffeinate keeps it from sleeping meanwhile.
+wait_for_csm() {
+    local status=0 awake=""
+    if [ "$WITH_CSM" = "-" ]; then return 0; fi
+    step "CSM-1B"
+    if [ "$DOWNLOAD" = "no" ]; then
+        say "The service downloads and loads it in the background; ./install.sh --status shows the progress."
+        return 0
+    fi
+    say "The service downloads and loads it now. Ctrl-C ends the watching, not the download."
+    if on_mac && command -v caffeinate >/dev/null 2>&1; then awake="caffeinate -i"; fi
+    # shellcheck disable=SC2086 # two words, or none
+    $awake "$PYTHON" "$HELPER" watch "$HEALTH_SECONDS" || status="$?"
+    case "$status" in
+    0) speak installed-csm.wav ;;
+    "$INTERRUPTED") ;;
+    *) CSM_FAILED="yes" ;;
+    esac
 }
 
 play() {
@@ -235,20 +292,33 @@ Sesame TTS runs at $URL. It starts at every login and restarts after a crash.
   Logs:             ./install.sh --logs   ($CACHE_DIR/server.log)
   Uninstall:        ./install.sh --uninstall
 EOF
+    if on_mac; then
+        say ""
+        say "If macOS asks whether Python may accept incoming connections: only other machines need that, this Mac does not."
+    fi
 }
 
 # ── Commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 install_service() {
-    if on_mac; then check_mac; else check_linux; fi
+    if on_mac; then
+        check_mac
+        check_project_folder
+    else
+        check_linux
+    fi
     check_tools
     make_environment
     read_settings
-    fetch_model
+    if on_mac; then check_data_folders; fi
     start_service
     wait_for_health
-    speak
+    step "Test sentence"
+    speak installed.wav --built-in
+    wait_for_csm
     next_steps
+    [ -z "$CSM_FAILED" ] || fail "$FAILED" \
+        "the service runs with the built-in voice, but CSM-1B could not be loaded; see the message above. After a failed download the service tries again by itself and continues where it stopped."
 }
 
 need_environment() {
@@ -276,7 +346,20 @@ show_status() {
         systemctl --user --no-pager --lines=0 status "$UNIT" || state="$FAILED"
     fi
     helper status || state="$?"
+    if [ "$state" -eq "$FAILED" ]; then last_message; fi
     return "$state"
+}
+
+# A server that could not start has written its reason here. launchd does not start it again after an invalid setting or a port in use.
+last_message() {
+    local file
+    read_settings
+    file="$CACHE_DIR/launchd.log"
+    if on_mac && [ -s "$file" ]; then
+        say "The last message in $file:"
+        tail -n 1 "$file"
+        say "After a correction: ./install.sh --restart"
+    fi
 }
 
 restart_service() {
@@ -317,6 +400,8 @@ logs() {
     if [ -t 1 ]; then show_logs 50 follow; else show_logs 50; fi
 }
 
+data_folder() { if on_mac; then say "$HOME/Library/Application Support/sesame-tts"; else say "${XDG_DATA_HOME:-$HOME/.local/share}/sesame-tts"; fi; }
+
 uninstall_service() {
     if ! installed && ! { on_mac && loaded; }; then
         say "The service is not installed."
@@ -333,7 +418,8 @@ uninstall_service() {
     fi
     cat <<EOF
 The service is removed. These files are kept until you delete them:
-  voices and logs   CACHE_DIR from .env, by default $HOME/.cache/sesame-tts
+  logs              CACHE_DIR from .env, by default $HOME/.cache/sesame-tts
+  added voices      DATA_DIR from .env, by default $(data_folder)
   models            Hugging Face's cache, by default $HOME/.cache/huggingface/hub
   this folder       $PROJECT, with the Python environment in .venv
 EOF
@@ -348,6 +434,7 @@ render_files() {
 
 main() {
     DOWNLOAD="yes"
+    CSM_FAILED=""
     case "${1:-}" in
     "") install_service ;;
     --no-download)

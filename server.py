@@ -322,13 +322,13 @@ def _methods_at(path: str) -> list[str]:
 
 
 def main() -> int:
-    """Run the server. Return the exit status: 2 if a setting is invalid or the port cannot be used, else 0."""
+    """Run the server. Return the exit status: 2 (or SETTING_ERROR_STATUS) if a setting is invalid or the port cannot be used, else 0."""
     try:
         settings = load_settings()
         bound = listen(settings)
     except SettingsError as error:
         print(f"sesame-tts: {error}", file=sys.stderr)
-        return 2
+        return int(os.environ.get("SETTING_ERROR_STATUS", "2"))  # launchd's service file sets it to 0
     configure_logging(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
     app = create_app(settings)
     host, port = bound[0].getsockname()[:2]

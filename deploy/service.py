@@ -1,4 +1,4 @@
-"""The parts of `install.sh` that need Python: read the settings, write the service files, download the model, call the server."""
+"""The parts of `install.sh` that need Python: read the settings, write the service files, call the server, show its download."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import plistlib
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,16 +20,20 @@ sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules are one folder up
 from server_process import listen  # noqa: E402
-from speech_model import LoadProgress, ModelLoadError  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 UNIT_TEMPLATE = PROJECT_DIR / "deploy" / "sesame-tts.service"
 
-# Where models are stored. Copied into the service files, because a service does not see what a shell's profile exports.
-_MODEL_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME")
+# Where models and added voices are stored. Copied into the service files, because a service does not see what a shell's profile exports.
+_FOLDER_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+_BUILT_IN_VOICE = "heart"
 _GRACE_SECONDS = 15  # after SHUTDOWN_TIMEOUT: to answer the remaining requests with 503, close the models and flush the log
 _SENTENCE = "Hello. Sesame is installed, and this is how it sounds."
 _SPEECH_SECONDS = 180.0
+_LOAD_SECONDS = 60.0  # for the built-in voice to be loaded, on a slow disk
+_WATCH_SECONDS = 0.5
+_SPEED_SECONDS = 30  # the speed of a download is that of the last seconds; huggingface_hub reports every 10 MB
+_INTERRUPTED = 4  # exit status of `watch` after Ctrl-C
 
 
 def service_settings() -> Settings:
@@ -104,9 +109,9 @@ def _unit_command(text: str) -> str:
     return _unit_quoted(text).replace("$", "$$")
 
 
-def model_environment() -> dict[str, str]:
-    """Return the variables of this shell that say where models are stored."""
-    return {name: os.environ[name] for name in _MODEL_VARIABLES if os.environ.get(name)}
+def folder_environment() -> dict[str, str]:
+    """Return the variables of this shell that say where models and added voices are stored."""
+    return {name: os.environ[name] for name in _FOLDER_VARIABLES if os.environ.get(name)}
 
 
 def ask(settings: Settings, method: str, path: str, body: object = None, timeout: float = 5.0) -> tuple[int, bytes]:
@@ -159,15 +164,22 @@ def _pid_file(settings: Settings) -> dict[str, Any]:
 
 
 def describe(settings: Settings, _: argparse.Namespace) -> int:
-    """Print URL, cache folder, maximum seconds of a stop, `csm` if CSM is used, and the server's PID, one per line; `-` if there is none."""
+    """Print what install.sh has to know, one per line.
+
+    URL, maximum seconds of a stop, `csm` if CSM is used, the server's PID, and the folders of cache, added voices and models; `-` for none.
+    """
+    from huggingface_hub import constants
+
     host, port = address(settings)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(
         url,
-        settings.cache_dir,
         exit_timeout(settings),
         "csm" if settings.csm_enabled else "-",
         _pid_file(settings).get("pid", "-"),
+        settings.cache_dir,
+        settings.data_dir.resolve(),
+        Path(constants.HF_HUB_CACHE).resolve(),
         sep="\n",
     )
     return 0
@@ -175,7 +187,7 @@ def describe(settings: Settings, _: argparse.Namespace) -> int:
 
 def render(settings: Settings, arguments: argparse.Namespace) -> int:
     """Write the service files, a plist or a unit by the ending of their names, readable by their owner only."""
-    environment = model_environment()
+    environment = folder_environment()
     settings.cache_dir.mkdir(parents=True, exist_ok=True)  # launchd creates the log file, but not its folder
     for target in arguments.files:
         content = render_plist(settings, environment) if target.suffix == ".plist" else render_unit(settings, environment).encode()
@@ -187,39 +199,87 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def fetch(settings: Settings, _: argparse.Namespace) -> int:
-    """Download the missing files of CSM-1B and print the progress. An interrupted download is resumed."""
-    from csm_files import find_model
-
+def watch(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Print the progress of CSM's download and load until it is ready; 1 if it failed or the server is gone."""
+    display = _Progress(sys.stdout.isatty())
+    answered = time.monotonic()
     try:
-        files = find_model(settings.model_id, _Progress(sys.stdout.isatty()).report)
-    except ModelLoadError as error:
-        print(error, file=sys.stderr)
-        return 1
+        while time.monotonic() - answered < arguments.seconds:
+            model = (_health(settings) or {}).get("models", {}).get("csm-1b", {})
+            if model:
+                answered = time.monotonic()
+            if model.get("state") == "loading":
+                display.show(model.get("progress") or {"stage": "loading"}, answered)
+            elif model:
+                display.end()
+                return _report(model)
+            time.sleep(_WATCH_SECONDS)
     except KeyboardInterrupt:
-        print("\nStopped. The next run resumes the download.", file=sys.stderr)
+        display.end()
+        print("Stopped watching. The service continues to load CSM-1B; ./install.sh --status shows how far it is.")
+        return _INTERRUPTED
+    display.end()
+    print(f"The server has not answered for {arguments.seconds:g} s.", file=sys.stderr)
+    return 1
+
+
+def _report(model: dict[str, Any]) -> int:
+    if model.get("state") == "failed":
+        print(f"CSM-1B could not be loaded: {model.get('error')}", file=sys.stderr)
         return 1
-    print(f"{files.source} is downloaded completely." + (f" ({files.note}.)" if files.note else ""))
+    print(f"CSM-1B is ready ({model.get('source') or 'unloaded until the next request'}).")
     return 0
 
 
 class _Progress:
-    """Prints download progress: one line that is updated on a terminal, otherwise a line for every 10 %."""
+    """Prints the progress of a load: one line that is updated on a terminal, otherwise a line for each stage and every 10 %."""
 
     def __init__(self, on_terminal: bool) -> None:
         self._on_terminal = on_terminal
-        self._tenth = -1
+        self._shown: object = None
+        self._width = 0
+        self._samples: deque[tuple[float, int]] = deque(maxlen=round(_SPEED_SECONDS / _WATCH_SECONDS))
 
-    def report(self, progress: LoadProgress) -> None:
-        """Print `progress`; called at most twice a second."""
-        if progress.fraction is None:
+    def show(self, progress: dict[str, Any], now: float) -> None:
+        """Print `progress`, the field of the same name in `/health`; `now` is on the monotonic clock."""
+        stage, done, total = progress["stage"], progress.get("done"), progress.get("total")
+        if done is None or not total:
+            self._samples.clear()
+            self._print(str(stage), stage)
             return
-        tenth = int(10 * progress.fraction)
+        self._samples.append((now, done))
+        text = f"{stage}, {100 * done // total}% of {total / 1e6:.0f} MB{self._speed(done, total)}"
+        self._print(text, 10 * done // total)
+
+    def end(self) -> None:
+        """End the updated line."""
+        if self._width:
+            print()
+        self._width = 0
+
+    def _speed(self, done: int, total: int) -> str:
+        """Return speed and remaining time, from the last seconds; nothing before two samples differ."""
+        (before, least), (now, _) = self._samples[0], self._samples[-1]
+        if done <= least or now <= before:
+            return ""
+        speed = (done - least) / (now - before)
+        return f", {speed / 1e6:.1f} MB/s, {_duration((total - done) / speed)} left"
+
+    def _print(self, text: str, step: object) -> None:
         if self._on_terminal:
-            print(f"\r{progress!s:<110.110}", end="\n" if progress.fraction >= 1 else "", flush=True)
-        elif tenth > self._tenth:
-            print(progress, flush=True)
-        self._tenth = tenth
+            print(f"\r{text:<{self._width}}", end="", flush=True)
+            self._width = len(text)
+        elif step != self._shown:
+            print(text, flush=True)
+        self._shown = step
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration as people say it: "40 s", "12 min", "1 h 5 min"."""
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def port(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -242,30 +302,24 @@ def wait(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0 if _until(arguments.seconds, answers) else 1
 
 
-def ready(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Wait until the default voice is ready; 1 if its model failed or the time is over."""
-
-    def settled() -> bool:
-        health = _health(settings) or {}
-        return health.get("status") in {"ok", "degraded"}
-
-    _until(arguments.seconds, settled)
-    try:
-        status, _ = ask(settings, "GET", "/health/ready")
-    except (OSError, http.client.HTTPException):
-        return 1
-    return 0 if status == 200 else 1
-
-
 def speak(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Generate a sentence and write it to `arguments.file` as WAV."""
-    voice = arguments.voice or settings.default_voice
+    """Generate a sentence with the default or the built-in voice and write it to `arguments.file` as WAV."""
+    voice = _BUILT_IN_VOICE if arguments.built_in else settings.default_voice
     request = {"model": "tts-1", "input": _SENTENCE, "voice": voice, "response_format": "wav"}
+    answer = (0, b"")
+
+    def spoken() -> bool:
+        """Whether the answer is final: 503 means that the voice is still being loaded."""
+        nonlocal answer
+        answer = ask(settings, "POST", "/v1/audio/speech", request, timeout=_SPEECH_SECONDS)
+        return answer[0] != 503
+
     try:
-        status, body = ask(settings, "POST", "/v1/audio/speech", request, timeout=_SPEECH_SECONDS)
+        _until(_LOAD_SECONDS, spoken)
     except (OSError, http.client.HTTPException) as error:
         print(f"The server did not answer: {type(error).__name__}.", file=sys.stderr)
         return 1
+    status, body = answer
     if status != 200:
         print(f"The server answered {status}: {body[:500].decode('utf-8', 'replace')}", file=sys.stderr)
         return 1
@@ -283,27 +337,31 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
         return 1
     print(f"The server answers at {host}:{at}: {health.get('status')}, PID {_pid_file(settings).get('pid', 'unknown')}.")
     for name, model in health.get("models", {}).items():
-        print(f"{name}: {model.get('state')}. {model.get('error') or ''}".rstrip())
+        progress = model.get("progress") or {}
+        detail = model.get("error") or (
+            f"{progress['stage']}, {progress['fraction']:.0%}" if progress.get("fraction") else progress.get("stage")
+        )
+        print(f"{name}: {model.get('state')}. {detail or ''}".rstrip())
     return 0 if health.get("status") in {"ok", "loading"} else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (describe, render, fetch, port, wait, ready, speak, status):
+    for command in (describe, render, port, wait, watch, speak, status):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         if command is render:
             sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
         if command is port:
             sub.add_argument("--running", action="store_true", help="the service is running and may use the port")
-        if command in (wait, ready):
+        if command in (wait, watch):
             sub.add_argument("seconds", type=float)
         if command is wait:
             sub.add_argument("--not-pid", default="", metavar="PID")
         if command is speak:
             sub.add_argument("file", type=Path)
-            sub.add_argument("--voice", default="")
+            sub.add_argument("--built-in", action="store_true", help="use the built-in voice")
     return parser
 
 

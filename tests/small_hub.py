@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +33,7 @@ class SmallHub:
         bad_token: A token that is refused.
         silent_after: After this many bytes of a file the hub sends no more and keeps the connection open; 0 for every request.
         cut_after: The connection is closed after this many bytes of a file, each time.
+        bytes_a_second: How fast each file is sent; None for as fast as possible.
         corrupt: Large files are sent with a wrong last byte.
         requests: The path and the Range header of each request so far.
     """
@@ -42,6 +44,7 @@ class SmallHub:
     bad_token: str | None = None
     cut_after: int | None = None
     silent_after: int | None = None
+    bytes_a_second: int | None = None
     corrupt: bool = False
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
@@ -117,11 +120,18 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         if hub.silent_after is None:
-            self._send(content, begin, hub.cut_after)
+            self._send(content, begin, hub.cut_after, pace=hub.bytes_a_second)
         else:
             self._send(content, begin, hub.silent_after, silent=hub.over)
 
-    def _send(self, content: bytes, begin: int = 0, cut_after: int | None = None, silent: threading.Event | None = None) -> None:
+    def _send(
+        self,
+        content: bytes,
+        begin: int = 0,
+        cut_after: int | None = None,
+        silent: threading.Event | None = None,
+        pace: int | None = None,
+    ) -> None:
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
@@ -133,8 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if silent:
                 silent.wait()
-        else:
+        elif pace is None:
             self.wfile.write(body)
+        else:
+            for start in range(0, len(body), pace // 10):
+                self.wfile.write(body[start : start + pace // 10])
+                time.sleep(0.1)
 
 
 def _listing(repo: str, folder: Path) -> dict[str, Any]:

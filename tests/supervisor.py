@@ -59,16 +59,18 @@ class Job:
         plist = plistlib.loads(file.read_bytes())
         assert plist["RunAtLoad"] is True, "the supervisor starts its job at once"
         assert plist["StandardOutPath"] == plist["StandardErrorPath"]
+        assert plist["KeepAlive"] == {"SuccessfulExit": False}, "restarted unless it exits with 0"
         return cls(
             arguments=plist["ProgramArguments"],
             directory=plist["WorkingDirectory"],
             environment=plist["EnvironmentVariables"],
-            keep_alive=plist["KeepAlive"],
+            keep_alive=True,
             throttle=plist["ThrottleInterval"],
             exit_timeout=plist["ExitTimeOut"],
             output=plist["StandardErrorPath"],
             umask=plist["Umask"],
             descriptors=plist["SoftResourceLimits"]["NumberOfFiles"],
+            final_statuses=frozenset({0}),
         )
 
     @classmethod

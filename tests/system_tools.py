@@ -23,7 +23,8 @@ THROTTLE_SCALE = "0.1"
 _NO_SUCH_SERVICE = 113  # print: the service is not loaded
 _NOT_LOADED = 3  # bootout: the service is not loaded
 _IN_PROGRESS = 36  # bootout: the service has not ended yet
-_ALREADY_LOADED = 5  # bootstrap: the service is loaded, reported as "Input/output error"
+_INPUT_OUTPUT_ERROR = 5  # bootstrap: the service is loaded already, or switched off
+_NO_SUCH_DOMAIN = 125  # print and bootstrap: "Domain does not support specified action", as after a login by ssh alone
 
 
 def _state_dir() -> Path:
@@ -64,14 +65,22 @@ def _signal(state: State, number: signal.Signals) -> None:
 def _launchctl(arguments: list[str]) -> int:
     state = _service()
     command = arguments[0]
+    is_logged_in, is_disabled = _answer("screen", "logged in") == "logged in", _answer("login_item", "on") == "off"
+    if command == "print" and "/" not in arguments[1].removeprefix("gui/"):
+        return 0 if is_logged_in else _NO_SUCH_DOMAIN
     if command == "print":
         if not state:
             return _NO_SUCH_SERVICE
         print(f"{arguments[1]} = {{\n\tstate = running\n\truns = {len(state['starts'])}\n\tpid = {state['pid']}\n}}")
     elif command == "bootstrap":
-        if state:
-            return _ALREADY_LOADED
+        if not is_logged_in:
+            return _NO_SUCH_DOMAIN
+        if state or is_disabled or _answer("bootstrap", "works") == "fails":
+            print("Bootstrap failed: 5: Input/output error", file=sys.stderr)
+            return _INPUT_OUTPUT_ERROR
         _supervise(arguments[2])
+    elif command == "print-disabled":
+        print(f'\tdisabled services = {{\n\t\t"com.burkestudio.sesame-tts" => {"disabled" if is_disabled else "enabled"}\n\t}}')
     elif command == "bootout":
         if not state:
             return _NOT_LOADED
@@ -120,12 +129,14 @@ ANSWERS = {
     "id -u": ("user", "501"),
     "id -un": ("name", "burke"),
 }
+# Records its options and runs the command, as the real one does.
+_CAFFEINATE = 'echo "caffeinate $1" >> "$STAND_IN_STATE/calls"\nshift\nexec "$@"\n'
 
 
 def install_tools(folder: Path) -> None:
     """Write an executable for each tool into `folder`."""
     folder.mkdir()
-    scripts = {name: f'exec "{sys.executable}" -S "{__file__}" {name} "$@"\n' for name in PROGRAMS}
+    scripts = {name: f'exec "{sys.executable}" -S "{__file__}" {name} "$@"\n' for name in PROGRAMS} | {"caffeinate": _CAFFEINATE}
     for words, (file, default) in ANSWERS.items():
         name, _, option = words.partition(" ")
         answer = f'cat "$STAND_IN_STATE/{file}" 2>/dev/null || echo "{default}"\n'
