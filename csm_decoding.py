@@ -1,4 +1,4 @@
-"""Generates CSM frames in batches and decodes them to samples: sampler, batch, codec."""
+"""Generates CSM frames in batches and decodes them to samples: batch, codec."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_audio.codec.models.mimi.mimi import Mimi
 from mlx_audio.codec.models.mimi.modules.conv import Conv1d, ConvTranspose1d, NormConv1d, NormConvTranspose1d
-from mlx_audio.lm.models.base import create_causal_mask
-from mlx_audio.lm.models.cache import KVCache, make_prompt_cache
-from mlx_audio.lm.sample_utils import apply_top_k
 from mlx_audio.tts.models.sesame import sesame
-from mlx_audio.tts.models.sesame.sesame import SesameModel
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from audio_formats import Samples
+from csm_layers import FrameNetwork
 from errors import InsufficientMemoryError
 
 CONTEXT = 2048  # positions in CSM's rotary table; one more is an assertion error in mlx-audio
@@ -46,11 +42,10 @@ def attempt_seed(seed: int, segment: int, attempt: int) -> int:
 
 
 class RowSampler:
-    """mlx-audio's sampler (top-k, then temperature) for a batch, with a random stream for each row instead of MLX's global one.
+    """How the rows of a batch draw: mlx-audio's sampler (top-k, then temperature) with a random stream for each row instead of MLX's global one.
 
-    A row draws what it would draw alone after `mx.random.seed(its seed)`: MLX splits its global key in two at each draw, keeps the first
-    half and draws with the second (measured on 0.32.4), and so does each row here. So a row does not depend on the rest of the batch, on
-    the thread, or on other users of MLX's random numbers.
+    A row draws what it would draw alone after `mx.random.seed(its seed)`. So it does not depend on the rest of the batch, on the thread, or
+    on other users of MLX's random numbers.
 
     Args:
         seeds: One a row.
@@ -59,138 +54,70 @@ class RowSampler:
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_k: int) -> None:
-        self._keys = mx.stack([mx.random.key(seed) for seed in seeds])
-        self._temperature = temperature
-        self._top_k = top_k
-        self._split = mx.vmap(mx.random.split)
-        self._uniform = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Return one token a row, shape (rows,), from `logits`, shape (rows, vocabulary)."""
-        if self._temperature == 0:
-            return mx.argmax(logits, axis=-1)
-        halves = self._split(self._keys)
-        self._keys = halves[:, 0]
-        if 0 < self._top_k < logits.shape[-1]:
-            logits = apply_top_k(logits, self._top_k)
-        scaled = logits * (1 / self._temperature)
-        if len(halves) == 1:
-            return mx.random.categorical(scaled, key=halves[0, 1])
-        return self._draw(scaled, halves[:, 1])
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        self._keys = self._keys[mx.array(list(rows))]
-
-    def _draw(self, logits: mx.array, keys: mx.array) -> mx.array:
-        """Do as `mx.random.categorical`, but with one key a row: the same inversion of the same cumulated probabilities.
-
-        Measured: it draws the same token in 18,000 of 18,000 draws (float32, float16 and bfloat16, with top-k and without).
-        """
-        logits = logits.astype(mx.float32)
-        cumulated = mx.cumsum(mx.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-        below = cumulated <= self._uniform(keys) * cumulated[:, -1:]
-        return mx.minimum(below.sum(axis=-1), logits.shape[-1] - 1)
-
-
-class _LeftPaddedCache(KVCache):  # type: ignore[misc]  # mlx-audio has no types
-    """A KV cache for rows that begin at different positions.
-
-    mlx-audio's BatchKVCache keeps one offset a row, but CSM's attention needs an int for its rotary table. One common offset is correct:
-    rotary embedding depends on distances only.
-    """
-
-    def __init__(self, left_padding: mx.array) -> None:
-        super().__init__()
-        self.keys: mx.array
-        self.values: mx.array
-        self.left_padding = left_padding
-
-    def make_mask(self, length: int, **_: object) -> mx.array:
-        """Return a causal mask that hides the padding, shape (rows, 1, length, offset + length). A padded position sees itself, so no line is empty."""
-        mask = create_causal_mask(length, offset=self.offset, left_padding=self.left_padding)
-        own = mx.arange(self.offset, self.offset + length)[:, None] == mx.arange(self.offset + length)[None]
-        hidden: mx.array = mask | own
-        return hidden
+        self.keys = mx.stack([mx.random.key(seed) for seed in seeds])  # shape (rows, 2); each frame takes them a step further
+        self.scale = mx.array(1 / temperature if temperature else 1.0)
+        self.top_k = top_k if temperature else 1
 
     def keep(self, rows: mx.array) -> None:
-        """Drop all rows but these. The padding stays: the keys are rotated for their positions already."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.left_padding = self.left_padding[rows]
+        """Drop all rows but these."""
+        self.keys = self.keys[rows]
 
 
 class FrameBatch:
-    """Generates several rows at once. The model serves one batch at a time: its caches are attributes of the model.
+    """Generates several rows at once.
 
-    While the caller handles a frame, the next one is already computed: to build its graph takes Python as long as to compute it takes
-    a GPU. The caller says when no further frame is needed.
+    While the caller handles a frame, the next one is already computed: to build its graph takes Python time, too. The caller says when it
+    is not needed yet.
 
     Args:
-        model: CSM's network.
+        network: CSM's network.
         prompts: One a row. With the frames that follow, each must stay within `CONTEXT` positions.
         sampler: Draws the tokens.
     """
 
-    def __init__(self, model: SesameModel, prompts: Sequence[PromptTokens], sampler: RowSampler) -> None:
-        self._model = model
+    def __init__(self, network: FrameNetwork, prompts: Sequence[PromptTokens], sampler: RowSampler) -> None:
+        self._network = network
         self._sampler = sampler
         self._tokens, self._mask, padding = _left_padded(prompts)
-        self._caches = self._new_caches(padding)
-        self._model.backbone_cache = self._caches
+        self._caches = network.new_caches(padding)
+        self._last: mx.array | None = None  # the last frame's embedding
         self._ahead: mx.array | None = None
 
     def step(self, *, more: bool) -> NDArray[np.int32]:
         """Return the next frame of each row, shape (rows, codebooks).
 
         Args:
-            more: Whether another step follows if no row ends.
+            more: Whether to start to compute the next step already.
         """
-        frame = self._compute() if self._ahead is None else self._ahead
-        self._ahead = None
-        if more:
-            self._append(frame)
-            self._ahead = self._compute()
-            mx.async_eval(self._ahead)  # type: ignore[no-untyped-call]
+        frame = self._launch() if self._ahead is None else self._ahead
+        self._ahead = self._launch() if more else None
         return np.asarray(np.array(frame), dtype=np.int32)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, and put them in this order."""
         indices = mx.array(list(rows))
-        self._sampler.keep(rows)
-        if self._ahead is not None:
-            self._ahead = self._ahead[indices]
+        self._sampler.keep(indices)
+        self._last = None if self._last is None else self._last[indices]
+        self._ahead = None if self._ahead is None else self._ahead[indices]
         for cache in self._caches:
             cache.keep(indices)
 
-    def _new_caches(self, padding: Sequence[int]) -> list[Any]:
-        """Return the caches; a single row gets mlx-audio's own, so that it is computed exactly as in stock mlx-audio."""
-        if len(padding) == 1:
-            return list(make_prompt_cache(self._model.backbone))
-        return [_LeftPaddedCache(mx.array(list(padding))) for _ in self._model.backbone.layers]
-
-    def _compute(self) -> mx.array:
-        """Return the next frame as a graph, not yet computed, from the positions that the model has not read."""
-        if len(self._tokens) > 1:
-            self._read_all_but_last_piece()
-        positions = mx.arange(self._tokens.shape[1], dtype=mx.int32)[None]
-        frame: mx.array = self._model.generate_frame(self._tokens, self._mask, positions, self._sampler)
+    def _launch(self) -> mx.array:
+        """Start to compute the next frame, without waiting for it."""
+        hidden = self._read_prompts() if self._last is None else self._network.read(self._last, self._caches)
+        sampler = self._sampler
+        frame, self._last, sampler.keys = self._network.draw_frame(hidden, sampler.keys, sampler.scale, sampler.top_k)
+        mx.async_eval(frame, self._last, sampler.keys)  # type: ignore[no-untyped-call]
         return frame
 
-    def _append(self, frame: mx.array) -> None:
-        """Make the frame the next position: its codebooks, and no text."""
-        text = mx.zeros((len(frame), 1), mx.int32)
-        self._tokens = mx.concat([frame.astype(mx.int32), text], axis=1)[:, None]
-        self._mask = mx.concat([mx.ones(frame.shape, mx.bool_), text.astype(mx.bool_)], axis=1)[:, None]
-
-    def _read_all_but_last_piece(self) -> None:
-        """Read the beginning of a long prompt piece by piece, to limit the memory of its embedding."""
+    def _read_prompts(self) -> mx.array:
+        """Read the prompts piece by piece, to limit the memory of their embedding; return the network's output at their end."""
         piece = max(1, _PREFILL_POSITIONS // len(self._tokens))
-        while self._tokens.shape[1] > piece:
-            # Repeats two lines of mlx-audio's generate_frame, the only place where it embeds.
-            embedded = self._model._embed_tokens(self._tokens[:, :piece]) * self._mask[:, :piece, :, None]
-            self._model.backbone(mx.sum(embedded, axis=2), cache=self._caches)
+        for begin in range(0, self._tokens.shape[1], piece):
+            part = slice(begin, begin + piece)
+            hidden = self._network.read(self._network.embed(self._tokens[:, part], self._mask[:, part]), self._caches)
             mx.eval([cache.state for cache in self._caches])
-            self._tokens, self._mask = self._tokens[:, piece:], self._mask[:, piece:]
+        return hidden
 
 
 def _left_padded(prompts: Sequence[PromptTokens]) -> tuple[mx.array, mx.array, list[int]]:
@@ -229,10 +156,16 @@ class CodecDecoder:
         self._decoded = 0
         self._waiting = []
 
+    @property
+    def at_block_end(self) -> bool:
+        """Return whether the next frame completes a block."""
+        return len(self._waiting) + 1 >= block_length(self._decoded)
+
     def push(self, frame: NDArray[np.int32]) -> Samples:
         """Add a frame, shape (codebooks,). Return a block's samples, shape (1920 x frames,), when it is complete, else none."""
+        complete = self.at_block_end
         self._waiting.append(frame)
-        return self._decode() if len(self._waiting) >= block_length(self._decoded) else np.empty(0, np.float32)
+        return self._decode() if complete else np.empty(0, np.float32)
 
     def finish(self) -> Samples:
         """Return the samples of the waiting frames, and reset the codec."""

@@ -191,12 +191,11 @@ class CsmSpeaker:
 
     @contextmanager
     def _cleaned_up(self) -> Iterator[None]:
-        """Reset the codec and free the caches at the end, which mlx-audio would keep until the next request."""
+        """Reset the codec and free the memory at the end."""
         try:
             yield
         finally:
             self._decoder.begin()
-            self._model.model.reset_caches()
             mx.clear_cache()
 
     def _speak(self, texts: Sequence[str], voice: Voice, options: SpeechOptions, check: _Check) -> Iterator[SegmentChunk]:
@@ -253,15 +252,20 @@ class CsmSpeaker:
         del pending[:count]
         return batch
 
-    def _generate(self, segments: Sequence[Segment], sampling: Sampling, check: _Check) -> Iterator[Row]:
-        """Generate a batch of segments; yield each row after each of its frames, the last time with `left`."""
+    def _generate(
+        self, segments: Sequence[Segment], sampling: Sampling, check: _Check, ahead: Callable[[], bool] = lambda: True
+    ) -> Iterator[Row]:
+        """Generate a batch of segments; yield each row after each of its frames, the last time with `left`.
+
+        `ahead`: whether the frame after the next one may be started before the caller has handled the next one.
+        """
         seeds = [attempt_seed(sampling.seed, segment.index, len(segment.attempts)) for segment in segments]
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_k)
         batch = FrameBatch(self._model.model, [segment.prompt for segment in segments], sampler)
         rows = [Row(segment) for segment in segments]
         while rows:
             check()
-            frames = batch.step(more=any(len(row.frames) + 1 < row.segment.budget for row in rows))
+            frames = batch.step(more=ahead() and any(len(row.frames) + 1 < row.segment.budget for row in rows))
             for row, frame in zip(rows, frames, strict=True):
                 row.add(frame)
             staying = [place for place, row in enumerate(rows) if not row.left]
@@ -315,7 +319,8 @@ class CsmSpeaker:
         while True:
             live = LiveSegment(PauseLimiter(self._max_pause_ms) if self._guarded else None)
             self._decoder.begin()
-            for row in self._generate([segment], sampling, check):
+            # A block is decoded before the next frame is started: else its samples would wait for that frame.
+            for row in self._generate([segment], sampling, check, lambda: not self._decoder.at_block_end):
                 block = self._decoder.finish() if row.ended else self._decoder.push(row.frames[-1])
                 if row.left and not row.ended:
                     block = np.concatenate([block, self._decoder.finish()])

@@ -64,7 +64,7 @@ class CsmModel:
                 "memory_gb": round(mx.get_active_memory() / 1e9, 3),
                 "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             }
-        network = csm_network.build(files, self._settings.model_dtype, report)
+        network = csm_network.build(files, self._settings.model_dtype, self._settings.model_compile, report)
         self._speaker = CsmSpeaker(network, PromptStore(network, self._settings, files.prompts), self._settings)
         info: dict[str, Any] = {
             "source": files.source,

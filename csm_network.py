@@ -15,6 +15,7 @@ from mlx_audio.tts.models.sesame import sesame
 from mlx_audio.utils import apply_quantization
 
 from csm_files import MIMI_REPO, TOKENIZER_REPO, ModelFiles
+from csm_layers import FrameNetwork
 from speech_model import LoadProgress, ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,9 @@ class LocalCsm(sesame.Model):  # type: ignore[misc]  # mlx-audio has no types
     inherited.
     """
 
-    def __init__(self, files: ModelFiles) -> None:
+    def __init__(self, files: ModelFiles, *, compiled: bool) -> None:
         nn.Module.__init__(self)  # type: ignore[attr-defined]  # mlx's stubs lack it
-        self.model = sesame.SesameModel(files.config)
-        self.model.setup_caches(1)
+        self.model = FrameNetwork(files.config, compiled=compiled)
         self._frame_size = self.model.args.audio_num_codebooks + 1
         self._speaker_prefix_space = bool(files.config.get("speaker_prefix_space", False))
         self._watermark_key = files.config.get("watermark_key", sesame.CSM_1B_GH_WATERMARK)
@@ -52,12 +52,13 @@ class LocalCsm(sesame.Model):  # type: ignore[misc]  # mlx-audio has no types
         return self._watermarker is not None and self._watermark_key is not None
 
 
-def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None]) -> LocalCsm:
+def build(files: ModelFiles, dtype: str, compiled: str, report: Callable[[LoadProgress], None]) -> LocalCsm:
     """Return the network with its weights, all in memory.
 
     Args:
         files: From `find_model`.
         dtype: The type of the weights: "bfloat16", "float16", "float32", or "auto" for the file's own. Quantized ones stay as they are.
+        compiled: Whether frames are compiled: "on", "off", or "auto" for only where MLX computes on a GPU.
         report: Called with the progress.
 
     Raises:
@@ -65,7 +66,7 @@ def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None])
     """
     report(LoadProgress("reading the codec and the tokenizer"))
     try:
-        model = LocalCsm(files)
+        model = LocalCsm(files, compiled=compiled == "on" or (compiled == "auto" and mx.default_device() != mx.Device(mx.cpu)))
     except (TypeError, AttributeError, KeyError) as error:
         raise ModelLoadError(
             f"config.json of {files.source} does not describe a CSM that mlx-audio can build ({error}).", retry=False
@@ -77,6 +78,7 @@ def build(files: ModelFiles, dtype: str, report: Callable[[LoadProgress], None])
             apply_quantization(model, files.config, weights, model.model_quant_predicate)
         _check_names(model, weights, files.source)
         _read_into(model, weights, None if quantized or dtype == "auto" else getattr(mx, dtype), report)
+        model.model.join_layers()
     except RuntimeError as error:  # MLX's own: out of memory, or a file that cannot be read
         raise ModelLoadError(f"The weights of {files.source} could not be read into memory: {_first_line(error)}") from error
     model.eval()

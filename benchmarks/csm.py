@@ -22,10 +22,11 @@ from pathlib import Path
 from statistics import median
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "benchmarks")]
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import csm_loading  # noqa: E402 - the project's folders come first
+import csm_frames  # noqa: E402 - the project's folders come first
+import csm_loading  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
@@ -62,23 +63,24 @@ class Times:
 
 @contextmanager
 def timed_network(model: Model) -> Iterator[Times]:
-    """Record when the network is first called: both engines use the library's."""
+    """Record when the network's backbone is first called: the prompt is encoded, and not yet read."""
     times = Times()
-    network = model.model.generate_frame
+    network = model.model
+    embed = network._embed_tokens
 
-    def generate_frame(tokens: mx.array, *others: object) -> mx.array:
+    def embed_tokens(tokens: mx.array) -> mx.array:
         if not times.first_frame:
             mx.eval(tokens)  # stock's prompt is encoded only when it is used
             times.first_frame = times.now()
-        frame: mx.array = network(tokens, *others)
-        return frame
+        embedded: mx.array = embed(tokens)
+        return embedded
 
-    model.model.generate_frame = generate_frame
+    network._embed_tokens = embed_tokens
     try:
         yield times
         times.total = times.now()
     finally:
-        del model.model.generate_frame
+        del network._embed_tokens
 
 
 class Engines:
@@ -86,7 +88,7 @@ class Engines:
 
     def __init__(self, folder: Path, *, small_codec: bool) -> None:
         cache = tiny_csm.build(script={"": [tiny_csm.NEVER]})
-        self.stock_model, self.model = (csm_loading.load(cache, small_codec=small_codec) for _ in range(2))
+        self.stock_model, self.model = (csm_loading.load(cache, small_codec=small_codec, stock=stock) for stock in (True, False))
         self.recording = folder / "conversational_a.wav"
         time_axis = np.arange(24_000) / 24_000
         soundfile.write(self.recording, 0.2 * np.sin(2 * np.pi * 150 * time_axis) * (1 + 0.5 * np.sin(2 * np.pi * 5 * time_axis)), 24_000)
@@ -130,6 +132,7 @@ def main() -> None:
             codec_alone(engines)
             long_text(engines, options.frames)
             cancellation(engines)
+    csm_frames.main()
 
 
 def row(what: str, stock: float, ours: float, unit: str = "s") -> None:

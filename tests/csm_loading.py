@@ -18,6 +18,7 @@ from mlx_audio.tts.models.sesame import Model, sesame
 
 from config import Settings
 from csm_generation import CsmSpeaker
+from csm_layers import FrameNetwork
 from csm_prompts import PromptStore
 from voice_presets import Voice, VoicePreset
 
@@ -35,17 +36,24 @@ def hub_at(cache: Path) -> Iterator[None]:
         yield
 
 
-def load(cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False) -> Model:
-    """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it.
+def load(
+    cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False, stock: bool = False, dtype: mx.Dtype = mx.float32
+) -> Model:
+    """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it, with this project's network unless `stock`.
 
     `small_codec` replaces Mimi by one of a fortieth of its size: the full-size Mimi takes about a second for each frame on a CPU.
     """
     snapshot = tiny_csm.snapshot_of(cache, repo)
     with hub_at(cache):
-        model = Model(json.loads((snapshot / "config.json").read_text()))
+        config = json.loads((snapshot / "config.json").read_text())
+        model = Model(config)
+    if not stock:
+        model.model = FrameNetwork(config)
     weights = model.sanitize(mx.load(str(snapshot / "model.safetensors")))
-    model.load_weights(list(weights.items()))
+    model.load_weights([(name, value.astype(dtype)) for name, value in weights.items()])
     mx.eval(model.parameters())
+    if not stock:
+        model.model.join_layers()
     if small_codec:
         model._audio_tokenizer = small_mimi()
         model._streaming_decoder = MimiStreamingDecoder(model._audio_tokenizer)

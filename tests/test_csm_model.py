@@ -50,7 +50,7 @@ def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> No
 
     with tiny_csm.activated(tiny_csm.build()):
         files = find_model(tiny_csm.SESAME, lambda _: None)
-    network = csm_network.build(files, "bfloat16", report)
+    network = csm_network.build(files, "bfloat16", "auto", report)
     whole = files.weights[0].stat().st_size
     other = mx.get_active_memory() - sum(value.nbytes for value in csm_network._flat(network).values())  # the codec, above all
     assert csm_network.precision(network) == "bfloat16"

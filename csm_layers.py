@@ -1,0 +1,298 @@
+"""Makes CSM's frames with few kernels: equivalents of mlx-audio's layers that take the same weights, and a frame's tokens in one call.
+
+A frame of one row takes a GPU longer to start than to compute: 140 layer calls of small kernels each. docs/CSM.md has the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_audio.lm.models.activations import swiglu
+from mlx_audio.lm.models.base import create_causal_mask
+from mlx_audio.lm.models.llama import MLP, LlamaModel
+from mlx_audio.tts.models.sesame.attention import Attention, Llama3ScaledRoPE
+from mlx_audio.tts.models.sesame.sesame import SesameModel
+
+_COMPILED_SAMPLERS = 8  # compiled frames that are kept, one for each top-k
+_GROWTH = 256  # positions by which a backbone's cache grows, as in mlx-audio
+
+Draw = tuple[mx.array, mx.array, mx.array]
+"""A frame's tokens, shape (rows, codebooks); their embedding, shape (rows, hidden); the rows' next random keys, shape (rows, 2)."""
+
+
+class KvCache:
+    """One layer's keys and values for rows that begin at different positions.
+
+    One common offset is correct: rotary embedding depends on distances only. Keys and values are one array, so that a step is one update.
+
+    Args:
+        padding: Positions that each row ignores at its beginning, shape (rows,); None for no padding.
+        growth: Positions by which it grows.
+    """
+
+    def __init__(self, padding: mx.array | None = None, growth: int = _GROWTH) -> None:
+        self.offset = 0
+        self.padding = padding
+        self._growth = growth
+        self._buffer = mx.zeros((2, 0, 0, 0, 0))  # (2, rows, heads, positions, head size)
+
+    @property
+    def state(self) -> mx.array:
+        """The positions that are in use, shape (2, rows, heads, offset, head size)."""
+        return self._buffer[:, :, :, : self.offset]
+
+    def append(self, added: Sequence[tuple[slice | int, mx.array]], length: int) -> tuple[mx.array, mx.array]:
+        """Write `length` more positions; return all keys and values, shape (rows, heads, positions, head size) each.
+
+        Args:
+            added: What to write where in the first axis: keys are 0, values 1.
+            length: The number of positions.
+        """
+        end = self.offset + length
+        if end > self._buffer.shape[3]:
+            self._grow(added[0][1], end)
+        for place, values in added:
+            self._buffer[place, ..., self.offset : end, :] = values
+        self.offset = end
+        both = self._buffer.flatten(0, 1)
+        rows = both.shape[0] // 2
+        return both[:rows, :, :end], both[rows:, :, :end]
+
+    def make_mask(self, length: int, **_: object) -> mx.array | str | None:
+        """Return what mlx-audio's attention takes as mask; a padded position sees itself, so that no line is empty."""
+        if self.padding is None:
+            return "causal" if length > 1 else None
+        if length == 1:
+            return self.padding[:, None, None, None] <= mx.arange(self.offset + 1)
+        mask = create_causal_mask(length, offset=self.offset, left_padding=self.padding)
+        own = mx.arange(self.offset, self.offset + length)[:, None] == mx.arange(self.offset + length)[None]
+        hidden: mx.array = mask | own
+        return hidden
+
+    def keep(self, rows: mx.array) -> None:
+        """Drop all rows but these. The padding stays: the keys are rotated for their positions already."""
+        self._buffer = self._buffer[:, rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+    def _grow(self, like: mx.array, end: int) -> None:
+        rows, heads, _, size = like.shape[-4:]
+        positions = -(-end // self._growth) * self._growth - self.offset
+        empty = mx.zeros((2, rows, heads, positions, size), like.dtype)
+        self._buffer = mx.concatenate([self.state, empty], axis=3) if self.offset else empty
+
+
+class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has no types for nn.Module
+    """mlx-audio's attention with one product for queries, keys and values, and one rotary kernel."""
+
+    def __init__(self, original: Attention) -> None:
+        super().__init__()
+        self.qkv_proj = join([original.q_proj, original.k_proj, original.v_proj])
+        self.o_proj = original.o_proj
+        self._heads, self._kv_heads = original.n_heads, original.n_kv_heads
+        self._size, self._scale = original.head_dim, original.scale
+        self._frequencies = _frequencies(original.rope)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KvCache) -> mx.array:
+        """Map shape (rows, positions, hidden), or (rows, hidden) for one position, to the same; `cache` gets the positions."""
+        queries, keys, values = (self._one if x.ndim == 2 else self._several)(self.qkv_proj(x), cache)
+        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
+        result: mx.array = self.o_proj((output if x.ndim == 2 else output.swapaxes(1, 2)).reshape(*x.shape[:-1], -1))
+        return result
+
+    def _one(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
+        """Rotate all heads of one position in one kernel: the values' at position 0, which leaves them as they are."""
+        rows, heads, size = len(joined), self._heads + 2 * self._kv_heads, self._size
+        offsets = _offsets(rows, heads - self._kv_heads, self._kv_heads, cache.offset)
+        rotated = self._rotate(joined.reshape(rows * heads, 1, 1, size), offsets).reshape(rows, heads, 1, size)
+        queries, rest = mx.split(rotated, [self._heads], axis=1)
+        pair = rest.reshape(rows, 2, self._kv_heads, 1, size).swapaxes(0, 1)
+        return queries, *cache.append([(slice(None), pair)], 1)
+
+    def _several(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
+        joined = joined.reshape(*joined.shape[:2], -1, self._size).swapaxes(1, 2)
+        rotated = self._rotate(joined[:, : -self._kv_heads], cache.offset)
+        added = [(0, rotated[:, self._heads :]), (1, joined[:, -self._kv_heads :])]
+        return rotated[:, : self._heads], *cache.append(added, joined.shape[2])
+
+    def _rotate(self, heads: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(heads, self._size, traditional=True, base=None, scale=1.0, offset=offset, freqs=self._frequencies)
+
+
+class JoinedMlp(nn.Module):  # type: ignore[misc, name-defined]
+    """mlx-audio's MLP with one product for gate and up."""
+
+    def __init__(self, original: MLP) -> None:
+        super().__init__()
+        self.gate_up_proj = join([original.gate_proj, original.up_proj])
+        self.down_proj = original.down_proj
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map shape (…, hidden) to the same."""
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        result: mx.array = self.down_proj(swiglu(gate, up))
+        return result
+
+
+def join(layers: Sequence[nn.Linear | nn.QuantizedLinear]) -> nn.Linear | nn.QuantizedLinear:  # type: ignore[name-defined]
+    """Return one linear layer whose output is that of `layers`, one after the other. The layers must not be used any more.
+
+    Raises:
+        ValueError: The layers are quantized differently.
+    """
+    first = layers[0]
+    if len({(type(layer), getattr(layer, "bits", 0), getattr(layer, "group_size", 0)) for layer in layers}) > 1:
+        raise ValueError("layers that are quantized differently cannot be joined")
+    for name in first.parameters():
+        first[name] = mx.concatenate([layer[name] for layer in layers], axis=0)
+    mx.eval(first.parameters())
+    return first
+
+
+class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
+    """mlx-audio's network, which makes frames with few kernels after `join_layers`.
+
+    Args:
+        config: As in `config.json`.
+        compiled: Whether a frame's tokens are drawn by a compiled function. That pays on a GPU only: MLX compiles for CPUs with g++.
+    """
+
+    def __init__(self, config: dict[str, Any], *, compiled: bool = False) -> None:
+        super().__init__(config)
+        self._compiled = compiled
+        self._draw_compiled = lru_cache(_COMPILED_SAMPLERS)(lambda top_k: mx.compile(partial(self._draw_frame, top_k)))
+
+    def join_layers(self) -> None:
+        """Replace the layers, one by one, so that no second copy of the weights is kept. Call it once, with the weights loaded."""
+        for layer in (*self.backbone.layers, *self.decoder.layers):
+            layer.self_attn = JoinedAttention(layer.self_attn)
+            layer.mlp = JoinedMlp(layer.mlp)
+            mx.clear_cache()
+
+    def new_caches(self, padding: Sequence[int]) -> list[KvCache]:
+        """Return empty caches for the backbone. `padding`: as in `KvCache`, one a row."""
+        hidden = mx.array(list(padding)) if any(padding) else None
+        return [KvCache(hidden) for _ in self.backbone.layers]
+
+    def embed(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """Return the sum of each position's embeddings, shape (rows, positions, hidden), of prompt tokens (rows, positions, codebooks + 1)."""
+        return mx.sum(self._embed_tokens(tokens) * mask[..., None], axis=2)
+
+    def read(self, embedded: mx.array, caches: Sequence[KvCache]) -> mx.array:
+        """Run the backbone on positions, (rows, positions, hidden), or on one, (rows, hidden); return its last output, (rows, hidden)."""
+        return _last(_run(self.backbone, embedded, caches))
+
+    def draw_frame(self, hidden: mx.array, keys: mx.array, scale: mx.array, top_k: int) -> Draw:
+        """Draw the 32 tokens of the next frame.
+
+        Args:
+            hidden: The backbone's output at the last position, shape (rows, hidden).
+            keys: Random keys, shape (rows, 2).
+            scale: 1 / temperature, a scalar; not used with a top-k of 1.
+            top_k: Draw from this many of the likeliest tokens; 0 for all, 1 for the likeliest.
+        """
+        draw: Callable[..., Draw] = self._draw_compiled(top_k) if self._compiled else partial(self._draw_frame, top_k)
+        return draw(hidden, keys, scale)
+
+    def all_finite(self, hidden: mx.array) -> mx.array:
+        """Return whether the logits of the frame after `hidden` are finite, whose likeliest tokens are taken: a bool scalar."""
+        logits: list[mx.array] = []
+        self._draw_frame(1, hidden, mx.zeros((len(hidden), 2), mx.uint32), mx.array(1.0), logits)
+        return mx.isfinite(mx.stack(logits)).all()
+
+    def _draw_frame(self, top_k: int, hidden: mx.array, keys: mx.array, scale: mx.array, seen: list[mx.array] | None = None) -> Draw:
+        """Return the next frame, as mlx-audio's `generate_frame` after its backbone. The logits are added to `seen`."""
+        count = self.args.audio_num_codebooks
+        uniform, keys = (None, keys) if top_k == 1 else uniform_numbers(keys, count)
+        caches = [KvCache(growth=count + 1) for _ in self.decoder.layers]
+        heads = mx.split(self.audio_head, count - 1)
+        # Computed in the graph: a constant would become part of a compiled kernel, one for each codebook.
+        offsets = mx.arange(count, dtype=mx.int32) * self.args.audio_vocab_size
+        places = mx.split(offsets, count)
+        logits: mx.array = self.codebook0_head(hidden)
+        tokens: list[mx.array] = []
+        for codebook in range(count):
+            if codebook:
+                embedded = self.audio_embeddings(tokens[-1] + places[codebook - 1])
+                # The depth decoder's first input is two positions: the backbone's output, and the first token.
+                read = embedded if codebook > 1 else mx.stack([hidden, embedded], axis=1)
+                logits = _last(_run(self.decoder, self.projection(read), caches)) @ heads[codebook - 1][0]
+            tokens.append(draw(logits, None if uniform is None else uniform[codebook], scale, top_k))
+            if seen is not None:
+                seen.append(logits)
+        frame = mx.stack(tokens, axis=1)
+        return frame, self.audio_embeddings(frame + offsets).sum(axis=1), keys
+
+
+def draw(logits: mx.array, uniform: mx.array | None, scale: mx.array, top_k: int) -> mx.array:
+    """Return one int32 token a row, shape (rows,), from `logits`, shape (rows, vocabulary): mlx-audio's top-k, then temperature.
+
+    With uniform numbers it does what `mx.random.categorical` does, for a batch of rows with a key each: the same inversion of the same
+    cumulated probabilities. Measured: the same token in 18,000 of 18,000 draws (float32, float16, bfloat16; with top-k and without).
+
+    Args:
+        logits: Not yet scaled.
+        uniform: One number in [0, 1) a row, shape (rows, 1); None takes the likeliest token.
+        scale: 1 / temperature, a scalar.
+        top_k: As in `FrameNetwork.draw_frame`.
+    """
+    if uniform is None:
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
+    highest = logits.max(axis=-1, keepdims=True)
+    if 0 < top_k < logits.shape[-1]:
+        unlikely = mx.argpartition(-logits, kth=top_k - 1, axis=-1)[..., top_k:]
+        logits = mx.put_along_axis(logits, unlikely, mx.array(-float("inf"), logits.dtype), axis=-1)
+    scale = scale.astype(logits.dtype)
+    scaled, highest = (logits * scale).astype(mx.float32), (highest * scale).astype(mx.float32)
+    cumulated = mx.cumsum(mx.exp(scaled - highest), axis=-1)
+    below = (cumulated <= uniform * cumulated[:, -1:]).sum(axis=-1)
+    return mx.minimum(below, logits.shape[-1] - 1).astype(mx.int32)
+
+
+def _run(transformer: LlamaModel, x: mx.array, caches: Sequence[KvCache]) -> mx.array:
+    """Run one of the library's two transformers; shapes as in `JoinedAttention`. Its own loop takes only three dimensions."""
+    mask = caches[0].make_mask(1 if x.ndim == 2 else x.shape[1])
+    for layer, cache in zip(transformer.layers, caches, strict=True):
+        x = layer(x, mask, cache)
+    result: mx.array = transformer.norm(x)
+    return result
+
+
+def _last(x: mx.array) -> mx.array:
+    """Return the last position, shape (rows, hidden)."""
+    return x if x.ndim == 2 else x[:, -1]
+
+
+def uniform_numbers(keys: mx.array, count: int) -> tuple[list[mx.array], mx.array]:
+    """Return `count` uniform numbers a row, `count` arrays of shape (rows, 1), and the next keys, shape (rows, 2).
+
+    MLX splits its global key in two at each draw, keeps the first half and draws with the second (measured on 0.32.4); so does each row.
+    """
+    split = mx.vmap(mx.random.split)
+    halves: list[mx.array] = []
+    for _ in range(count):
+        pair = split(keys)
+        keys = pair[:, 0]
+        halves.append(pair[:, 1])
+    numbers = mx.vmap(mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key)))(mx.stack(halves, axis=1))
+    return list(mx.split(numbers[..., 0], count, axis=1)), keys
+
+
+def _frequencies(rope: Llama3ScaledRoPE) -> mx.array:
+    """Return the library's scaled frequencies as `mx.fast.rope` takes them: their inverses, shape (head size / 2,)."""
+    plain = 1.0 / (rope.base ** (mx.arange(0, rope.dim, 2, dtype=mx.float32) / rope.dim))
+    inverse: mx.array = 1.0 / rope._apply_scaling(plain)
+    mx.eval(inverse)
+    return inverse
+
+
+@lru_cache(256)
+def _offsets(rows: int, rotated: int, values: int, position: int) -> mx.array:
+    """Return the position of each head of each row, shape (rows x heads,): `position`, and 0 for the values' heads."""
+    row = np.repeat(np.array([position, 0], np.int32), [rotated, values])
+    return mx.array(np.tile(row, rows))
