@@ -228,7 +228,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            allow_private_network=True,
         )
     app.add_middleware(RequestLog)
     return app
@@ -318,7 +323,8 @@ def _from_http(request: Request, error: HTTPException) -> TTSError:
 def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [route for router in (speech_routes, voice_routes, service_routes) for route in router.routes if isinstance(route, APIRoute)]
-    return sorted({method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()})
+    methods = {method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def main() -> int:

@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from audio_converter import StreamEncoder, convert
-from audio_formats import FORMATS, AudioFormat, SyntheticTag
+from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import CaptionStore, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
-from errors import InternalError, ModelNotReadyError, NotFoundError, TTSError, shorten
+from errors import InternalError, InvalidRequestError, ModelNotReadyError, NotFoundError, TTSError, shorten
 from http_middleware import run_until_gone
 from monitoring import Metrics
 from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechRequest, refusals
@@ -41,6 +41,8 @@ _MODELS = {
     "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
     "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
 }
+_RESAMPLED_FORMATS = ("pcm", "wav")
+_OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ class SpeechEndpoint:
         normalizing = asyncio.to_thread(self._engine.prepare_text, body.input, normalize=body.normalize)
         text = await run_until_gone(normalizing, request.receive)
         audio_format = FORMATS[body.response_format or self._settings.default_format]
+        if body.sample_rate != SAMPLE_RATE and audio_format.name not in _RESAMPLED_FORMATS:
+            raise InvalidRequestError(
+                f"'sample_rate'={body.sample_rate} is possible for {' and '.join(_RESAMPLED_FORMATS)} only. Leave it out, or change 'response_format'.",
+                param="sample_rate",
+                code="invalid_sample_rate",
+            )
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
         options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize)
@@ -167,7 +175,9 @@ class SpeechEndpoint:
     async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
         async def work() -> tuple[bytes, float]:
             samples = await utterance.samples()
-            converted = await convert(samples, utterance.sample_rate, plan.format, speed=plan.request.speed, tag=plan.tag)
+            converted = await convert(
+                samples, utterance.sample_rate, plan.format, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
+            )
             return converted.data, converted.duration
 
         data, duration = await run_until_gone(work(), request.receive)
@@ -257,7 +267,9 @@ class _EncodedUtterance:
 
     def __init__(self, plan: _Plan, utterance: Utterance) -> None:
         self._utterance = utterance
-        self._encoder = StreamEncoder(plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag)
+        self._encoder = StreamEncoder(
+            plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
+        )
         self._error: BaseException | None = None
         self._feeding: asyncio.Task[None] | None = None
 
@@ -425,7 +437,9 @@ async def list_models() -> dict[str, Any]:
 
 @router.get("/models/{model}", operation_id="getModel", summary="Get a model", response_model=Model, responses=refusals(404))
 async def get_model(model: str) -> dict[str, Any]:
-    """Return one model in OpenAI's form."""
+    """Return one model in OpenAI's form. OpenAI's own names are accepted too, as in speech requests: some clients look them up first."""
+    if model in _OPENAI_MODELS:
+        return _MODELS["csm-1b"] | {"id": model}
     if model not in _MODELS:
         raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
     return _MODELS[model]
