@@ -320,6 +320,13 @@ class SkippedPresetFile(_Answer):
     reason: str
 
 
+class Fallback(_Answer):
+    """The voice that speaks for the default voice while that is not ready."""
+
+    voice: str
+    replaces: str
+
+
 class Health(_Answer):
     """The state of the server. If API_KEY is set, requests without the key get `status` only."""
 
@@ -330,6 +337,7 @@ class Health(_Answer):
     ffmpeg_version: str | None = None
     voices: list[str] | None = None
     default_voice: str | None = None
+    fallback: Fallback | None = None
     max_input_length: int | None = None
     skipped_presets: list[SkippedPresetFile] | None = None
     queue: QueueStatus | None = None
@@ -382,6 +390,7 @@ _BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
 _TEXT: Document = {"schema": {"type": "string"}}
 _SPEECH_HEADERS = {
     "X-Voice": "The voice that speaks.",
+    "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
     "X-Model": "The model of this voice.",
     "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
     "X-Queue-Time": "Seconds spent in the queue.",

@@ -223,7 +223,7 @@ class VoiceCatalog:
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        voice = self._find(name) or (self._default if is_default_name(name) else None)
+        voice = self._default if self.means_default(name) else self._find(name)
         if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
@@ -232,13 +232,17 @@ class VoiceCatalog:
 
     def knows(self, name: str) -> bool:
         """Return whether `resolve` finds a voice."""
-        return self._find(name) is not None or (self._default is not None and is_default_name(name))
+        return (self._default if self.means_default(name) else self._find(name)) is not None
+
+    def means_default(self, name: str) -> bool:
+        """Return whether `name` selects whatever the default voice is: one of OpenAI's names or "default", unless a voice claims it."""
+        return is_default_name(name) and self._find(name) is None
 
     def aliases_of(self, voice: Voice) -> list[str]:
         """Return the other names that select a voice, sorted; for the default voice these include OpenAI's."""
         aliases = set(voice.preset.aliases)
         if voice is self._default:
-            aliases.update(name for name in OPENAI_VOICES if self._find(name) is None)
+            aliases.update(filter(self.means_default, OPENAI_VOICES))
         return sorted(aliases)
 
     def check_new_name(self, name: str) -> None:
