@@ -14,6 +14,7 @@ import httpx
 import pytest
 from client_programs import assert_says
 from conftest import PROJECT, RunningServer, start_server
+from saying import say
 from small_hub import SmallHub, write_small_repositories
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
@@ -94,6 +95,14 @@ def test_the_fallback_is_in_health_and_once_in_the_log(server: RunningServer) ->
     assert len(re.findall(r"WARNING.* voice conversational is not ready \(loading\); voice heart speaks instead", log)) == 1
     assert "fallback_for=conversational" in log
     assert httpx.get(f"{server.url}/health/ready").status_code == 503, "a pool waits for the voice that it was set up for"
+
+
+def test_the_command_line_names_the_voice_that_speaks_and_keeps_it(server: RunningServer, tmp_path: Path) -> None:
+    long = "The coffee is ready. " * 200  # two requests
+    ended = say(tmp_path, long, "-o", "speech.wav", "--voice", "alloy", "--speed", "4", "--server", server.url)
+    assert (ended.returncode, ended.stderr.decode()) == (0, "say.py: voice 'conversational' is not ready; voice 'heart' speaks instead\n")
+    requests = [line for line in server.log_text().splitlines() if "streamed=yes" in line]
+    assert ["fallback_for" in line for line in requests] == [True, False], "the second one names the voice of the first"
 
 
 def refused(response: httpx.Response) -> str:
