@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
@@ -90,6 +90,16 @@ class _Source:
     listing: _Listing = field(default_factory=dict)
 
 
+class _Place(NamedTuple):
+    """A folder for downloads, in the words of an error."""
+
+    name: str
+    setting: str
+
+
+_HF_CACHE = _Place("Hugging Face's cache", "HF_HOME")
+
+
 class _RefusedError(ModelLoadError):
     """The hub denies access to a repository: gated, private, or unknown (it answers 401 in all three cases)."""
 
@@ -97,6 +107,18 @@ class _RefusedError(ModelLoadError):
         token = "your token was not accepted for it" if huggingface_hub.get_token() else "no HF_TOKEN is set"
         advice = "Check MODEL_ID, accept its licence on its page, set HF_TOKEN."
         super().__init__(f"{repo} does not exist, is private, or is gated, and {token}. {advice}", retry=False)
+
+
+def download_file(repo: str, name: str, size: int, sha256: str, folder: Path) -> Path:
+    """Return the path of a public file of `repo`, downloaded to `folder` under the name of its SHA-256. Continues an earlier attempt.
+
+    Raises:
+        ModelLoadError: With what failed and what to do. What has been downloaded is kept.
+    """
+    file = _HubFile(repo, None, name, size, Path("main"), folder / sha256)
+    with _translated(repo, name, _Place("the folder for downloads", "CACHE_DIR")):
+        _Download(lambda _: None).fetch(file, folder / f"{sha256}.lock")
+    return file.blob
 
 
 def find_model(model_id: str, report: Callable[[LoadProgress], None]) -> ModelFiles:
@@ -311,7 +333,8 @@ class _Download:
         try:
             for file in wanted:
                 with _translated(file.repo, file.name):
-                    self._fetch(file)
+                    lock = _cache_folder() / ".locks" / _repository_folder(file.repo).name / f"{file.blob.name}.lock"
+                    self.fetch(file, lock)
                     _link(file)
         finally:
             self._total = self._fetched
@@ -329,10 +352,10 @@ class _Download:
                 "Make room, or set HF_HOME."
             )
 
-    def _fetch(self, file: _HubFile) -> None:
+    def fetch(self, file: _HubFile, lock: Path) -> None:
+        """Download one file if it is missing, and check its digest. `lock` keeps other processes from writing it at the same time."""
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # exported, but not by name
 
-        lock = _cache_folder() / ".locks" / _repository_folder(file.repo).name / f"{file.blob.name}.lock"
         for path in (file.blob, lock):
             path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
@@ -411,7 +434,7 @@ def _repository_folder(repo: str) -> Path:
 
 
 @contextlib.contextmanager
-def _translated(repo: str, what: str) -> Iterator[None]:
+def _translated(repo: str, what: str, place: _Place = _HF_CACHE) -> Iterator[None]:
     """Turn errors of the hub, the network and the disk into a ModelLoadError."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -430,7 +453,7 @@ def _translated(repo: str, what: str) -> Iterator[None]:
             "What has been downloaded is kept."
         ) from error
     except OSError as error:
-        raise _disk_error(repo, what, error) from error
+        raise _disk_error(repo, what, place, error) from error
 
 
 def _http_error(repo: str, what: str, status: int) -> ModelLoadError:
@@ -443,8 +466,8 @@ def _http_error(repo: str, what: str, status: int) -> ModelLoadError:
     return ModelLoadError(f"The hub answered {status} for {what} of {repo}. It will be retried; what has been downloaded is kept.")
 
 
-def _disk_error(repo: str, what: str, error: OSError) -> ModelLoadError:
+def _disk_error(repo: str, what: str, place: _Place, error: OSError) -> ModelLoadError:
     if error.errno in _NO_SPACE:
-        return ModelLoadError(f"The disk is full: cannot write {what} of {repo} to Hugging Face's cache. Make room, or set HF_HOME.")
+        return ModelLoadError(f"The disk is full: cannot write {what} of {repo} to {place.name}. Make room, or set {place.setting}.")
     reason = error.strerror or type(error).__name__
-    return ModelLoadError(f"Cannot download or store {what} of {repo}: {reason}. Check that Hugging Face's cache (HF_HOME) is writable.")
+    return ModelLoadError(f"Cannot download or store {what} of {repo}: {reason}. Check that {place.name} ({place.setting}) is writable.")

@@ -83,6 +83,10 @@ class CsmModel:
         """Return None: the tokenizer takes any text, and the quality checks judge the result."""
         return None
 
+    def unavailable(self, voice: Voice) -> str | None:
+        """Return None: a voice of CSM is a recording, which is there when the voice is listed."""
+        return None
+
     def fits(self, text: str, voice: Voice) -> bool:
         """Return whether `text`, after this voice's prompt, fits into the model's context."""
         return self._loaded().fits(text, voice)

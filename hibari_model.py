@@ -1,13 +1,18 @@
-"""The built-in voice: hibari, whose wheel contains the model, so nothing is downloaded."""
+"""The built-in voices: hibari. Its wheel contains the voice heart; the files of the others are downloaded once."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import logging
 import os
 import re
+import threading
+import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -15,6 +20,16 @@ import regex
 from audio_formats import SAMPLE_RATE
 from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
 from voice_presets import Voice
+
+if TYPE_CHECKING:
+    from hibari import Hibari
+
+logger = logging.getLogger(__name__)
+
+_BUNDLED = "heart"
+_REPO = "maureesewilliams/hibari"  # of hibari's author, as in hibari.voices
+_FIRST_RETRY_SECONDS = 30.0
+_LONGEST_RETRY_SECONDS = 1800.0
 
 # hibari reads Greek and Cyrillic by the names of the letters, and skips those of other scripts.
 _UNKNOWN_LETTER = regex.compile(r"[\p{L}--[\p{Latin}\p{Common}μΩπ]]", regex.V1)
@@ -38,8 +53,120 @@ _NUMBER = re.compile(r"\d[\d,]*")
 _LONGEST_NUMBER = 36  # digits: hibari has words up to decillions
 
 
+class VoiceFiles:
+    """The files of hibari's voices: in the package, in hibari's own folder, or in ours, to which missing ones are downloaded.
+
+    hibari's registry has the size and the SHA-256 of each. Thread-safe.
+
+    Args:
+        folder: Ours. A file in it is named by its SHA-256. None: nothing is downloaded.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._faults: dict[str, str] = {}
+        self._wake = threading.Event()
+        self._closed = False
+
+    def pending(self, key: str) -> bool:
+        """Return whether a voice's file is missing and no attempt to download it has failed yet."""
+        return self.missing(key) is not None and key not in self._faults
+
+    def missing(self, key: str) -> str | None:
+        """Return why a voice cannot be loaded: its file is not here. None if it is."""
+        if any(path.is_file() for path in self._places(key)):
+            return None
+        return f"is not downloaded: {self._faults.get(key, 'the download of its file (8 MB) has not finished.')}"
+
+    def read(self, key: str) -> bytes:
+        """Return the content of a voice's file.
+
+        Raises:
+            ModelLoadError: The file is missing or damaged.
+        """
+        for path in self._places(key):
+            if path.is_file():
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() == _registered(key)["sha256"]:
+                    return content
+                if path.parent == self._folder:
+                    path.unlink(missing_ok=True)
+                logger.warning("the file of the voice %s in %s is damaged", key, path.parent.name)
+        raise ModelLoadError(f"Voice '{key}' {self.missing(key) or 'has a damaged file: delete it from the folder of hibari.'}")
+
+    def fetch(self, keys: Iterable[str]) -> bool:
+        """Download the files that are missing; return whether all are here now."""
+        for key in keys:
+            if self._folder and not self._closed and self.missing(key):
+                self._fetch(key, self._folder)
+        return not any(self.missing(key) for key in keys)
+
+    def keep_fetching(self, keys: Callable[[], Iterable[str]]) -> None:
+        """Download the files in the background until `close`, and try again after a failure: the pauses grow."""
+        # A daemon: the program's end must not wait for the network.
+        threading.Thread(target=self._keep_fetching, args=(keys,), name="voice-downloads", daemon=True).start()
+
+    def fetch_again(self) -> None:
+        """End the pause after a failed download."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the downloads in the background."""
+        self._closed = True
+        self._wake.set()
+
+    def _keep_fetching(self, keys: Callable[[], Iterable[str]]) -> None:
+        pause = _FIRST_RETRY_SECONDS
+        while not self._closed:
+            self._wake.clear()
+            complete = self.fetch(tuple(keys()))
+            self._wake.wait(_LONGEST_RETRY_SECONDS if complete else pause)
+            pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
+
+    def _fetch(self, key: str, folder: Path) -> None:
+        from huggingface_hub import constants
+
+        from csm_files import download_file
+
+        if constants.is_offline_mode():
+            self._faults[key] = "HF_HUB_OFFLINE is set."
+            return
+        about = _registered(key)
+        logger.info("voice %s: downloading %.1f MB", key, about["bytes"] / 1e6)
+        try:
+            download_file(_REPO, f"voices/{about['file']}", about["bytes"], about["sha256"], folder)
+        except ModelLoadError as error:
+            self._faults[key] = error.message
+            logger.warning("voice %s: %s", key, error.message)
+        except Exception as error:
+            self._faults[key] = f"unexpected error ({type(error).__name__}). See the server's log."
+            logger.exception("voice %s: unexpected error during the download", key)
+        else:
+            logger.info("voice %s: downloaded", key)
+
+    def _places(self, key: str) -> list[Path]:
+        from hibari import voices
+
+        about = _registered(key)
+        if about["bundled"]:
+            return [Path(voices.ASSETS, about["file"])]
+        ours = [self._folder / about["sha256"]] if self._folder else []
+        return [*ours, Path(voices.cache_dir(), about["file"])]
+
+
+def _registered(key: str) -> dict[str, Any]:
+    from hibari.voices import VOICES
+
+    about: dict[str, Any] = VOICES[key]
+    return about
+
+
 class HibariModel:
-    """hibari as a `SpeechModel`."""
+    """hibari as a `SpeechModel`. Each voice is a network of its own of 40 MB, loaded when it speaks for the first time.
+
+    Args:
+        files: The voices' files; None: those in the package and in hibari's own folder.
+    """
 
     id = "hibari"
     sample_rate = SAMPLE_RATE
@@ -47,12 +174,14 @@ class HibariModel:
     # phonemes itself; splitting it earlier keeps our own pauses.
     segment_lengths = SegmentLengths(target=1, maximum=320, first=1)
 
-    def __init__(self) -> None:
-        self._voice: Any = None
-        self._pronunciation = _Pronunciation()
+    def __init__(self, files: VoiceFiles | None = None) -> None:
+        self._files = files or VoiceFiles()
+        self._voices: dict[str, Hibari] = {}
+        self._used: dict[str, float] = {}  # when each voice spoke last, as time.monotonic
+        self._pronunciations: dict[bool, _Pronunciation] = {}  # text to phonemes, British or American: shared by the voices
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
-        """Load the model and the lexicons from the package (0.3 s).
+        """Load the voice heart and the lexicons from the package (0.3 s).
 
         Raises:
             ModelLoadError: The package is damaged or missing.
@@ -61,9 +190,7 @@ class HibariModel:
         # onnxruntime 1.32 starts a telemetry session in every process unless this is set.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
-            from hibari import Hibari
-
-            self._voice = Hibari(g2p=self._pronunciation)
+            self._voice(_BUNDLED)
         except Exception as error:
             raise ModelLoadError(
                 f"The built-in voice could not be loaded ({type(error).__name__}): install the pinned packages again with `make setup`.",
@@ -72,7 +199,7 @@ class HibariModel:
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
         """Speak one word: hibari loads its lexicons and its tagger with the first one."""
-        self._voice("Hello.")
+        self._voice(_BUNDLED)("Hello.")
 
     def refusal(self, text: str) -> str | None:
         """Refuse a text with letters that hibari cannot pronounce: it would skip them silently."""
@@ -82,15 +209,20 @@ class HibariModel:
         script = unicodedata.name(letter[0], "unknown").split()[0].capitalize().replace("Cjk", "Chinese")
         return f"this voice speaks English and cannot pronounce {script} letters. Remove them, write them in Latin letters, or use another model's voice."
 
+    def unavailable(self, voice: Voice) -> str | None:
+        """Return why this voice cannot speak: its file has not been downloaded."""
+        return self._files.missing(_key(voice))
+
     def fits(self, text: str, voice: Voice) -> bool:
         """Return True: hibari has no context limit."""
         return True
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
         """Speak each segment; the utterance's seed and the segment's index seed the voice's noise."""
-        self._pronunciation.verbalized = options.verbalize is True
+        self._pronunciation(_key(voice)).verbalized = options.verbalize is True
+        hibari = self._voice(_key(voice))
         for index, segment in enumerate(segments):
-            for samples in self._voice.stream(_speakable(segment), seed=[options.seed, index]):
+            for samples in hibari.stream(_speakable(segment), seed=[options.seed, index]):
                 if cancelled():
                     return
                 yield SegmentChunk(index, samples, last=False)
@@ -101,20 +233,64 @@ class HibariModel:
         version = importlib.metadata.version("hibari-tts")
         return {"source": f"hibari-tts {version}", "dtype": "int8", "sample_rate": self.sample_rate, "watermark": False}
 
+    def free_idle(self, seconds: float) -> bool:
+        """Free the downloaded voices that have not spoken for `seconds`; return whether there were any."""
+        now = time.monotonic()
+        idle = [key for key in self._voices if key != _BUNDLED and now - self._used[key] >= seconds]
+        for key in idle:
+            del self._voices[key]
+            logger.info("voice %s: unloaded after %.0f s without work", key, now - self._used[key])
+        if not any(_registered(key)["british"] for key in self._voices):
+            self._pronunciations.pop(True, None)
+        return bool(idle)
+
     def close(self) -> None:
-        """Free the model."""
-        self._voice = None
+        """Free all voices."""
+        self._voices.clear()
+        self._pronunciations.clear()
+
+    def _voice(self, key: str) -> Hibari:
+        """Return a voice, loaded if it is not.
+
+        Raises:
+            ModelLoadError: Its file is missing or damaged.
+        """
+        self._used[key] = time.monotonic()
+        if key not in self._voices:
+            self._voices[key] = self._load_voice(key)
+        return self._voices[key]
+
+    def _load_voice(self, key: str) -> Hibari:
+        from hibari import Hibari
+
+        voice = Hibari(key, model=self._files.read(key), g2p=self._pronunciation(key))
+        voice.model_path = None  # the content: onnxruntime has its own copy
+        return voice
+
+    def _pronunciation(self, key: str) -> _Pronunciation:
+        british = bool(_registered(key)["british"])
+        if british not in self._pronunciations:
+            self._pronunciations[british] = _Pronunciation(british=british)
+        return self._pronunciations[british]
+
+
+def _key(voice: Voice) -> str:
+    return voice.preset.voice_key or _BUNDLED
 
 
 class _Pronunciation:
-    """hibari's text to phonemes.
+    """hibari's text to phonemes, shared by the voices of one accent.
+
+    Args:
+        british: British English, else American.
 
     Attributes:
         verbalized: The text is in words already, so hibari's own reading of numbers and abbreviations, which mistakes words for them, is off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, british: bool) -> None:
         self.verbalized = False
+        self._british = british
         self._g2p: Any = None
 
     def __call__(self, text: str) -> str:
@@ -122,7 +298,7 @@ class _Pronunciation:
         if self._g2p is None:
             from hibari.g2p import G2P
 
-            self._g2p = G2P()
+            self._g2p = G2P(british=self._british)
         if self.verbalized:
             text = _ACCENTED_WORD.sub(lambda word: self._accented(word[0]), " ".join(text.split()))
         phonemes: str = self._g2p(text, normalize_text=not self.verbalized)

@@ -218,6 +218,7 @@ class ServerSpeaker:
         self._requested = voice
         self._status = status
         self._warn = warn
+        self._warned = False
 
     async def speak(self, text: str, seed: int) -> AsyncGenerator[Part, None]:
         """Speak `text`; wait while the voice's model loads or the queue is full.
@@ -231,7 +232,7 @@ class ServerSpeaker:
         body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": True}
         async with AsyncExitStack() as stack:
             response = await self._accepted(stack, body)
-            self._read_headers(response.headers)
+            await self._read_headers(response.headers)
             events = await stack.enter_async_context(aclosing(self._server.events(response)))
             async for part in _parts(events):
                 yield part
@@ -274,13 +275,16 @@ class ServerSpeaker:
         self._status(f"the server loads {owner.get('model')}: {progress.get('stage', 'starting')}{percent}")
         return True
 
-    def _read_headers(self, headers: httpx.Headers) -> None:
-        """Read which voice speaks, warn if it is a fallback, and request it from now on: the voice must not change within a text."""
+    async def _read_headers(self, headers: httpx.Headers) -> None:
+        """Read which voice speaks, and warn if it is a fallback."""
         self._status("")
         self.voice, self.model = headers.get("X-Voice", self._requested), headers.get("X-Model", "")
-        self._requested = self.voice
-        if replaced := headers.get("X-Fallback-For"):
-            self._warn(f"voice '{replaced}' is not ready; voice '{self.voice}' speaks instead")
+        if self.voice == self._requested or self._warned:
+            return
+        self._warned = True
+        owner = (await self._owner()).get("id", self.voice)
+        if owner != self.voice:
+            self._warn(f"voice '{owner}' is not ready; the server's FALLBACK_VOICE '{self.voice}' speaks instead")
 
     async def _owner(self) -> dict[str, Any]:
         """Return the voice that the requested name belongs to."""
@@ -326,7 +330,7 @@ class LocalSpeaker:
             ModelNotReadyError: It cannot be loaded; says why.
         """
         try:
-            await self._engine.start()
+            await self._engine.start(self._voice)
             await self._loaded()
             self._engine.check_ready(self._voice)
         except BaseException:
@@ -355,8 +359,8 @@ class LocalSpeaker:
             await utterance.aclose()
 
     async def _loaded(self) -> None:
-        """Wait until the model has loaded or failed, and show the progress."""
-        while self._host.state == "loading":
+        """Wait until the voice has loaded or failed, and show the progress."""
+        while self._engine.loading(self._voice):
             self._status(f"loading {self.model}: {self._host.progress or 'starting'}")
             await asyncio.sleep(_ENGINE_POLL_SECONDS)
         self._status("")

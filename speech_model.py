@@ -110,6 +110,9 @@ class SpeechModel(Protocol):
     def refusal(self, text: str) -> str | None:
         """Return why the model cannot speak `text`, or None. Safe to call from any thread, also before the load."""
 
+    def unavailable(self, voice: Voice) -> str | None:
+        """Return why this voice cannot speak even when the model is loaded, or None. Safe to call from any thread, at any time."""
+
     def fits(self, text: str, voice: Voice) -> bool:
         """Return whether the voice's prompt and `text` fit into the model's context."""
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
-from config import BUILT_IN_VOICE, Settings
+from config import Settings
 from csm_model import CsmModel
-from errors import InsufficientMemoryError, InternalError, InvalidInputError, TTSError
-from hibari_model import HibariModel
+from errors import InsufficientMemoryError, InternalError, InvalidInputError, ModelNotReadyError, TTSError
+from hibari_model import HibariModel, VoiceFiles
 from model_host import Heartbeat, ModelHost, RequestQueue
-from speech_model import SegmentChunk, SpeechModel, SpeechOptions
+from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length
@@ -28,6 +28,8 @@ from voice_presets import Voice, VoicePresetManager
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 32
+_IDLE_CHECK_SECONDS = 5.0
+_DOWNLOAD_RETRY_AFTER = 30
 
 
 class Utterance:
@@ -166,8 +168,14 @@ class TTSEngine:
     def __init__(self, settings: Settings, presets: VoicePresetManager) -> None:
         self._settings = settings
         self._presets = presets
+        self._voice_files = VoiceFiles(settings.cache_dir / "hibari")
         self._hosts: dict[str, ModelHost] = {
-            "hibari": ModelHost(HibariModel, self._new_queue(), stall_seconds=settings.generation_timeout, after_load=self._warm_up),
+            "hibari": ModelHost(
+                lambda: HibariModel(self._voice_files),
+                self._new_queue(),
+                stall_seconds=settings.generation_timeout,
+                after_load=self._warm_up,
+            ),
             "csm-1b": ModelHost(
                 lambda: CsmModel(settings),
                 self._new_queue(),
@@ -178,20 +186,27 @@ class TTSEngine:
             ),
         }
         self._running: set[Utterance] = set()
-        self._replaced: set[str] = set()  # the voices that others speak for; one warning each
+        self._background: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
-        """Load the built-in voice (0.3 s), then CSM, both in the background.
+    async def start(self, only: Voice | None = None) -> None:
+        """Load the built-in voice (0.3 s), then CSM and the files of the other built-in voices, all in the background.
 
         Not at the same time: importing MLX and transformers would delay the built-in voice by seconds.
+
+        Args:
+            only: The only voice that will speak: no other voice's file is downloaded.
         """
         self._hosts["hibari"].start()
-        self._loading_csm = asyncio.create_task(self._start_csm())
+        self._background = [asyncio.create_task(self._start_others(only))]
+        if self._settings.idle_unload_seconds:
+            self._background.append(asyncio.create_task(self._free_idle_voices(self._settings.idle_unload_seconds)))
 
     async def close(self) -> None:
         """Stop all utterances and end all models' threads."""
         self.drain()
-        self._loading_csm.cancel()
+        self._voice_files.close()
+        for task in self._background:
+            task.cancel()
         await asyncio.gather(*(utterance.aclose() for utterance in self._running))
         for host in self._hosts.values():
             await host.close()
@@ -202,7 +217,8 @@ class TTSEngine:
             host.queue.close()
 
     def reload(self) -> None:
-        """Load again the models that failed to load."""
+        """Load again the models that failed to load, and download again the voices that could not be downloaded."""
+        self._voice_files.fetch_again()
         for host in self._hosts.values():
             if host.state == "failed":
                 host.reload()
@@ -217,51 +233,35 @@ class TTSEngine:
         return self._hosts
 
     def check_ready(self, voice: Voice) -> None:
-        """Refuse a voice whose model cannot serve a request now.
+        """Refuse a voice that cannot serve a request now.
 
         Raises:
-            ModelNotReadyError: The model is loading, failed or switched off; the message names another voice if one is ready.
+            ModelNotReadyError: The model is loading, failed or switched off, or the voice is not downloaded; the message names another
+                voice if one is ready.
         """
         host = self.host(voice)
         if not host.ready:
             raise host.not_ready_error(self._other_voice())
+        if reason := self.not_ready_reason(voice):
+            raise _not_downloaded(f"{reason} {self._other_voice()}")
 
-    def choose_voice(self, name: str) -> tuple[Voice, Voice | None]:
-        """Return the voice that speaks for `name` now, and the voice it replaces: the one that `name` selects, if that is not ready.
+    def ready(self, voice: Voice) -> bool:
+        """Return whether a voice can serve a request now."""
+        return self.not_ready_reason(voice) is None
 
-        Raises:
-            InvalidVoiceError: There is no voice of this name.
-            ModelNotReadyError: The voice is not ready, and no other may speak.
-        """
-        selected = self._presets.catalog.resolve(name)
-        if self.host(selected).ready:
-            self._replaced.discard(selected.id)
-            return selected, None
-        speaker = self.fallback(named=not self._presets.catalog.means_default(name))
-        if speaker is None:
-            raise self.host(selected).not_ready_error(self._other_voice())
-        if selected.id not in self._replaced:
-            self._replaced.add(selected.id)
-            logger.warning("voice %s is not ready (%s); voice %s speaks instead", selected.id, self.host(selected).state, speaker.id)
-        return speaker, selected
+    def loading(self, voice: Voice) -> bool:
+        """Return whether the voice's model is being loaded, or its file downloaded for the first time."""
+        preset = voice.preset
+        fetching = preset.model == "hibari" and preset.voice_key is not None and self._voice_files.pending(preset.voice_key)
+        return self.host(voice).state == "loading" or fetching
 
-    def fallback(self, *, named: bool) -> Voice | None:
-        """Return the voice that speaks while the requested one is not ready, if one is.
-
-        FALLBACK_VOICE may replace any voice. The best of the ready voices replaces only the default voice, because a client that
-        sends one of OpenAI's names wants speech, whoever speaks.
-
-        Args:
-            named: The client has asked for one voice by its own name.
-        """
-        if not self._settings.fallback_allowed:
-            return None
-        catalog = self._presets.catalog
-        names = [self._settings.fallback_voice] if self._settings.fallback_voice else []
-        if not named:
-            names += [BUILT_IN_VOICE, *(voice.id for voice in catalog.voices if not voice.uploaded)]
-        candidates = (catalog.resolve(name) for name in names if catalog.knows(name))
-        return next((voice for voice in candidates if self.host(voice).ready), None)
+    def not_ready_reason(self, voice: Voice) -> str | None:
+        """Return why a voice cannot serve a request now; None if it can."""
+        host = self.host(voice)
+        if not host.ready:
+            return host.not_ready_error().message
+        reason = host.model.unavailable(voice)
+        return f"Voice '{voice.name}' {reason}" if reason else None
 
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
         """Return the text as it will be spoken. Safe to call from any thread.
@@ -330,7 +330,7 @@ class TTSEngine:
     def _other_voice(self) -> str:
         """Return a sentence that names a voice to use instead."""
         voices = self._presets.catalog.voices
-        if ready := next((voice for voice in voices if self.host(voice).ready), None):
+        if ready := next((voice for voice in voices if self.ready(voice)), None):
             return f"Voice '{ready.preset.name}' is ready."
         if loading := next((voice for voice in voices if self.host(voice).state == "loading"), None):
             return f"Voice '{loading.preset.name}' is loading."
@@ -340,9 +340,23 @@ class TTSEngine:
         # Without uploaded voices: there may be a hundred, and one that is deleted meanwhile must not fail the load.
         model.warm_up([voice for voice in self._presets.catalog.voices if voice.preset.model == model.id and not voice.uploaded])
 
-    async def _start_csm(self) -> None:
+    async def _start_others(self, only: Voice | None) -> None:
         await self._hosts["hibari"].settled()
         self._hosts["csm-1b"].start()
+        self._voice_files.keep_fetching(lambda: self._hibari_keys(only))
+
+    def _hibari_keys(self, only: Voice | None) -> list[str]:
+        """Return the voices of hibari that are wanted: `only`, or all that there are presets for."""
+        presets = [voice.preset for voice in ([only] if only else self._presets.catalog.voices)]
+        return [preset.voice_key for preset in presets if preset.model == "hibari" and preset.voice_key]
+
+    async def _free_idle_voices(self, seconds: float) -> None:
+        host = self._hosts["hibari"]
+        while True:
+            await asyncio.sleep(min(seconds, _IDLE_CHECK_SECONDS))
+            if host.state == "ready" and not host.queue.active:
+                async with host.queue.slot():
+                    await host.run(lambda model: isinstance(model, HibariModel) and model.free_idle(seconds), Heartbeat())
 
     def _new_queue(self) -> RequestQueue:
         return RequestQueue(self._settings.max_queue, self._settings.queue_timeout)
@@ -357,12 +371,18 @@ def _as_tts_error(error: BaseException) -> TTSError:
     """Translate whatever a model raised."""
     if isinstance(error, TTSError):
         return error
+    if isinstance(error, ModelLoadError):
+        return _not_downloaded(error.message)
     if isinstance(error, MemoryError):
         return InsufficientMemoryError("There is not enough free memory for this text. Send a shorter one, or try again later.")
     if isinstance(error, asyncio.CancelledError):
         return InternalError("The utterance was stopped.")
     logger.error("unexpected error in the model", exc_info=error)
     return InternalError(f"Unexpected error in the model ({type(error).__name__}). See the server's log.")
+
+
+def _not_downloaded(message: str) -> ModelNotReadyError:
+    return ModelNotReadyError(message, param="voice", headers={"Retry-After": str(_DOWNLOAD_RETRY_AFTER)})
 
 
 def _why_disabled(settings: Settings) -> str:

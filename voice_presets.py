@@ -24,13 +24,12 @@ OPENAI_VOICES: tuple[str, ...] = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
     *("juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"),
 )
-_DEFAULT_NAMES = ("default", *OPENAI_VOICES)
 
 ModelId = Literal["csm-1b", "hibari"]
 
 # The voice prompts in the prompts/ folder of CSM's repository whose transcripts are known; see csm_prompts.py.
 CSM_VOICE_KEYS = ("conversational_a", "conversational_b")
-HIBARI_VOICE_KEYS = ("heart",)
+HIBARI_VOICE_KEYS = ("heart", "emma", "fable", "fenrir", "kore")  # all of hibari-tts 0.2.1
 
 _MAX_PRESET_BYTES = 64 * 1024
 
@@ -77,7 +76,7 @@ class VoicePreset(BaseModel):
     @model_validator(mode="after")
     def _one_source_of_voice(self) -> VoicePreset:
         if self.model == "hibari":
-            _require(self.ref_audio is None, "ref_audio", "is for CSM voices; hibari speaks only the voice in its package")
+            _require(self.ref_audio is None, "ref_audio", "is for CSM voices; hibari speaks only its own five voices")
             _require_key(self.voice_key, HIBARI_VOICE_KEYS)
         elif self.ref_audio is None:
             _require(self.ref_text is None, "ref_text", "is given without ref_audio")
@@ -180,11 +179,6 @@ class SkippedPreset:
     reason: str
 
 
-def is_default_name(name: str) -> bool:
-    """Return whether a request with this name asks for the default voice, unless a preset claims the name."""
-    return name_key(name.strip()) in _DEFAULT_NAMES
-
-
 class VoiceCatalog:
     """An immutable snapshot of all voices, looked up by id, name and alias.
 
@@ -203,7 +197,6 @@ class VoiceCatalog:
         self.skipped = tuple(skipped)
         self._by_id = {voice.id: voice for voice in voices}
         self._by_alias = {alias: voice for voice in voices for alias in voice.preset.aliases}
-        self._by_key = {name_key(name): voice for name, voice in (self._by_alias | self._by_id).items()}
         self._by_given_name = {name_key(voice.name): voice for voice in voices if voice.uploaded}
         self._default = self._find(default_voice)
 
@@ -218,12 +211,10 @@ class VoiceCatalog:
     def resolve(self, name: str) -> Voice:
         """Return the voice for `name`: an id, a preset's name, an alias, or the name of an added voice.
 
-        Surrounding space and case do not matter.
-
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        voice = self._default if self.means_default(name) else self._find(name)
+        voice = self._find(name) or (self._default if name in OPENAI_VOICES else None)
         if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
@@ -232,17 +223,13 @@ class VoiceCatalog:
 
     def knows(self, name: str) -> bool:
         """Return whether `resolve` finds a voice."""
-        return (self._default if self.means_default(name) else self._find(name)) is not None
-
-    def means_default(self, name: str) -> bool:
-        """Return whether `name` selects whatever the default voice is: one of OpenAI's names or "default", unless a voice claims it."""
-        return is_default_name(name) and self._find(name) is None
+        return self._find(name) is not None or (self._default is not None and name in OPENAI_VOICES)
 
     def aliases_of(self, voice: Voice) -> list[str]:
         """Return the other names that select a voice, sorted; for the default voice these include OpenAI's."""
         aliases = set(voice.preset.aliases)
         if voice is self._default:
-            aliases.update(filter(self.means_default, OPENAI_VOICES))
+            aliases.update(name for name in OPENAI_VOICES if self._find(name) is None)
         return sorted(aliases)
 
     def check_new_name(self, name: str) -> None:
@@ -251,13 +238,12 @@ class VoiceCatalog:
         Raises:
             ConflictError: It is the name of a preset, an alias, or one of OpenAI's names.
         """
-        if name_key(name) in {name_key(known) for known in (*self._by_id, *self._by_alias, *_DEFAULT_NAMES)}:
+        if name_key(name) in {name_key(known) for known in (*self._by_id, *self._by_alias, *OPENAI_VOICES)}:
             raise name_taken(name)
 
     def _find(self, name: str) -> Voice | None:
         """Presets and their aliases come first, so that an added voice never replaces one."""
-        key = name_key(name.strip())
-        return self._by_id.get(name) or self._by_alias.get(name) or self._by_key.get(key) or self._by_given_name.get(key)
+        return self._by_id.get(name) or self._by_alias.get(name) or self._by_given_name.get(name_key(name))
 
 
 class VoicePresetManager:

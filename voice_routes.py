@@ -172,12 +172,14 @@ class VoiceEndpoint:
 
     def describe(self, voice: Voice, catalog: VoiceCatalog) -> dict[str, Any]:
         """Return a voice's entry in the list of voices."""
+        reason = self._engine.not_ready_reason(voice)
         return {
             "id": voice.id,
             "name": voice.name,
             "description": voice.preset.description,
             "model": voice.preset.model,
-            "ready": self._engine.host(voice).ready,
+            "ready": reason is None,
+            "reason": reason,
             "aliases": catalog.aliases_of(voice),
             "uploaded": voice.uploaded,
         }

@@ -69,10 +69,10 @@ export class VoiceList extends EventTarget {
   }
 
   /** Return a voice's state as `[word, class of the dot, reason]`. */
-  #stateOf({ ready, model }) {
+  #stateOf({ ready, reason, model }) {
     if (ready) return ["Ready", "good", null];
     const state = this.#modelOf(model);
-    if (!state || state.state === "ready") return ["Not ready", "", null]; // the two responses are from different times
+    if (!state || state.state === "ready") return ["Not ready", "", reason ?? null]; // not downloaded, or the two responses are from different times
     return [...stateOf(state), reasonOf(state) ?? "The voice is available when its model is loaded."];
   }
 

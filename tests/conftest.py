@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import as_mac
 import httpx
 import pytest
 from httpx._transports import default as _transports
@@ -35,13 +34,12 @@ hypothesis_settings.load_profile("ours")
 # Every httpx.get makes a client, and every client reads all certificate authorities: 70 ms of processor time, and no server here has TLS.
 _transports.create_ssl_context = cache(_transports.create_ssl_context)  # type: ignore[attr-defined]
 
+# An engine in the test's own process must not ask the real hub for the voices that are not in the package. Read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
-_LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES"}
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--mac", action="store_true", help="our own code believes that it runs on Apple Silicon")
+_LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "PYTHONPATH"}
 
 
 def free_port() -> int:
@@ -100,7 +98,7 @@ class ServerForker:
         self._lock = threading.Lock()
 
     def start(self, environment: dict[str, str], log: Path) -> ForkedProcess:
-        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent), "mac": as_mac.active()}
+        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent)}
         with self._lock:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
@@ -184,7 +182,7 @@ class RunningServer:
 def start_server(folder: Path, **settings: object) -> RunningServer:
     """A server with these settings (by their environment names), its files in `folder`; not waited for.
 
-    It is forked, unless a setting is for the dynamic loader, which reads it before Python runs.
+    It is forked, unless a setting is read before the program runs: by the dynamic loader, or by Python.
     """
     port = int(str(settings.pop("PORT", free_port())))
     cache_dir = folder / "cache"
@@ -197,7 +195,7 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
 def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as stderr:
         return subprocess.Popen(
-            [*as_mac.python(), "server.py"], cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+            [sys.executable, "server.py"], cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
         )
 
 
@@ -231,9 +229,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Become a Mac if asked to, and make the folder that the workers of this test run share."""
-    if config.getoption("--mac"):
-        as_mac.pretend()
+    """Make the folder that the workers of this test run share."""
     if not hasattr(config, "workerinput"):
         os.environ["TEST_RUN_FOLDER"] = tempfile.mkdtemp(prefix="sesame-tests-")
 

@@ -103,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, "RepoNotFound")
         elif listed:
             self._send(json.dumps(_listing(repo, hub.repositories[repo])).encode())
+        elif file and not (hub.repositories[repo] / file[2]).is_file():
+            self._refuse(404, "EntryNotFound")
         elif file:
             self._send_file(hub, hub.repositories[repo] / file[2])
 

@@ -140,8 +140,8 @@ def test_the_file_says_that_a_machine_spoke(server: RunningServer, tmp_path: Pat
 
 def test_the_voices_are_listed(server: RunningServer, tmp_path: Path) -> None:
     lines = said(tmp_path, "--list-voices", "--server", server.url).decode().splitlines()
-    assert [line.split()[0] for line in lines] == ["conversational", "conversational_b", "heart"]
-    assert re.match(r"heart +hibari +ready +The built-in voice.*\(also OpenAI's names\)$", lines[2])
+    assert [line.split()[0] for line in lines] == ["conversational", "conversational_b", "emma", "fenrir", "heart", "hibari-fable", "kore"]
+    assert re.match(r"heart +hibari +ready +The built-in voice.*\(also af_heart, OpenAI's names\)$", lines[4])
     assert "not ready" in lines[0]
     assert "ready" not in said(tmp_path, "--list-voices", "--local").decode().replace("ready at once", "")
 
@@ -223,5 +223,5 @@ def test_another_voice_that_speaks_instead_is_named(make_server: MakeServer, tmp
     server = make_server(FALLBACK_VOICE="heart")
     ended = say(tmp_path, TEXT, "-o", "speech.wav", "--voice", "conversational", "--server", server.url)
     assert ended.returncode == 0
-    assert ended.stderr.decode() == "say.py: voice 'conversational' is not ready; voice 'heart' speaks instead\n"
+    assert ended.stderr.decode() == "say.py: voice 'conversational' is not ready; the server's FALLBACK_VOICE 'heart' speaks instead\n"
     assert say(tmp_path, "Hello.", "-o", "speech.wav", "--voice", "nova", "--server", server.url).stderr == b""

@@ -28,7 +28,7 @@ def manager(folder: Path, default: str = "mine") -> VoicePresetManager:
 
 def test_the_shipped_presets_are_the_users_and_the_built_in_voice() -> None:
     presets = VoicePresetManager(PROJECT / "presets", "conversational")
-    assert presets.refresh().names() == ["conversational", "conversational_b", "heart"]
+    assert presets.refresh().names() == ["conversational", "conversational_b", "emma", "fenrir", "heart", "hibari-fable", "kore"]
     assert presets.catalog.skipped == ()
     first = presets.refresh().resolve("conversational").preset
     assert (first.voice_key, first.speaker_id, first.temperature, first.top_k, first.max_audio_length_ms) == ("conversational_a", 0, 0.9, 50, 90_000)  # fmt: skip
@@ -61,7 +61,7 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
     (GOOD | {"name": "x", "model": "gpt"}, "known models: csm-1b, hibari"),
     (GOOD | {"name": "x", "aliases": ["mine"]}, "aliases: 'mine' is already the name of another preset"),
     ({"name": "x", "voice_key": "conversational_z"}, "known voices: conversational_a, conversational_b"),
-    (GOOD | {"name": "x", "voice_key": "emma"}, "known voices: heart"),
+    (GOOD | {"name": "x", "voice_key": "anna"}, "known voices: heart, emma, fable, fenrir, kore"),
     ({"name": "x", "ref_audio": "a.wav"}, "ref_text must hold the words"),
     ({"name": "x", "ref_audio": "a.wav", "ref_text": " \n"}, "ref_text must hold the words"),
     *(({"name": "x", "ref_audio": path, "ref_text": "Hi."}, "ref_audio must be a file in the preset's folder")
