@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     # Model
     csm: _Switch = "auto"
     model_id: str = Field("sesame/csm-1b", min_length=1)
-    model_dtype: Annotated[Literal["bfloat16", "float16", "float32", "auto"], BeforeValidator(_lower)] = "bfloat16"
+    model_dtype: Annotated[Literal["bfloat16", "float16", "float32", "auto"], BeforeValidator(_lower)] = "float16"
     model_compile: _Switch = "auto"
     max_batch: int = Field(8, ge=1, le=32)
     guard: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"

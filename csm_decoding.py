@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,12 +18,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from audio_formats import Samples
-from csm_layers import FrameNetwork
+from csm_layers import FrameNetwork, KvCache
 from errors import InsufficientMemoryError
 
 CONTEXT = 2048  # positions in CSM's rotary table; one more is an assertion error in mlx-audio
 # The most positions that a batch may hold in its caches, padding included: 512 MiB for CSM-1B in bfloat16 (docs/CSM.md has the formula).
 BATCH_POSITIONS = 8 * CONTEXT
+PREFIX_POSITIONS = 2 * CONTEXT  # of voice prompts that are kept: 128 MiB for CSM-1B in 16 bits
 # A batch's prompts are read in pieces of this many positions, because mlx-audio's embedding makes 33 vectors of each (135 KB in bfloat16).
 _PREFILL_POSITIONS = 1024
 # The memory for decoding a block grows by 10 MB a frame (measured: 64 frames, 0.65 GB).
@@ -73,13 +75,17 @@ class FrameBatch:
         network: CSM's network.
         prompts: One a row. With the frames that follow, each must stay within `CONTEXT` positions.
         sampler: Draws the tokens.
+        prefix: The beginning that all prompts have in common, already read.
     """
 
-    def __init__(self, network: FrameNetwork, prompts: Sequence[PromptTokens], sampler: RowSampler) -> None:
+    def __init__(
+        self, network: FrameNetwork, prompts: Sequence[PromptTokens], sampler: RowSampler, prefix: Sequence[mx.array] | None = None
+    ) -> None:
         self._network = network
         self._sampler = sampler
-        self._tokens, self._mask, padding = _left_padded(prompts)
-        self._caches = network.new_caches(padding)
+        known = prefix[0].shape[3] if prefix else 0
+        self._tokens, self._mask, padding = _left_padded([(tokens[known:], mask[known:]) for tokens, mask in prompts])
+        self._caches = network.new_caches(padding, prefix)
         self._last: mx.array | None = None  # the last frame's embedding
         self._ahead: mx.array | None = None
 
@@ -93,6 +99,17 @@ class FrameBatch:
         self._ahead = self._launch() if more else None
         return np.asarray(np.array(frame), dtype=np.int32)
 
+    def all_finite(self, frames: int) -> bool:
+        """Generate so many frames; return whether all their logits are finite numbers."""
+        logits: list[mx.array] = []
+        finite = mx.array(True)
+        for _ in range(frames):
+            self._launch(logits)
+            finite = finite & mx.isfinite(mx.stack(logits)).all()
+            mx.async_eval(finite)  # type: ignore[no-untyped-call]
+            logits.clear()
+        return bool(finite.item())
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, and put them in this order."""
         indices = mx.array(list(rows))
@@ -102,22 +119,54 @@ class FrameBatch:
         for cache in self._caches:
             cache.keep(indices)
 
-    def _launch(self) -> mx.array:
-        """Start to compute the next frame, without waiting for it."""
-        hidden = self._read_prompts() if self._last is None else self._network.read(self._last, self._caches)
+    def _launch(self, seen: list[mx.array] | None = None) -> mx.array:
+        """Start to compute the next frame, without waiting for it; `seen`: as in `draw_frame`."""
+        if self._last is None:
+            hidden = _read_prompts(self._network, self._tokens, self._mask, self._caches)
+        else:
+            hidden = self._network.read(self._last, self._caches)
         sampler = self._sampler
-        frame, self._last, sampler.keys = self._network.draw_frame(hidden, sampler.keys, sampler.scale, sampler.top_k)
+        frame, self._last, sampler.keys = self._network.draw_frame(hidden, sampler.keys, sampler.scale, sampler.top_k, seen)
         mx.async_eval(frame, self._last, sampler.keys)  # type: ignore[no-untyped-call]
         return frame
 
-    def _read_prompts(self) -> mx.array:
-        """Read the prompts piece by piece, to limit the memory of their embedding; return the network's output at their end."""
-        piece = max(1, _PREFILL_POSITIONS // len(self._tokens))
-        for begin in range(0, self._tokens.shape[1], piece):
-            part = slice(begin, begin + piece)
-            hidden = self._network.read(self._network.embed(self._tokens[:, part], self._mask[:, part]), self._caches)
-            mx.eval([cache.state for cache in self._caches])
-        return hidden
+
+class PrefixCache:
+    """Keeps the keys and values of voice prompts that are segments of their own (`voice_match: false`), each read once.
+
+    The least recently used ones are dropped so that all together have at most `PREFIX_POSITIONS` positions.
+    """
+
+    def __init__(self, network: FrameNetwork) -> None:
+        self._network = network
+        self._states: OrderedDict[bytes, list[mx.array]] = OrderedDict()
+
+    def get(self, prompt: PromptTokens) -> list[mx.array]:
+        """Return the state of each layer's cache after the prompt, shape (2, 1, heads, positions, head size)."""
+        key = hashlib.sha256(np.array(prompt[0]).tobytes()).digest()
+        if key not in self._states:
+            self._states[key] = self._read(prompt)
+        self._states.move_to_end(key)
+        while len(self._states) > 1 and sum(state[0].shape[3] for state in self._states.values()) > PREFIX_POSITIONS:
+            self._states.popitem(last=False)
+        return self._states[key]
+
+    def _read(self, prompt: PromptTokens) -> list[mx.array]:
+        caches = self._network.new_caches([0])
+        _read_prompts(self._network, prompt[0][None], prompt[1][None], caches)
+        states = [mx.contiguous(cache.state) for cache in caches]  # without the positions that a cache has in reserve
+        mx.eval(states)
+        return states
+
+
+def _read_prompts(network: FrameNetwork, tokens: mx.array, mask: mx.array, caches: Sequence[KvCache]) -> mx.array:
+    """Read the prompts piece by piece, to limit the memory of their embedding; return the network's output at their end."""
+    piece = max(1, _PREFILL_POSITIONS // len(tokens))
+    for begin in range(0, tokens.shape[1], piece):
+        part = slice(begin, begin + piece)
+        hidden = network.read(network.embed(tokens[:, part], mask[:, part]), caches)
+        mx.eval([cache.state for cache in caches])
+    return hidden
 
 
 def _left_padded(prompts: Sequence[PromptTokens]) -> tuple[mx.array, mx.array, list[int]]:

@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from audio_formats import SAMPLE_RATE, Samples
 from config import Settings
-from csm_decoding import BATCH_POSITIONS, CONTEXT, CodecDecoder, FrameBatch, PromptTokens, RowSampler, attempt_seed, memory_errors
+from csm_decoding import (
+    BATCH_POSITIONS,
+    CONTEXT,
+    CodecDecoder,
+    FrameBatch,
+    PrefixCache,
+    PromptTokens,
+    RowSampler,
+    attempt_seed,
+    memory_errors,
+)
 from csm_prompts import PromptStore
 from csm_quality import FRAME_MS, Attempt, Fault, PauseLimiter, best, frame_budget, judge, repaired, silent
 from errors import InputTooLongError, InternalError
@@ -27,6 +37,7 @@ logger = logging.getLogger(__name__)
 # Samples. A streamed segment that is still silent after this is retried: nothing of it was sent yet.
 _LONGEST_SILENT_START = 2 * SAMPLE_RATE
 _WARM_UP_FRAMES = 2
+_CHECKED_FRAMES = 50  # of all rows together
 _WARM_UP_TEXT = "Hi."
 
 _Check = Callable[[], None]
@@ -54,6 +65,7 @@ class Segment:
     text: str
     prompt: PromptTokens
     budget: int  # the most frames
+    prefix: list[mx.array] | None  # the beginning of the prompt that was already read (PrefixCache)
     attempts: list[Attempt] = field(default_factory=list)
 
 
@@ -151,6 +163,7 @@ class CsmSpeaker:
         self._most_attempts = 1 + (settings.max_retries if self._guarded else 0)
         self._max_batch = settings.max_batch
         self._max_pause_ms = settings.max_pause_ms
+        self._prefixes = PrefixCache(model.model)
         self._decoder = CodecDecoder(model)
         self._recognizer = Recognizer() if settings.verify == "whisper" else None
 
@@ -159,16 +172,29 @@ class CsmSpeaker:
         tokens, _ = self._prompts.tokens(voice, text.strip())
         return len(tokens) + frame_budget(text, voice.preset.max_audio_length_ms) <= CONTEXT
 
-    def warm_up(self, voices: Sequence[Voice]) -> None:
-        """Encode each voice's prompt and generate a few frames, so that the first request does not wait for kernels to compile."""
+    def warm_up(self, voices: Sequence[Voice], *, checked: bool = False) -> bool:
+        """Encode each voice's prompt and generate a few frames, so that the first request does not wait for kernels to compile.
+
+        Args:
+            voices: The first one is used for a full batch, too.
+            checked: Whether to look at the logits after each prompt and of at least 50 frames.
+
+        Returns:
+            Whether all logits were finite numbers; True if not `checked`.
+        """
+        finite = True
+        sizes = [self._max_batch] if self._max_batch > 1 else []
         with memory_errors(), self._cleaned_up():
-            for place, voice in enumerate(voices):
-                rows = 2 if place == 0 and self._max_batch > 1 else 1
+            for rows, voice in [(size, voice) for size in sizes for voice in voices[:1]] + [(1, voice) for voice in voices]:
                 sampler = RowSampler(range(rows), voice.preset.temperature, voice.preset.top_k)
-                batch = FrameBatch(self._model.model, [self._prompts.tokens(voice, _WARM_UP_TEXT)] * rows, sampler)
+                prompts = [self._prompts.tokens(voice, _WARM_UP_TEXT)] * rows
+                batch = FrameBatch(self._model.model, prompts, sampler, self._prefix(voice))
+                if checked:
+                    finite &= batch.all_finite(-(-_CHECKED_FRAMES // rows) if rows == self._max_batch else 1)
                 frames = [batch.step(more=left > 0)[0] for left in reversed(range(_WARM_UP_FRAMES))]
-                if place == 0:
-                    self._decode(frames, lambda: None)
+            if voices:
+                self._decode(frames, lambda: None)
+        return finite
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
         """Speak the segments as `SpeechModel.speak` does; call `cancelled` before each frame and each decoded block.
@@ -236,7 +262,11 @@ class CsmSpeaker:
             raise InputTooLongError(
                 "A part of the text is too long for the model together with this voice's prompt: split it into sentences.", param="input"
             )
-        return Segment(index, text, prompt, min(budget, room))
+        return Segment(index, text, prompt, min(budget, room), self._prefix(voice))
+
+    def _prefix(self, voice: Voice) -> list[mx.array] | None:
+        alone = self._prompts.alone(voice)
+        return None if alone is None else self._prefixes.get(alone)
 
     def _next_batch(self, pending: list[Segment]) -> list[Segment]:
         """Remove and return the first segments of `pending`, in text order, as many as fit into the context and `BATCH_POSITIONS`."""
@@ -261,7 +291,8 @@ class CsmSpeaker:
         """
         seeds = [attempt_seed(sampling.seed, segment.index, len(segment.attempts)) for segment in segments]
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_k)
-        batch = FrameBatch(self._model.model, [segment.prompt for segment in segments], sampler)
+        # All segments of a request have the same voice.
+        batch = FrameBatch(self._model.model, [segment.prompt for segment in segments], sampler, segments[0].prefix)
         rows = [Row(segment) for segment in segments]
         while rows:
             check()

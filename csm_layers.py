@@ -31,15 +31,16 @@ class KvCache:
     One common offset is correct: rotary embedding depends on distances only. Keys and values are one array, so that a step is one update.
 
     Args:
-        padding: Positions that each row ignores at its beginning, shape (rows,); None for no padding.
+        padding: Positions that each row ignores after `prefix`, shape (rows,); None for no padding.
         growth: Positions by which it grows.
+        prefix: What it holds already, shape (2, rows, heads, positions, head size).
     """
 
-    def __init__(self, padding: mx.array | None = None, growth: int = _GROWTH) -> None:
-        self.offset = 0
+    def __init__(self, padding: mx.array | None = None, growth: int = _GROWTH, prefix: mx.array | None = None) -> None:
+        self._buffer = mx.zeros((2, 0, 0, 0, 0)) if prefix is None else prefix
+        self.offset = self._first = self._buffer.shape[3]
         self.padding = padding
         self._growth = growth
-        self._buffer = mx.zeros((2, 0, 0, 0, 0))  # (2, rows, heads, positions, head size)
 
     @property
     def state(self) -> mx.array:
@@ -67,12 +68,15 @@ class KvCache:
         """Return what mlx-audio's attention takes as mask; a padded position sees itself, so that no line is empty."""
         if self.padding is None:
             return "causal" if length > 1 else None
+        positions = mx.arange(self.offset + length)
+        visible = positions >= self._first + self.padding[:, None, None, None]
+        if self._first:
+            visible = visible | (positions < self._first)
         if length == 1:
-            return self.padding[:, None, None, None] <= mx.arange(self.offset + 1)
-        mask = create_causal_mask(length, offset=self.offset, left_padding=self.padding)
-        own = mx.arange(self.offset, self.offset + length)[:, None] == mx.arange(self.offset + length)[None]
-        hidden: mx.array = mask | own
-        return hidden
+            return visible
+        own = mx.arange(self.offset, self.offset + length)[:, None] == positions
+        mask: mx.array = (visible & create_causal_mask(length, offset=self.offset)) | own
+        return mask
 
     def keep(self, rows: mx.array) -> None:
         """Drop all rows but these. The padding stays: the keys are rotated for their positions already."""
@@ -119,6 +123,19 @@ class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has
         rotated = self._rotate(joined[:, : -self._kv_heads], cache.offset)
         added = [(0, rotated[:, self._heads :]), (1, joined[:, -self._kv_heads :])]
         return rotated[:, : self._heads], *cache.append(added, joined.shape[2])
+
+    def shifted(self, state: mx.array, by: Sequence[int]) -> mx.array:
+        """Return a row's keys and values for several rows, as if each row had read them so many positions later.
+
+        Args:
+            state: Shape (2, 1, heads, positions, head size).
+            by: Positions, one a row.
+        """
+        shape = (len(by), *state.shape[2:])
+        keys = mx.broadcast_to(state[0], shape)
+        if any(by):
+            keys = self._rotate(keys.reshape(len(by), -1, 1, self._size), mx.array(list(by))).reshape(shape)
+        return mx.stack([keys, mx.broadcast_to(state[1], shape)])
 
     def _rotate(self, heads: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(heads, self._size, traditional=True, base=None, scale=1.0, offset=offset, freqs=self._frequencies)
@@ -174,10 +191,18 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
             layer.mlp = JoinedMlp(layer.mlp)
             mx.clear_cache()
 
-    def new_caches(self, padding: Sequence[int]) -> list[KvCache]:
-        """Return empty caches for the backbone. `padding`: as in `KvCache`, one a row."""
+    def new_caches(self, padding: Sequence[int], prefix: Sequence[mx.array] | None = None) -> list[KvCache]:
+        """Return caches for the backbone.
+
+        Args:
+            padding: As in `KvCache`, one a row.
+            prefix: What all rows begin with: the state of each cache of one row that has read it.
+        """
         hidden = mx.array(list(padding)) if any(padding) else None
-        return [KvCache(hidden) for _ in self.backbone.layers]
+        if prefix is None:
+            return [KvCache(hidden) for _ in self.backbone.layers]
+        layers = zip(self.backbone.layers, prefix, strict=True)
+        return [KvCache(hidden, prefix=layer.self_attn.shifted(state, padding)) for layer, state in layers]
 
     def embed(self, tokens: mx.array, mask: mx.array) -> mx.array:
         """Return the sum of each position's embeddings, shape (rows, positions, hidden), of prompt tokens (rows, positions, codebooks + 1)."""
@@ -187,7 +212,7 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
         """Run the backbone on positions, (rows, positions, hidden), or on one, (rows, hidden); return its last output, (rows, hidden)."""
         return _last(_run(self.backbone, embedded, caches))
 
-    def draw_frame(self, hidden: mx.array, keys: mx.array, scale: mx.array, top_k: int) -> Draw:
+    def draw_frame(self, hidden: mx.array, keys: mx.array, scale: mx.array, top_k: int, seen: list[mx.array] | None = None) -> Draw:
         """Draw the 32 tokens of the next frame.
 
         Args:
@@ -195,15 +220,12 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
             keys: Random keys, shape (rows, 2).
             scale: 1 / temperature, a scalar; not used with a top-k of 1.
             top_k: Draw from this many of the likeliest tokens; 0 for all, 1 for the likeliest.
+            seen: Gets the logits of each codebook, shape (rows, vocabulary). The frame is not compiled then.
         """
-        draw: Callable[..., Draw] = self._draw_compiled(top_k) if self._compiled else partial(self._draw_frame, top_k)
-        return draw(hidden, keys, scale)
-
-    def all_finite(self, hidden: mx.array) -> mx.array:
-        """Return whether the logits of the frame after `hidden` are finite, whose likeliest tokens are taken: a bool scalar."""
-        logits: list[mx.array] = []
-        self._draw_frame(1, hidden, mx.zeros((len(hidden), 2), mx.uint32), mx.array(1.0), logits)
-        return mx.isfinite(mx.stack(logits)).all()
+        if self._compiled and seen is None:
+            draw: Callable[..., Draw] = self._draw_compiled(top_k)
+            return draw(hidden, keys, scale)
+        return self._draw_frame(top_k, hidden, keys, scale, seen)
 
     def _draw_frame(self, top_k: int, hidden: mx.array, keys: mx.array, scale: mx.array, seen: list[mx.array] | None = None) -> Draw:
         """Return the next frame, as mlx-audio's `generate_frame` after its backbone. The logits are added to `seen`."""

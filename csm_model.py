@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from audio_formats import SAMPLE_RATE
 from config import Settings
-from csm_files import find_model
+from csm_files import ModelFiles, find_model
 from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
 from voice_presets import Voice
 
@@ -39,6 +39,8 @@ class CsmModel:
             target=settings.group_characters, maximum=_LONGEST_SEGMENT, first=min(_FIRST_SEGMENT, settings.group_characters)
         )
         self._speaker: CsmSpeaker | None = None
+        self._files: ModelFiles | None = None
+        self._release: Callable[[], None] = lambda: None
         self._info: dict[str, Any] = {}
         self._memory: Callable[[], dict[str, float]] = dict
 
@@ -56,27 +58,44 @@ class CsmModel:
         with _import_errors():
             import mlx.core as mx
 
-            import csm_network
-            from csm_generation import CsmSpeaker
-            from csm_prompts import PromptStore
+            import csm_generation  # noqa: F401 - fails here if MLX does not run on this machine
 
             self._memory = lambda: {
                 "memory_gb": round(mx.get_active_memory() / 1e9, 3),
                 "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             }
-        network = csm_network.build(files, self._settings.model_dtype, self._settings.model_compile, report)
+        self._files = files
+        self._build(files, self._settings.model_dtype, files.note, report)
+
+    def _build(self, files: ModelFiles, dtype: str, note: str | None, report: Callable[[LoadProgress], None]) -> None:
+        import csm_network
+        from csm_generation import CsmSpeaker
+        from csm_prompts import PromptStore
+
+        network = csm_network.build(files, dtype, self._settings.model_compile, report)
         self._speaker = CsmSpeaker(network, PromptStore(network, self._settings, files.prompts), self._settings)
+        self._release = csm_network.reserve_memory()
         info: dict[str, Any] = {
             "source": files.source,
             "dtype": csm_network.precision(network),
             "parameters": csm_network.parameters(network),
             "watermark": network.watermarks,
         }
-        self._info = info | ({"note": files.note} if files.note else {})
+        self._info = info | ({"note": note} if note else {})
         logger.info("model %s: %s, %s, %.2f G parameters", self.id, info["source"], info["dtype"], info["parameters"] / 1e9)
 
     def warm_up(self, voices: Sequence[Voice]) -> None:
-        """Encode the voices' prompts and generate a few frames, so that the first request does not wait for it."""
+        """Encode the voices' prompts and generate a few frames, so that the first request does not wait for it.
+
+        In float16, numbers over 65,504 are infinite. If that happens here, the weights are loaded again in bfloat16.
+        """
+        if self._loaded().warm_up(voices, checked=self._info["dtype"] == "float16") or self._files is None:
+            return
+        note = "these weights give infinite numbers in float16, so they are in bfloat16"
+        logger.warning("model %s: %s", self.id, note)
+        files = self._files
+        self.close()
+        self._build(files, "bfloat16", f"{files.note}; {note}" if files.note else note, lambda _: None)
         self._loaded().warm_up(voices)
 
     def refusal(self, text: str) -> str | None:
@@ -104,7 +123,9 @@ class CsmModel:
     def close(self) -> None:
         """Free the memory; `load` may be called again."""
         loaded = self._speaker is not None
-        self._speaker = None
+        self._speaker = self._files = None
+        self._release()
+        self._release = lambda: None
         self._info = {}
         gc.collect()  # modules and their caches refer to one another
         if loaded:

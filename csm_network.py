@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from speech_model import LoadProgress, ModelLoadError
 logger = logging.getLogger(__name__)
 
 _CODEBOOKS = 32
+_MOST_CACHE = 1 << 30  # bytes of freed buffers that MLX keeps during a request
+_WIRED_BESIDES = 1 << 30  # bytes besides the weights: the caches of a batch, the codec's blocks
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -83,6 +86,27 @@ def build(files: ModelFiles, dtype: str, compiled: str, report: Callable[[LoadPr
         raise ModelLoadError(f"The weights of {files.source} could not be read into memory: {_first_line(error)}") from error
     model.eval()
     return model
+
+
+def reserve_memory() -> Callable[[], None]:
+    """Keep what MLX holds now in memory, and limit what it keeps for later; return a function that undoes both.
+
+    macOS may compress or page out what a GPU has not used for a while; MLX holds on to it only if told so (macOS 15 and later).
+    """
+    undo = [partial(mx.set_cache_limit, mx.set_cache_limit(_MOST_CACHE))]
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(recommended, int):  # on Metal only
+        limit = min(recommended, mx.get_active_memory() + _WIRED_BESIDES)
+        try:
+            undo.append(partial(mx.set_wired_limit, mx.set_wired_limit(limit)))
+        except (ValueError, RuntimeError) as error:
+            logger.warning("CSM's weights cannot be kept in memory, so the first answer after a pause may be slow: %s", _first_line(error))
+
+    def release() -> None:
+        for step in undo:
+            step()
+
+    return release
 
 
 def parameters(model: LocalCsm) -> int:

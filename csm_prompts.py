@@ -57,7 +57,6 @@ class _Recording:
 
     path: Path
     transcript: str
-    speaker: int  # used where the prompt is a segment of its own
     built_in: bool  # it came with the model
     added: bool = False  # by a user: its codes, which can be decoded to speech, stay in its own folder and are deleted with it
 
@@ -79,21 +78,29 @@ class PromptStore:
         self._codec: str | None = None
 
     def tokens(self, voice: Voice, text: str) -> PromptTokens:
-        """Return the prompt with which the model says `text` in `voice`: the same tokens as in stock `generate()`.
+        """Return the prompt with which the model says `text` in `voice`: the same tokens as in stock `generate()` with a labelled prompt.
 
         Raises:
             InvalidAudioError: The voice's recording cannot be used.
             InternalError: A built-in voice's file is missing.
         """
         preset = voice.preset
+        alone = self.alone(voice)
+        if alone is not None:
+            return _joined(alone, self._text(text, preset.speaker_id))
         recording = self._recording(voice)
-        audio = self._audio(self._codes(recording), ends=not preset.voice_match)
-        if preset.voice_match:
-            parts = [self._text(f"{recording.transcript} {text}".strip(), preset.speaker_id), audio]
-        else:
-            parts = [self._text(recording.transcript, recording.speaker), audio, self._text(text, preset.speaker_id)]
-        tokens, masks = zip(*parts, strict=True)
-        return mx.concat(list(tokens), axis=0).astype(mx.int32), mx.concat(list(masks), axis=0).astype(mx.bool_)
+        audio = self._audio(self._codes(recording), ends=False)
+        return _joined(self._text(f"{recording.transcript} {text}".strip(), preset.speaker_id), audio)
+
+    def alone(self, voice: Voice) -> PromptTokens | None:
+        """Return the part of the prompt that no text changes: with `voice_match: false` a segment of its own; None without such a part.
+
+        The segment has the voice's own speaker number. mlx-audio labels its built-in prompts 0 and the text with the voice's number.
+        """
+        if voice.preset.voice_match:
+            return None
+        recording = self._recording(voice)
+        return _joined(self._text(recording.transcript, voice.preset.speaker_id), self._audio(self._codes(recording), ends=True))
 
     def prepare(self, voice: Voice) -> None:
         """Load the voice's prompt into memory; raise as `tokens` does."""
@@ -113,11 +120,9 @@ class PromptStore:
     def _recording(self, voice: Voice) -> _Recording:
         preset = voice.preset
         if preset.ref_audio is not None:
-            return _Recording(
-                voice.folder / preset.ref_audio, preset.ref_text or "", preset.speaker_id, built_in=False, added=voice.uploaded
-            )
+            return _Recording(voice.folder / preset.ref_audio, preset.ref_text or "", built_in=False, added=voice.uploaded)
         key = preset.voice_key or ""
-        return _Recording(self._prompt_folder / f"{key}.wav", self._transcript(key), speaker=0, built_in=True)
+        return _Recording(self._prompt_folder / f"{key}.wav", self._transcript(key), built_in=True)
 
     def _transcript(self, voice_key: str) -> str:
         file = self._prompt_folder / f"{voice_key}.txt"
@@ -183,6 +188,11 @@ class PromptStore:
         self._model._audio_tokenizer.reset_state()  # else it keeps the encoder's caches until the next prompt
         mx.clear_cache()
         return codes
+
+
+def _joined(*parts: PromptTokens) -> PromptTokens:
+    tokens, masks = zip(*parts, strict=True)
+    return mx.concat(list(tokens), axis=0).astype(mx.int32), mx.concat(list(masks), axis=0).astype(mx.bool_)
 
 
 def _unreadable(recording: _Recording) -> Exception:

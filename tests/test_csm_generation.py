@@ -24,6 +24,7 @@ from csm_decoding import (
     CONTEXT,
     CodecDecoder,
     FrameBatch,
+    PrefixCache,
     RowSampler,
     attempt_seed,
     block_length,
@@ -441,7 +442,7 @@ def test_a_dead_stretch_is_shortened_to_the_setting(scripted: Model, recordings:
 def test_the_warm_up_has_every_voices_prompt_ready(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
     speaker = csm_loading.speaker(model, recordings, folder)
     speaker.warm_up([csm_loading.voice(), csm_loading.voice(voice_match=False)])
-    assert frames_computed == [2, 2, 1, 1]
+    assert frames_computed == [8, 8, 1, 1, 1, 1]
     assert {layer.offset for layer in model._audio_tokenizer.decoder_cache} == {0}
 
 
@@ -462,3 +463,78 @@ def test_what_mlx_says_when_memory_runs_out_is_told_as_such(told: str) -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="There is no Stream"), memory_errors():
         raise RuntimeError("There is no Stream(gpu, 2) in current thread.")
+
+
+def test_memory_that_runs_out_while_frames_are_computed_ends_the_request_and_not_the_model(
+    recordings: Path, model: Model, folder: Path
+) -> None:
+    """Metal reports it when a frame is waited for; the error is raised by hand here, with Metal's words."""
+    original, frames = model.model.draw_frame, 0
+
+    def draw_frame(*given: object) -> object:
+        nonlocal frames
+        frames += 1
+        if frames == 3:
+            raise RuntimeError(
+                "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+            )
+        return original(*given)
+
+    before = say(model, recordings, folder, TEXTS[:1], ms=400, guard="off")[0].samples
+    model.model.draw_frame = draw_frame
+    try:
+        with pytest.raises(InsufficientMemoryError, match="MAX_BATCH"):
+            say(model, recordings, folder, TEXTS, ms=400, guard="off")
+    finally:
+        model.model.draw_frame = original
+    np.testing.assert_array_equal(say(model, recordings, folder, TEXTS[:1], ms=400, guard="off")[0].samples, before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_rows_after_a_prompt_that_was_read_before_have_the_same_tokens(
+    recordings: Path, model: Model, folder: Path, temperature: float
+) -> None:
+    prompts = csm_loading.speaker(model, recordings, folder)._prompts
+    voice = csm_loading.voice(voice_match=False)
+    alone = prompts.alone(voice)
+    assert alone is not None
+    prefix = PrefixCache(model.model).get(alone)
+    rows = [prompts.tokens(voice, text) for text in TEXTS]
+    for count in (1, len(rows)):
+        both = []
+        for known in (None, prefix):
+            batch = FrameBatch(model.model, rows[:count], RowSampler(range(count), temperature, 50), known)
+            both.append([batch.step(more=left > 0) for left in reversed(range(4))])
+        np.testing.assert_array_equal(both[0], both[1])
+
+
+def test_a_prompt_that_is_a_segment_of_its_own_is_read_once(recordings: Path, model: Model, folder: Path) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
+    voice = csm_loading.voice(voice_match=False, max_audio_length_ms=80)
+    original, positions = model.model.embed, []
+
+    def embed(tokens: mx.array, mask: mx.array) -> mx.array:
+        positions.append(tokens.shape[1])
+        embedded: mx.array = original(tokens, mask)
+        return embedded
+
+    model.model.embed = embed
+    try:
+        for text in TEXTS[:2]:
+            list(speaker.speak([text], voice, SpeechOptions(1), lambda: False))
+    finally:
+        model.model.embed = original
+    alone = speaker._prompts.alone(voice)
+    assert alone is not None
+    texts = [len(speaker._prompts.tokens(voice, text)[0]) - len(alone[0]) for text in TEXTS[:2]]
+    assert positions == [len(alone[0]), *texts]
+
+
+def test_prompts_that_were_read_are_kept_up_to_a_limit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csm_decoding.PREFIX_POSITIONS", 20)
+    cache = PrefixCache(model.model)
+    mask = mx.ones((8, 33), mx.bool_)
+    first, second, third = (cache.get((mx.full((8, 33), token, mx.int32), mask)) for token in (1, 2, 3))
+    assert cache.get((mx.full((8, 33), 3, mx.int32), mask)) is third
+    assert cache.get((mx.full((8, 33), 2, mx.int32), mask)) is second
+    assert cache.get((mx.full((8, 33), 1, mx.int32), mask)) is not first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -57,3 +58,52 @@ def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> No
     assert told[-1].done == told[-1].total
     assert whole > 60_000_000
     assert whole / 2 < mx.get_peak_memory() - other < 1.05 * whole
+
+
+def test_weights_that_overflow_in_float16_are_loaded_again_in_bfloat16(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = tiny_csm.build()
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_csm.snapshot_of(cache, tiny_csm.SESAME), folder)
+    weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
+    weights["text_embeddings.weight"] = weights["text_embeddings.weight"] * 1e6
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "prompts" / "conversational_a.txt").write_text("hm, hm.")  # the real transcript has 500 tokens of the tiny tokenizer
+    model = CsmModel(settings(tmp_path, model_id=str(folder), max_batch=1))
+    with tiny_csm.activated(cache):
+        model.load(lambda _: None)
+    assert model.info()["dtype"] == "float16"
+    model.warm_up([voice()])
+    info = model.info()
+    assert info["dtype"] == "bfloat16"
+    assert "float16" in info["note"]
+    assert info["note"] in caplog.text
+    model.close()
+
+
+def test_memory_is_held_within_the_machines_limit_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac; this machine has no GPU whose memory could be held."""
+    held = [0]
+    recommended = mx.get_active_memory() + 1000
+
+    def set_wired_limit(limit: int) -> int:
+        held.append(limit)
+        return held[-2]
+
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": recommended})
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    before = mx.set_cache_limit(12345)
+    release = csm_network.reserve_memory()
+    assert held == [0, recommended]
+    release()
+    assert held == [0, recommended, 0]
+    assert mx.set_cache_limit(before) == 12345
+
+
+def test_a_system_that_refuses_to_hold_memory_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def set_wired_limit(_: int) -> int:
+        raise ValueError("[metal::set_wired_limit] Setting a wired limit larger than the maximum working set size is not allowed.")
+
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    csm_network.reserve_memory()()
+    assert "slow" in caplog.text

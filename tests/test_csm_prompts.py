@@ -83,7 +83,8 @@ def seen_by_stock(model: Model, prompts: Path, words: str, *, voice_match: bool,
 
     model.model.generate_frame = generate_frame
     try:
-        segment = model.prepare_prompt(words, 0, str(prompts / "conversational_a.wav"), 24_000)
+        # mlx-audio's own built-in prompts have the label 0, whatever number the voice has in the text.
+        segment = model.prepare_prompt(words, 0 if voice_match else speaker, str(prompts / "conversational_a.wav"), 24_000)
         list(model.generate(TEXT, context=[segment], speaker=speaker, voice_match=voice_match, max_audio_length_ms=160))
     finally:
         model.model.generate_frame = original
