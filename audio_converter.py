@@ -52,7 +52,14 @@ def to_int16(samples: Samples) -> bytes:
 
 
 def encoder_arguments(
-    fmt: AudioFormat, sample_rate: int, speed: float, tag: SyntheticTag | None, target: str, *, streamed: bool = False
+    fmt: AudioFormat,
+    sample_rate: int,
+    speed: float,
+    tag: SyntheticTag | None,
+    target: str,
+    *,
+    streamed: bool = False,
+    output_rate: int = SAMPLE_RATE,
 ) -> list[str]:
     """Return ffmpeg's arguments that encode signed 16-bit samples from standard input as `fmt` into the file or pipe `target`.
 
@@ -61,7 +68,7 @@ def encoder_arguments(
     """
     source = ["-f", "s16le", "-ar", str(sample_rate // _RATE_DIVISOR), "-ac", "1", "-i", "pipe:0"]
     filters = ["-af", ",".join([f"asetrate={sample_rate}", *_tempo(speed)])]
-    result = ["-ar", str(SAMPLE_RATE), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *tag_arguments(fmt, tag)]
+    result = ["-ar", str(output_rate), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *tag_arguments(fmt, tag)]
     return [*source, *filters, *result, target]
 
 
@@ -72,6 +79,7 @@ async def convert(
     *,
     speed: float = 1.0,
     tag: SyntheticTag | None = None,
+    output_rate: int = SAMPLE_RATE,
     stall_timeout: float = STALL_TIMEOUT,
 ) -> Converted:
     """Return a complete file with exact headers. If cancelled, it leaves no process and no file.
@@ -82,6 +90,7 @@ async def convert(
         fmt: The format to encode to.
         speed: From 0.25 to 4.0; the pitch stays.
         tag: Written into the file's metadata if the format has any.
+        output_rate: The file's sample rate, in Hz.
         stall_timeout: Seconds without progress after which ffmpeg counts as hung.
 
     Raises:
@@ -91,13 +100,13 @@ async def convert(
     pcm = await asyncio.to_thread(to_int16, samples)
     if not pcm:
         raise ConversionError(_NO_AUDIO)
-    if _needs_ffmpeg(FORMATS["pcm"], sample_rate, speed):
+    if _needs_ffmpeg(FORMATS["pcm"], sample_rate, speed, output_rate):
         # A separate run before the encoding, so that the length of what is encoded is known.
-        pcm = await _at_speed(pcm, sample_rate, speed, stall_timeout)
-    duration = len(pcm) / 2 / SAMPLE_RATE
+        pcm = await _resampled(pcm, sample_rate, speed, output_rate, stall_timeout)
+    duration = len(pcm) / 2 / output_rate
     if fmt.name == "pcm":
         return Converted(pcm, duration)
-    return Converted(await _encode(pcm, fmt, tag, stall_timeout), duration)
+    return Converted(await _encode(pcm, fmt, tag, output_rate, stall_timeout), duration)
 
 
 class StreamEncoder:
@@ -119,11 +128,12 @@ class StreamEncoder:
         *,
         speed: float = 1.0,
         tag: SyntheticTag | None = None,
+        output_rate: int = SAMPLE_RATE,
         stall_timeout: float = STALL_TIMEOUT,
     ) -> None:
         self._format = fmt
-        self._arguments = encoder_arguments(fmt, sample_rate, speed, tag, "pipe:1", streamed=True)
-        self._needs_ffmpeg = _needs_ffmpeg(fmt, sample_rate, speed)
+        self._arguments = encoder_arguments(fmt, sample_rate, speed, tag, "pipe:1", streamed=True, output_rate=output_rate)
+        self._needs_ffmpeg = _needs_ffmpeg(fmt, sample_rate, speed, output_rate)
         self._stall_timeout = stall_timeout
         self._process: FfmpegProcess | None = None
         self._output = ByteQueue()
@@ -202,8 +212,8 @@ def _tempo(speed: float) -> list[str]:
     return [f"atempo={speed ** (1 / count):.9f}"] * count
 
 
-def _needs_ffmpeg(fmt: AudioFormat, sample_rate: int, speed: float) -> bool:
-    return fmt.name != "pcm" or speed != 1.0 or sample_rate != SAMPLE_RATE
+def _needs_ffmpeg(fmt: AudioFormat, sample_rate: int, speed: float, output_rate: int) -> bool:
+    return fmt.name != "pcm" or speed != 1.0 or sample_rate != output_rate
 
 
 async def _run(arguments: list[str], data: bytes, folder: Path | None, stall_timeout: float) -> bytes:
@@ -220,20 +230,20 @@ async def _run(arguments: list[str], data: bytes, folder: Path | None, stall_tim
         await process.aclose()
 
 
-async def _at_speed(pcm: bytes, sample_rate: int, speed: float, stall_timeout: float) -> bytes:
-    raw = FORMATS["pcm"]
-    changed = await _run(encoder_arguments(raw, sample_rate, speed, None, "pipe:1"), pcm, None, stall_timeout)
+async def _resampled(pcm: bytes, sample_rate: int, speed: float, output_rate: int, stall_timeout: float) -> bytes:
+    arguments = encoder_arguments(FORMATS["pcm"], sample_rate, speed, None, "pipe:1", output_rate=output_rate)
+    changed = await _run(arguments, pcm, None, stall_timeout)
     expected = len(pcm) / 2 / sample_rate / speed
-    if len(changed) % 2 or abs(len(changed) / 2 / SAMPLE_RATE - expected) > 0.2 + 0.05 * expected:
-        raise ConversionError(_WRONG.format(name="the same speech at the requested speed"))
+    if len(changed) % 2 or abs(len(changed) / 2 / output_rate - expected) > 0.2 + 0.05 * expected:
+        raise ConversionError(_WRONG.format(name="the same speech at the requested speed and sample rate"))
     return changed
 
 
-async def _encode(pcm: bytes, fmt: AudioFormat, tag: SyntheticTag | None, stall_timeout: float) -> bytes:
+async def _encode(pcm: bytes, fmt: AudioFormat, tag: SyntheticTag | None, rate: int, stall_timeout: float) -> bytes:
     """Encode into a file, not a pipe: ffmpeg must seek back to write the length into the header."""
     with temporary_folder() as folder:
         file = folder / f"speech.{fmt.name}"
-        await _run(encoder_arguments(fmt, SAMPLE_RATE, 1.0, tag, file.name), pcm, folder, stall_timeout)
+        await _run(encoder_arguments(fmt, rate, 1.0, tag, file.name, output_rate=rate), pcm, folder, stall_timeout)
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except OSError:

@@ -164,6 +164,11 @@ class Settings(BaseSettings):
         return _csm_enabled(self.csm)
 
     @property
+    def fallback_allowed(self) -> bool:
+        """Whether another voice may speak while the requested one is not ready."""
+        return self.fallback_voice.strip().lower() != "none"
+
+    @property
     def voice_folders(self) -> tuple[Path, Path]:
         """The folder of added voices, and the folder where earlier versions kept them."""
         return self.data_dir / "voices", self.cache_dir / "voices"

@@ -14,6 +14,7 @@
     │   ├── RequestTimeoutError        408  request_timeout: the request did not arrive in time
     │   ├── ConflictError              409  already_exists
     │   ├── BodyTooLargeError          413  body_too_large
+    │   ├── UnsupportedMediaTypeError  415  unsupported_media_type: a compressed body
     │   └── HostNotAllowedError        421  host_not_allowed
     ├── RateLimitError                 429  rate_limit_exceeded: the queue is full
     └── ServerError                    500  the server failed
@@ -149,6 +150,13 @@ class BodyTooLargeError(InvalidRequestError):
 
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is compressed."""
+
+    status = 415
+    code = "unsupported_media_type"
 
 
 class HostNotAllowedError(InvalidRequestError):

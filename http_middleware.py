@@ -28,6 +28,7 @@ from errors import (
     InvalidRequestError,
     ShuttingDownError,
     TTSError,
+    UnsupportedMediaTypeError,
     shorten,
 )
 from schemas import MAX_BODY_BYTES
@@ -49,6 +50,7 @@ _UPLOAD_PATHS = ("/v1/audio/voices", "/audio/voices")
 _UNEXPECTED = "Unexpected server error. The server's log has the details under this request's id."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_METHOD_CHARACTERS = 16  # a client can send a method of 64 KiB
+_ABSOLUTE_FORM = re.compile(r"https?://(?P<host>[^/?#]*)", re.IGNORECASE)
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
 _OPEN_PREFIXES = ("/playground/", f"{DOCS_FILES}/")
@@ -75,6 +77,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
+        scope = _with_plain_path(scope)
         state = scope.setdefault("state", {})
         state["request_id"], state["log_fields"] = request_id, {}
         status: dict[str, Any] = {"status": "aborted"}
@@ -118,13 +121,17 @@ class AccessMiddleware:
         limit = _MAX_UPLOAD_BYTES if scope["path"] in _UPLOAD_PATHS else MAX_BODY_BYTES
         try:
             _check_framing(headers)
-            self._check_host(headers.get("host", ""))
+            for host in (headers.get("host", ""), *scope["state"].get("target_hosts", ())):
+                self._check_host(host)
             scope["state"]["authorized"] = self._has_key(headers)
             self._check_key(scope)
             _check_length(headers, limit)
+            _check_encoding(headers)
         except TTSError as error:
             await error_response(error)(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # answered as GET; uvicorn, which has the original scope, leaves the body out
+            scope = {**scope, "method": "GET"}
         await self._app(scope, _limited(receive, limit), send)
 
     def _check_host(self, host_header: str) -> None:
@@ -143,7 +150,7 @@ class AccessMiddleware:
         """Return whether the request has one of the API keys. Each key is compared in constant time."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            return False
+            given = headers.get("x-api-key", "")
         return any([hmac.compare_digest(given.strip().encode(), key) for key in self._keys])  # noqa: C419 - a generator would stop at the first match
 
     def _check_key(self, scope: Scope) -> None:
@@ -240,6 +247,30 @@ def _check_framing(headers: Headers) -> None:
     if "transfer-encoding" in headers and "content-length" in headers:
         message = "Content-Length and Transfer-Encoding are mutually exclusive."
         raise InvalidRequestError(message, code="invalid_http", headers={"Connection": "close"})
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Refuse a compressed body: it would be read as broken JSON.
+
+    Raises:
+        UnsupportedMediaTypeError: The body has a content encoding.
+    """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaTypeError(f"Content-Encoding {shorten(encoding)} is not supported: send the body uncompressed.")
+
+
+def _with_plain_path(scope: Scope) -> Scope:
+    """Return the scope with a path that routes and checks read alike: without empty segments, and without an absolute form's host.
+
+    A base URL that ends in a slash gives `//audio/speech`. The host of an absolute-form target (RFC 9112, section 3.2.2) is kept in the
+    state, because it is checked like the Host header.
+    """
+    path = scope["path"]
+    if absolute := _ABSOLUTE_FORM.match(path):
+        scope.setdefault("state", {})["target_hosts"] = [absolute["host"]]
+        path = path[absolute.end() :] or "/"
+    return {**scope, "path": re.sub("/{2,}", "/", path)}
 
 
 def _check_length(headers: Headers, limit: int) -> None:

@@ -218,7 +218,6 @@ class ServerSpeaker:
         self._requested = voice
         self._status = status
         self._warn = warn
-        self._warned = False
 
     async def speak(self, text: str, seed: int) -> AsyncGenerator[Part, None]:
         """Speak `text`; wait while the voice's model loads or the queue is full.
@@ -232,7 +231,7 @@ class ServerSpeaker:
         body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": True}
         async with AsyncExitStack() as stack:
             response = await self._accepted(stack, body)
-            await self._read_headers(response.headers)
+            self._read_headers(response.headers)
             events = await stack.enter_async_context(aclosing(self._server.events(response)))
             async for part in _parts(events):
                 yield part
@@ -275,16 +274,13 @@ class ServerSpeaker:
         self._status(f"the server loads {owner.get('model')}: {progress.get('stage', 'starting')}{percent}")
         return True
 
-    async def _read_headers(self, headers: httpx.Headers) -> None:
-        """Read which voice speaks, and warn if it is a fallback."""
+    def _read_headers(self, headers: httpx.Headers) -> None:
+        """Read which voice speaks, warn if it is a fallback, and request it from now on: the voice must not change within a text."""
         self._status("")
         self.voice, self.model = headers.get("X-Voice", self._requested), headers.get("X-Model", "")
-        if self.voice == self._requested or self._warned:
-            return
-        self._warned = True
-        owner = (await self._owner()).get("id", self.voice)
-        if owner != self.voice:
-            self._warn(f"voice '{owner}' is not ready; the server's FALLBACK_VOICE '{self.voice}' speaks instead")
+        self._requested = self.voice
+        if replaced := headers.get("X-Fallback-For"):
+            self._warn(f"voice '{replaced}' is not ready; voice '{self.voice}' speaks instead")
 
     async def _owner(self) -> dict[str, Any]:
         """Return the voice that the requested name belongs to."""

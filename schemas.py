@@ -6,9 +6,9 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from audio_formats import FORMATS
+from audio_formats import FORMATS, SAMPLE_RATE
 from errors import InputTooLongError, InvalidFormatError, InvalidInputError, InvalidRequestError, InvalidVoiceError, shorten
 
 MAX_BODY_BYTES = 1 << 20
@@ -39,13 +39,23 @@ def _number(value: object) -> object:
 
 _Number = BeforeValidator(_number)
 
+_REQUIRED = ("model", "input", "voice")
 _EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
+
+
+def _document_nulls(schema: dict[str, Any]) -> None:
+    """Add the examples, and null to each optional field that lacks it."""
+    schema["examples"] = [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]
+    for name, field in schema["properties"].items():
+        if name not in _REQUIRED and "type" in field:
+            rules = {key: field.pop(key) for key in set(field) - {"title", "description", "default"}}
+            field["anyOf"] = [rules, {"type": "null"}]
 
 
 class SpeechRequest(BaseModel):
     """OpenAI's speech request with some more fields. Unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]})  # fmt: skip
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_document_nulls)
 
     model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
     input: Annotated[str, BeforeValidator(_clean)] = Field(
@@ -76,6 +86,17 @@ class SpeechRequest(BaseModel):
     top_k: Annotated[int | None, _Number] = Field(
         None, ge=1, le=2051, description="Number of candidates in sampling; the default is the voice's."
     )
+    sample_rate: Annotated[int, _Number] = Field(
+        SAMPLE_RATE, ge=8000, le=48_000, description="Sample rate of `pcm` and `wav` in Hz, such as 8000 for telephony."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: object) -> object:
+        """Drop optional fields that are null: some clients serialize all fields that are not set."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None or name in _REQUIRED}
 
     @property
     def voice_name(self) -> str:
@@ -300,6 +321,13 @@ class SkippedPresetFile(_Answer):
     reason: str
 
 
+class Fallback(_Answer):
+    """The voice that speaks for the default voice while that is not ready."""
+
+    voice: str
+    replaces: str
+
+
 class Health(_Answer):
     """The state of the server. If API_KEY is set, requests without the key get `status` only."""
 
@@ -310,6 +338,7 @@ class Health(_Answer):
     ffmpeg_version: str | None = None
     voices: list[str] | None = None
     default_voice: str | None = None
+    fallback: Fallback | None = None
     max_input_length: int | None = None
     skipped_presets: list[SkippedPresetFile] | None = None
     queue: QueueStatus | None = None
@@ -342,6 +371,7 @@ _REASONS = {
     408: "The request did not arrive in time",
     409: "The name is taken, or there are too many voices",
     413: "The body is too large",
+    415: "The body is compressed",
     421: "The Host header names a host that is not allowed",
     429: "The queue is full",
     500: "Server error",
@@ -354,13 +384,14 @@ def refusals(*statuses: int) -> dict[int | str, Document]:
     return {status: {"model": Error, "description": _REASONS[status]} for status in statuses}
 
 
-COMMON_REFUSALS = refusals(400, 401, 408, 413, 421, 500, 503)
+COMMON_REFUSALS = refusals(400, 401, 408, 413, 415, 421, 500, 503)
 """Errors of every route: most are found before a route is chosen."""
 
 _BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
 _TEXT: Document = {"schema": {"type": "string"}}
 _SPEECH_HEADERS = {
     "X-Voice": "The voice that speaks.",
+    "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
     "X-Model": "The model of this voice.",
     "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
     "X-Queue-Time": "Seconds spent in the queue.",

@@ -31,6 +31,7 @@ from monitoring import Metrics, configure_logging
 from schemas import (
     COMMON_REFUSALS,
     CsmStatus,
+    Fallback,
     Health,
     ModelStatus,
     QueueStatus,
@@ -45,7 +46,7 @@ from server_process import listen, serve
 from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
 from tts_engine import TTSEngine
-from voice_presets import VoicePresetManager
+from voice_presets import Voice, VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices
 from voice_routes import router as voice_routes
 from voice_store import VoiceStore
@@ -86,14 +87,25 @@ class Server:
 
     def default_ready(self) -> bool:
         """Return whether the default voice can speak."""
-        try:
-            return self.engine.ready(self.presets.catalog.resolve(self.settings.default_voice))
-        except TTSError:
-            return False
+        default = self._default_voice()
+        return default is not None and self.engine.ready(default)
+
+    def _default_voice(self) -> Voice | None:
+        catalog, name = self.presets.catalog, self.settings.default_voice
+        return catalog.resolve(name) if catalog.knows(name) else None
+
+    def fallback(self) -> Fallback | None:
+        """Return which voice speaks for the default voice while that is not ready."""
+        default = self._default_voice()
+        if default is None or self.engine.ready(default):
+            return None
+        speaker = self.engine.fallback(named=False)
+        return Fallback(voice=speaker.name, replaces=default.name) if speaker else None
 
     def setting_faults(self) -> list[str]:
         """Return a message for each setting with an unknown voice. The server runs nevertheless: its preset may be added later."""
-        named = {"DEFAULT_VOICE": self.settings.default_voice, "FALLBACK_VOICE": self.settings.fallback_voice}
+        fallback = self.settings.fallback_voice if self.settings.fallback_allowed else ""
+        named = {"DEFAULT_VOICE": self.settings.default_voice, "FALLBACK_VOICE": fallback}
         return [
             f"{setting}={shorten(voice)} is not a voice. Available voices: {', '.join(self.presets.catalog.names())}."
             for setting, voice in named.items()
@@ -128,6 +140,7 @@ class Server:
             ffmpeg_version=ffmpeg_version(),
             voices=self.presets.catalog.names(),
             default_voice=self.settings.default_voice,
+            fallback=self.fallback(),
             max_input_length=self.settings.max_input_length,
             skipped_presets=[SkippedPresetFile(file=skipped.file, reason=skipped.reason) for skipped in self.presets.catalog.skipped],
             queue=self._queue_status(),
@@ -228,7 +241,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            allow_private_network=True,
         )
     app.add_middleware(RequestLog)
     return app
@@ -318,7 +336,8 @@ def _from_http(request: Request, error: HTTPException) -> TTSError:
 def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [route for router in (speech_routes, voice_routes, service_routes) for route in router.routes if isinstance(route, APIRoute)]
-    return sorted({method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()})
+    methods = {method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def main() -> int:

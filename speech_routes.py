@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from audio_converter import StreamEncoder, convert
-from audio_formats import FORMATS, AudioFormat, SyntheticTag
+from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import CaptionStore, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
-from errors import InternalError, ModelNotReadyError, NotFoundError, TTSError, shorten
+from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import run_until_gone
 from monitoring import Metrics
 from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechRequest, refusals
@@ -41,6 +41,8 @@ _MODELS = {
     "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
     "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
 }
+_RESAMPLED_FORMATS = ("pcm", "wav")
+_OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class _Plan:
     request: SpeechRequest
     text: str
     voice: Voice
+    replaced: Voice | None
+    """The requested voice, if it is not ready and `voice` speaks instead."""
     format: AudioFormat
     options: SpeechOptions
     tag: SyntheticTag | None
@@ -93,7 +97,7 @@ class SpeechEndpoint:
         async with AsyncExitStack() as stack:
             run = await stack.enter_async_context(self._recorded(request))
             run.plan = plan = await self._plan(body, request)
-            run.utterance = utterance = self._engine.speak(plan.text, plan.voice, plan.options)
+            run.utterance = utterance = self._speak(plan)
             if not plan.options.streamed:
                 return await self._complete(plan, utterance, request)
             encoded = _EncodedUtterance(plan, utterance)
@@ -130,44 +134,47 @@ class SpeechEndpoint:
             ClientDisconnect: The client disconnected while its text was normalized.
         """
         body.check_length(self._settings.max_input_length)
-        voice = self._voice(self._presets.catalog.resolve(body.voice_name))
+        voice, replaced = self._engine.choose_voice(body.voice_name)
         # In a thread: a long text takes long enough to delay other requests' audio.
         normalizing = asyncio.to_thread(self._engine.prepare_text, body.input, normalize=body.normalize)
         text = await run_until_gone(normalizing, request.receive)
         audio_format = FORMATS[body.response_format or self._settings.default_format]
+        if body.sample_rate != SAMPLE_RATE and audio_format.name not in _RESAMPLED_FORMATS:
+            raise InvalidRequestError(
+                f"'sample_rate'={body.sample_rate} is possible for {' and '.join(_RESAMPLED_FORMATS)} only. Leave it out, or change 'response_format'.",
+                param="sample_rate",
+                code="invalid_sample_rate",
+            )
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
         options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize)
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
         fields = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
         request.state.log_fields.update(fields, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
-        return _Plan(body, text, voice, audio_format, options, tag)
+        if replaced is not None:
+            request.state.log_fields["fallback_for"] = replaced.id
+        return _Plan(body, text, voice, replaced, audio_format, options, tag)
 
-    def _voice(self, voice: Voice) -> Voice:
-        """Return the voice, or FALLBACK_VOICE if the voice is not ready and FALLBACK_VOICE is."""
-        try:
-            self._engine.check_ready(voice)
-        except ModelNotReadyError:
-            fallback = self._fallback()
-            if fallback is None:
-                raise
-            logger.warning("voice %s is not ready; FALLBACK_VOICE %s speaks instead", voice.preset.name, fallback.preset.name)
-            return fallback
-        return voice
+    def _speak(self, plan: _Plan) -> Utterance:
+        """Start the utterance.
 
-    def _fallback(self) -> Voice | None:
-        """Return FALLBACK_VOICE if it is set, known and ready. If not, the client gets the error about the voice that it asked for."""
+        Raises:
+            ModelNotReadyError: Another voice speaks for the requested one, and cannot speak this text: the client can try again later.
+            InvalidInputError: The voice cannot speak this text.
+        """
         try:
-            fallback = self._presets.catalog.resolve(self._settings.fallback_voice)
-            self._engine.check_ready(fallback)
-        except TTSError:
-            return None
-        return fallback
+            return self._engine.speak(plan.text, plan.voice, plan.options)
+        except InvalidInputError:
+            if plan.replaced is not None:
+                self._engine.check_ready(plan.replaced)
+            raise
 
     async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
         async def work() -> tuple[bytes, float]:
             samples = await utterance.samples()
-            converted = await convert(samples, utterance.sample_rate, plan.format, speed=plan.request.speed, tag=plan.tag)
+            converted = await convert(
+                samples, utterance.sample_rate, plan.format, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
+            )
             return converted.data, converted.duration
 
         data, duration = await run_until_gone(work(), request.receive)
@@ -257,7 +264,9 @@ class _EncodedUtterance:
 
     def __init__(self, plan: _Plan, utterance: Utterance) -> None:
         self._utterance = utterance
-        self._encoder = StreamEncoder(plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag)
+        self._encoder = StreamEncoder(
+            plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
+        )
         self._error: BaseException | None = None
         self._feeding: asyncio.Task[None] | None = None
 
@@ -294,13 +303,18 @@ class _EncodedUtterance:
 
 def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
     transliterated = {"X-Transliterated": str(utterance.transliterated)} if utterance.transliterated else {}
-    return transliterated | {
-        "Content-Disposition": f"attachment; filename=speech.{plan.format.name}",
-        "X-Queue-Time": f"{utterance.queue_time:.3f}",
-        "X-Voice": plan.voice.preset.name,
-        "X-Model": plan.voice.preset.model,
-        "X-Seed": str(utterance.seed),
-    }
+    fallback = {"X-Fallback-For": plan.replaced.id} if plan.replaced else {}
+    return (
+        transliterated
+        | fallback
+        | {
+            "Content-Disposition": f"attachment; filename=speech.{plan.format.name}",
+            "X-Queue-Time": f"{utterance.queue_time:.3f}",
+            "X-Voice": plan.voice.preset.name,
+            "X-Model": plan.voice.preset.model,
+            "X-Seed": str(utterance.seed),
+        }
+    )
 
 
 def _log_fields(utterance: Utterance, outcome: str) -> dict[str, Any]:
@@ -425,7 +439,9 @@ async def list_models() -> dict[str, Any]:
 
 @router.get("/models/{model}", operation_id="getModel", summary="Get a model", response_model=Model, responses=refusals(404))
 async def get_model(model: str) -> dict[str, Any]:
-    """Return one model in OpenAI's form."""
+    """Return one model in OpenAI's form. OpenAI's own names are accepted too, as in speech requests: some clients look them up first."""
+    if model in _OPENAI_MODELS:
+        return _MODELS["csm-1b"] | {"id": model}
     if model not in _MODELS:
         raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
     return _MODELS[model]

@@ -14,7 +14,7 @@ import numpy as np
 
 from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
-from config import Settings
+from config import BUILT_IN_VOICE, Settings
 from csm_model import CsmModel
 from errors import InsufficientMemoryError, InternalError, InvalidInputError, ModelNotReadyError, TTSError
 from hibari_model import HibariModel, VoiceFiles
@@ -186,6 +186,7 @@ class TTSEngine:
             ),
         }
         self._running: set[Utterance] = set()
+        self._replaced: set[str] = set()  # the voices that others speak for; one warning each
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self, only: Voice | None = None) -> None:
@@ -262,6 +263,44 @@ class TTSEngine:
             return host.not_ready_error().message
         reason = host.model.unavailable(voice)
         return f"Voice '{voice.name}' {reason}" if reason else None
+
+    def choose_voice(self, name: str) -> tuple[Voice, Voice | None]:
+        """Return the voice that speaks for `name` now, and the voice it replaces: the one that `name` selects, if that is not ready.
+
+        Raises:
+            InvalidVoiceError: There is no voice of this name.
+            ModelNotReadyError: The voice is not ready, and no other may speak.
+        """
+        selected = self._presets.catalog.resolve(name)
+        if self.ready(selected):
+            self._replaced.discard(selected.id)
+            return selected, None
+        speaker = self.fallback(named=not self._presets.catalog.means_default(name))
+        if speaker is None:
+            self.check_ready(selected)
+            return selected, None  # it became ready meanwhile
+        if selected.id not in self._replaced:
+            self._replaced.add(selected.id)
+            logger.warning("voice %s is not ready; voice %s speaks instead: %s", selected.id, speaker.id, self.not_ready_reason(selected))
+        return speaker, selected
+
+    def fallback(self, *, named: bool) -> Voice | None:
+        """Return the voice that speaks while the requested one is not ready, if one is.
+
+        FALLBACK_VOICE may replace any voice. The best of the ready voices replaces only the default voice, because a client that
+        sends one of OpenAI's names wants speech, whoever speaks.
+
+        Args:
+            named: The client has asked for one voice by its own name.
+        """
+        if not self._settings.fallback_allowed:
+            return None
+        catalog = self._presets.catalog
+        names = [self._settings.fallback_voice] if self._settings.fallback_voice else []
+        if not named:
+            names += [BUILT_IN_VOICE, *(voice.id for voice in catalog.voices if not voice.uploaded)]
+        candidates = (catalog.resolve(name) for name in names if catalog.knows(name))
+        return next((voice for voice in candidates if self.ready(voice)), None)
 
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
         """Return the text as it will be spoken. Safe to call from any thread.

@@ -24,6 +24,7 @@ OPENAI_VOICES: tuple[str, ...] = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
     *("juniper", "marin", "nova", "onyx", "sage", "shimmer", "verse"),
 )
+_DEFAULT_NAMES = ("default", *OPENAI_VOICES)
 
 ModelId = Literal["csm-1b", "hibari"]
 
@@ -179,6 +180,11 @@ class SkippedPreset:
     reason: str
 
 
+def is_default_name(name: str) -> bool:
+    """Return whether a request with this name asks for the default voice, unless a preset claims the name."""
+    return name_key(name.strip()) in _DEFAULT_NAMES
+
+
 class VoiceCatalog:
     """An immutable snapshot of all voices, looked up by id, name and alias.
 
@@ -197,6 +203,7 @@ class VoiceCatalog:
         self.skipped = tuple(skipped)
         self._by_id = {voice.id: voice for voice in voices}
         self._by_alias = {alias: voice for voice in voices for alias in voice.preset.aliases}
+        self._by_key = {name_key(name): voice for name, voice in (self._by_alias | self._by_id).items()}
         self._by_given_name = {name_key(voice.name): voice for voice in voices if voice.uploaded}
         self._default = self._find(default_voice)
 
@@ -211,10 +218,12 @@ class VoiceCatalog:
     def resolve(self, name: str) -> Voice:
         """Return the voice for `name`: an id, a preset's name, an alias, or the name of an added voice.
 
+        Surrounding space and case do not matter.
+
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        voice = self._find(name) or (self._default if name in OPENAI_VOICES else None)
+        voice = self._default if self.means_default(name) else self._find(name)
         if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
@@ -223,13 +232,17 @@ class VoiceCatalog:
 
     def knows(self, name: str) -> bool:
         """Return whether `resolve` finds a voice."""
-        return self._find(name) is not None or (self._default is not None and name in OPENAI_VOICES)
+        return (self._default if self.means_default(name) else self._find(name)) is not None
+
+    def means_default(self, name: str) -> bool:
+        """Return whether `name` selects whatever the default voice is: one of OpenAI's names or "default", unless a voice claims it."""
+        return is_default_name(name) and self._find(name) is None
 
     def aliases_of(self, voice: Voice) -> list[str]:
         """Return the other names that select a voice, sorted; for the default voice these include OpenAI's."""
         aliases = set(voice.preset.aliases)
         if voice is self._default:
-            aliases.update(name for name in OPENAI_VOICES if self._find(name) is None)
+            aliases.update(filter(self.means_default, OPENAI_VOICES))
         return sorted(aliases)
 
     def check_new_name(self, name: str) -> None:
@@ -238,12 +251,13 @@ class VoiceCatalog:
         Raises:
             ConflictError: It is the name of a preset, an alias, or one of OpenAI's names.
         """
-        if name_key(name) in {name_key(known) for known in (*self._by_id, *self._by_alias, *OPENAI_VOICES)}:
+        if name_key(name) in {name_key(known) for known in (*self._by_id, *self._by_alias, *_DEFAULT_NAMES)}:
             raise name_taken(name)
 
     def _find(self, name: str) -> Voice | None:
         """Presets and their aliases come first, so that an added voice never replaces one."""
-        return self._by_id.get(name) or self._by_alias.get(name) or self._by_given_name.get(name_key(name))
+        key = name_key(name.strip())
+        return self._by_id.get(name) or self._by_alias.get(name) or self._by_key.get(key) or self._by_given_name.get(key)
 
 
 class VoicePresetManager:

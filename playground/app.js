@@ -23,7 +23,7 @@ const player = new Player();
 const settings = new SettingsForm();
 const voices = new VoiceList(byId("voices"), (id) => server.health?.models?.[id]);
 const waveform = new Waveform(byId("wave"), byId("canvas"), (seconds) => player.seek(seconds));
-const server = new ServerState({ dot: document.querySelector("#server-button .dot"), word: byId("server-word"), models: byId("models"), queue: byId("queue") });
+const server = new ServerState({ dot: document.querySelector("#server-button .dot"), word: byId("server-word"), models: byId("models"), queue: byId("queue"), fallback: byId("fallback") });
 const keyDialog = new KeyDialog(() => begin());
 const voiceDialog = new VoiceDialog((voice) => useNewVoice(voice));
 const results = new Results(byId("recent"), byId("results"), { play: replay, download, restore });

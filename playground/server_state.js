@@ -14,7 +14,7 @@ export class ServerState extends EventTarget {
   #timer = 0;
   #lastState = "";
 
-  /** @param parts `{dot, word, models, queue}` elements. */
+  /** @param parts `{dot, word, models, queue, fallback}` elements. */
   constructor(parts) {
     super();
     this.#parts = parts;
@@ -44,12 +44,15 @@ export class ServerState extends EventTarget {
   }
 
   #show(fault) {
-    const { dot, word, models, queue } = this.#parts;
+    const { dot, word, models, queue, fallback } = this.#parts;
     const [text, colour] = this.locked ? ["API key required", "wait"] : this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
     if (word.textContent !== text) word.textContent = text;
     dot.className = `dot ${colour}`;
     models.replaceChildren(...Object.entries(this.health?.models ?? {}).map(([id, model]) => modelItem(id, model)));
     queue.textContent = this.health ? queueWords(this.health) : fault.message;
+    const words = fallbackWords(this.health?.fallback);
+    fallback.hidden = !words;
+    if (fallback.textContent !== words) fallback.textContent = words;
     this.#notifyChanges();
   }
 
@@ -86,6 +89,9 @@ function queueWords({ queue, version }) {
   const { active, waiting } = queue;
   return `Version ${version}. Requests: ${active} active, ${waiting} waiting.`;
 }
+
+const fallbackWords = (fallback) =>
+  fallback ? `The default voice ${fallback.replaces} is not ready. Until it is, ${fallback.voice} speaks for clients that use OpenAI's voice names.` : "";
 
 /** Return a model's state as a word, and the class of its dot. */
 export const stateOf = (model) => [WORDS[model?.state] ?? model?.state ?? "", DOTS[model?.state] ?? ""];

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import as_mac
 import httpx
 import pytest
 from httpx._transports import default as _transports
@@ -40,6 +41,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
 _LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "PYTHONPATH"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mac", action="store_true", help="our own code believes that it runs on Apple Silicon")
 
 
 def free_port() -> int:
@@ -98,7 +103,7 @@ class ServerForker:
         self._lock = threading.Lock()
 
     def start(self, environment: dict[str, str], log: Path) -> ForkedProcess:
-        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent)}
+        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent), "mac": as_mac.active()}
         with self._lock:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
@@ -195,7 +200,7 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
 def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as stderr:
         return subprocess.Popen(
-            [sys.executable, "server.py"], cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+            [*as_mac.python(), "server.py"], cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
         )
 
 
@@ -229,7 +234,9 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder that the workers of this test run share."""
+    """Become a Mac if asked to, and make the folder that the workers of this test run share."""
+    if config.getoption("--mac"):
+        as_mac.pretend()
     if not hasattr(config, "workerinput"):
         os.environ["TEST_RUN_FOLDER"] = tempfile.mkdtemp(prefix="sesame-tests-")
 

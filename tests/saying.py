@@ -7,13 +7,13 @@ import os
 import pty
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import as_mac
 import psutil
 from conftest import PROJECT, clean_environment, free_port
 
@@ -87,7 +87,7 @@ def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(PROJECT / "say.py"), *map(str, arguments)]
+    return [*as_mac.python(), str(PROJECT / "say.py"), *map(str, arguments)]
 
 
 def say(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> subprocess.CompletedProcess[bytes]:

@@ -16,11 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+import as_mac
+
 _EXITS = "exit-{pid}"
 
 
 def main() -> None:
-    """Answer requests `{"env", "cwd", "log", "exits"}` with `{"pid"}` until standard input ends, then end all servers."""
+    """Answer requests `{"env", "cwd", "log", "exits", "mac"}` with `{"pid"}` until standard input ends, then end all servers."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime  # noqa: F401 - one of the slowest imports of a start
     from hibari import g2p
@@ -51,6 +53,7 @@ def main() -> None:
     _serve(requests, answers, folders)
     for pid in list(folders):
         os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # nothing that a library does at exit may keep it alive
 
 
 def _serve(requests: TextIO, answers: TextIO, folders: dict[int, Path]) -> None:
@@ -66,7 +69,7 @@ def _serve(requests: TextIO, answers: TextIO, folders: dict[int, Path]) -> None:
         answers.flush()
 
 
-def _run_server(request: dict[str, str | dict[str, str]]) -> NoReturn:
+def _run_server(request: dict[str, str | dict[str, str] | bool]) -> NoReturn:
     """Become a server, as `python server.py` would be one with this environment."""
     status = 1
     try:
@@ -83,6 +86,8 @@ def _run_server(request: dict[str, str | dict[str, str]]) -> NoReturn:
         os.chdir(str(request["cwd"]))
         sys.argv = ["server.py"]
         tempfile.tempdir = None  # TMPDIR may be another one
+        if request["mac"]:
+            as_mac.pretend()
         import logging
 
         from server import main as serve

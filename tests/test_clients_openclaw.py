@@ -10,9 +10,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import as_mac
 import pytest
 from client_programs import CLIENTS, LONG, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
 from conftest import RunningServer
+from small_hub import SmallHub, write_small_repositories
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 OPENCLAW = CLIENTS / "node_modules" / "openclaw" / "openclaw.mjs"
@@ -67,6 +69,22 @@ def test_it_speaks_with_base_url_and_key_only_and_without_v1(server: RunningServ
     assert fmt == "opus"
     assert data.startswith(b"OggS")
     assert_says(data, "opus", SENTENCE)
+
+
+def test_it_speaks_with_base_url_and_key_only_while_csm_is_downloaded(
+    make_server: Callable[..., RunningServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac, in the minutes after the installation."""
+    monkeypatch.setattr("config.system_and_processor", as_mac.system_and_processor)
+    with SmallHub(write_small_repositories(tmp_path / "repositories"), silent_after=1_000_000) as hub:
+        network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": tmp_path / "hub", "HF_HOME": tmp_path / "hf"}
+        server = make_server(CSM="auto", wait=False, **network)
+        server.wait_for(lambda health: health["fallback"] is not None and "progress" in health["models"]["csm-1b"])
+        configure(tmp_path, {"apiKey": "local", "baseUrl": server.url})
+        data, fmt = written(convert(tmp_path, SENTENCE))
+        assert_says(data, fmt, SENTENCE)
+        assert "fallback_for=conversational" in server.log_text()
+        assert server.health()["models"]["csm-1b"]["state"] == "loading"
 
 
 def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer, tmp_path: Path) -> None:

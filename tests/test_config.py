@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,25 @@ def test_the_defaults_are_the_users_table() -> None:
     assert settings.cache_dir == Path.home() / ".cache" / "sesame-tts"
     assert settings.presets_dir == PROJECT / "presets"
     assert settings.default_voice == ("conversational" if settings.csm_enabled else "heart")
+
+
+@pytest.mark.parametrize(("system", "processor", "csm", "voice"), [
+    ("darwin", "arm64", "auto", "conversational"),
+    ("darwin", "arm64", "on", "conversational"),
+    ("darwin", "arm64", "off", "heart"),
+    ("darwin", "x86_64", "auto", "heart"),
+    ("linux", "aarch64", "on", "conversational"),
+    ("linux", "x86_64", "off", "heart"),
+])  # fmt: skip
+def test_the_default_voice_follows_the_machine_and_csm(
+    monkeypatch: pytest.MonkeyPatch, system: str, processor: str, csm: str, voice: str
+) -> None:
+    monkeypatch.setattr("config.system_and_processor", lambda: (system, processor))
+    monkeypatch.setenv("CSM", csm)
+    settings = load_settings(NONE)
+    assert (settings.default_voice, settings.csm_enabled) == (voice, voice == "conversational")
+    monkeypatch.setenv("DEFAULT_VOICE", "nobody")
+    assert load_settings(NONE).default_voice == "nobody"
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +149,9 @@ def test_the_example_holds_exactly_the_settings_with_their_defaults(tmp_path: Pa
 def test_added_voices_are_in_the_platforms_data_folder_unless_cache_dir_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     home, old = Path.home(), Path.home() / ".cache" / "sesame-tts" / "voices"
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("config.on_mac", lambda: False)
     assert load_settings(NONE).voice_folders == (home / ".local" / "share" / "sesame-tts" / "voices", old)
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("config.on_mac", lambda: True)
     assert load_settings(NONE).voice_folders == (home / "Library" / "Application Support" / "sesame-tts" / "voices", old)
     monkeypatch.setenv("CACHE_DIR", "/data")
     assert load_settings(NONE).voice_folders == (Path("/data/voices"), Path("/data/voices"))

@@ -60,10 +60,16 @@ def test_each_answer_of_the_hub_is_told_the_built_in_voice_speaks_on_and_a_reloa
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_not_ready")
         assert int(refused.headers["retry-after"]) > 0
         assert speak(server, "heart").status_code == 200
+        spoken = speak(server, "alloy")
+        assert (spoken.headers["x-voice"], spoken.headers["x-fallback-for"]) == ("heart", "tiny")
+        assert health["fallback"] == {"voice": "heart", "replaces": "tiny"}
     hub.list_errors.clear()
     httpx.post(f"{server.url}/admin/reload")
     server.wait_for(lambda health: health["status"] == "ok", 120)
     assert speak(server, "tiny").headers["x-model"] == "csm-1b"
+    spoken = speak(server, "alloy")
+    assert (spoken.headers["x-voice"], spoken.headers.get("x-fallback-for"), server.health()["fallback"]) == ("tiny", None, None)
+    assert server.log_text().count("voice tiny is not ready") == 1
 
 
 def test_an_idle_model_gives_its_memory_back_and_is_there_again_when_it_is_asked(hub: SmallHub, server: RunningServer) -> None:

@@ -63,7 +63,12 @@ def test_the_document_asks_for_a_key_only_where_one_is_set(server: RunningServer
 
 @pytest.mark.parametrize(
     ("path", "allowed"),
-    [("/v1/audio/voices", "GET, POST"), ("/audio/voices", "GET, POST"), ("/v1/audio/voices/x", "DELETE, GET"), ("/health", "GET")],
+    [
+        ("/v1/audio/voices", "GET, HEAD, POST"),
+        ("/audio/voices", "GET, HEAD, POST"),
+        ("/v1/audio/voices/x", "DELETE, GET, HEAD"),
+        ("/health", "GET, HEAD"),
+    ],
 )
 def test_405_names_all_methods_of_the_path(server: RunningServer, path: str, allowed: str) -> None:
     response = httpx.request("PATCH", f"{server.url}{path}")

@@ -222,13 +222,12 @@ def test_the_error_disappears_when_the_server_is_reachable_again(guest: Guest) -
 
 def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hub:  # accepts connections and never answers
-        own = make_server(
-            CSM="on", HF_HUB_OFFLINE=0, HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}", DEFAULT_VOICE="heart", wait=False
-        )
+        own = make_server(CSM="on", HF_HUB_OFFLINE=0, HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}", wait=False)
         own.wait_for(lambda health: health["models"]["hibari"]["state"] == "ready")
         with guest(f"{own.url}/", reduced_motion="reduce") as seen:
             seen.open()
             expect(seen.page.locator("#server-word")).to_contain_text("Loading csm-1b")
+            expect(seen.page.locator("#fallback")).to_contain_text("conversational is not ready. Until it is, heart speaks")
             seen.page.click("#server-button")
             expect(seen.page.get_by_role("progressbar", name="Loading csm-1b")).to_be_visible()
             assert seen.page.evaluate("document.getAnimations().length") == 0
@@ -246,6 +245,7 @@ def test_a_failed_load_and_an_unreachable_server_are_shown_with_their_reason(
         seen.expect_refusals = True
         seen.open()
         expect(seen.page.locator("#server-word")).to_have_text("csm-1b failed")
+        expect(seen.page.locator("#fallback")).to_be_hidden()
         seen.page.click("#server-button")
         reason = own.health()["models"]["csm-1b"]["error"]
         expect(seen.page.locator("#models li", has_text="csm-1b")).to_contain_text(reason)

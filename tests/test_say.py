@@ -223,5 +223,5 @@ def test_another_voice_that_speaks_instead_is_named(make_server: MakeServer, tmp
     server = make_server(FALLBACK_VOICE="heart")
     ended = say(tmp_path, TEXT, "-o", "speech.wav", "--voice", "conversational", "--server", server.url)
     assert ended.returncode == 0
-    assert ended.stderr.decode() == "say.py: voice 'conversational' is not ready; the server's FALLBACK_VOICE 'heart' speaks instead\n"
+    assert ended.stderr.decode() == "say.py: voice 'conversational' is not ready; voice 'heart' speaks instead\n"
     assert say(tmp_path, "Hello.", "-o", "speech.wav", "--voice", "nova", "--server", server.url).stderr == b""

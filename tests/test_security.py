@@ -72,11 +72,10 @@ def test_open_paths_show_nothing_about_the_owner(watched: RunningServer, path: s
         assert told not in response.text
 
 
-def test_the_key_is_accepted_in_the_authorization_header_only(watched: RunningServer) -> None:
+def test_the_key_is_accepted_nowhere_but_in_its_headers(watched: RunningServer) -> None:
     for url, headers in [
         (f"/v1/models?api_key={KEY}", {}),
         (f"/v1/models?authorization=Bearer%20{KEY}", {}),
-        ("/v1/models", {"X-Api-Key": KEY}),
         ("/v1/models", {"Cookie": f"key={KEY}"}),
         ("/v1/models", {"Authorization": f"Basic {KEY}"}),
         ("/v1/models/../../health/../v1/models", {}),
@@ -320,3 +319,21 @@ def test_no_file_holds_the_key(watched: RunningServer) -> None:
     for file in watched.cache_dir.rglob("*"):
         if file.is_file():
             assert KEY.encode() not in file.read_bytes()
+
+
+def test_the_key_is_accepted_in_x_api_key_too(watched: RunningServer) -> None:
+    assert httpx.get(f"{watched.url}/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+    assert httpx.get(f"{watched.url}/v1/models", headers={"X-Api-Key": f"{KEY}x"}).status_code == 401
+
+
+def test_other_spellings_of_a_path_need_the_key_too(watched: RunningServer) -> None:
+    for path in ("//v1/models", "/playground/..//v1/models", "//playground//../v1/models"):
+        assert httpx.get(watched.url + path).status_code in (401, 404)
+
+
+@pytest.mark.parametrize(("origin", "answered"), [("https://chat.example.com", True), ("https://evil.example.com", False)])
+def test_a_private_network_preflight_is_answered_for_allowed_origins(watched: RunningServer, origin: str, answered: bool) -> None:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    response = httpx.options(f"{watched.url}/v1/audio/speech", headers=headers)
+    allowed = response.headers.get("access-control-allow-private-network") == "true" and "access-control-allow-origin" in response.headers
+    assert allowed is answered

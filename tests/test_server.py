@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import socket
 import wave
 from io import BytesIO
 from typing import Any
@@ -200,3 +203,72 @@ def test_metrics_count_what_was_spoken(server: RunningServer) -> None:
     for name in ("queue_seconds", "generation_seconds", "first_audio_seconds", "audio_seconds", "real_time_factor"):
         assert f'sesame_tts_{name}_count{{model="hibari"}}' in text
     assert 'sesame_tts_active{model="hibari"} 0.0' in text
+
+
+def test_null_means_absent_for_every_optional_field(server: RunningServer) -> None:
+    optional: dict[str, Any] = dict.fromkeys(
+        ("speed", "stream", "stream_format", "timestamps", "seed", "temperature", "top_k", "normalize", "instructions")
+    )
+    response = speak(server, **{**optional, "response_format": None, "sample_rate": None})
+    assert response.headers["content-type"] == "audio/mpeg"
+    refused = httpx.post(f"{server.url}/v1/audio/speech", json={"model": "m", "voice": None, "input": SENTENCE})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_voice")
+
+
+@pytest.mark.parametrize("voice", [" heart ", "Heart", "HEART", "default", "Alloy", {"id": "Heart"}])
+def test_space_and_case_of_a_voice_do_not_matter(server: RunningServer, voice: object) -> None:
+    assert speak(server, voice=voice, response_format="pcm", input="Yes.").headers["x-voice"] == "heart"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/audio/voices", "/openapi.json", "/docs"])
+def test_head_answers_as_get_without_a_body(server: RunningServer, path: str) -> None:
+    head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize("model", ["tts-1", "tts-1-hd", "gpt-4o-mini-tts"])
+def test_openais_models_are_found(server: RunningServer, model: str) -> None:
+    found = httpx.get(f"{server.url}/v1/models/{model}").json()
+    assert (found["id"], found["object"]) == (model, "model")
+
+
+def raw(server: RunningServer, target: str, host: str = "localhost") -> bytes:
+    """Return the answer to a GET with this request target, which no HTTP client sends."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("target", ["//v1/models", "/v1//models", "http://localhost/v1/models", "HTTP://localhost:8880//v1/models"])
+def test_other_spellings_of_a_path_reach_it(server: RunningServer, target: str) -> None:
+    assert raw(server, target).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_host_of_an_absolute_target_is_checked_too(server: RunningServer) -> None:
+    assert raw(server, "http://evil.example.com/v1/models").startswith(b"HTTP/1.1 421 ")
+
+
+def test_a_compressed_body_is_refused(server: RunningServer) -> None:
+    body = gzip.compress(json.dumps({"model": "m", "voice": "heart", "input": SENTENCE}).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    refused = httpx.post(f"{server.url}/v1/audio/speech", content=body, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(("name", "rate", "streamed"), [("wav", 8000, False), ("wav", 48_000, True), ("pcm", 16_000, True)])
+def test_the_sample_rate_is_as_asked(server: RunningServer, name: str, rate: int, streamed: bool) -> None:
+    usual = decode(speak(server, response_format=name, seed=1, stream=streamed).content, name)[0]
+    data = speak(server, response_format=name, seed=1, stream=streamed, sample_rate=rate).content
+    if name == "wav":
+        with wave.open(BytesIO(data)) as file:
+            assert file.getframerate() == rate
+    samples = np.frombuffer(data[44 if name == "wav" else 0 :], "<i2") / 32768
+    assert samples.size / rate == pytest.approx(usual.size / 24_000, abs=0.05)
+    assert word_error_rate(SENTENCE, transcribe(samples.astype(np.float32), rate)) == 0
+
+
+def test_a_sample_rate_that_a_format_does_not_have_is_refused(server: RunningServer) -> None:
+    body = {"model": "m", "voice": "heart", "input": SENTENCE, "response_format": "mp3", "sample_rate": 8000}
+    refused = httpx.post(f"{server.url}/v1/audio/speech", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_sample_rate")

@@ -166,12 +166,12 @@ def test_cors_is_off_unless_an_origin_is_named(server: RunningServer, make_serve
     assert "access-control-allow-origin" not in httpx.get(f"{open_to_one.url}/health", headers={"Origin": "https://evil.com"}).headers
 
 
-def test_the_fallback_voice_speaks_only_where_the_owner_says_so(make_server: Callable[..., RunningServer]) -> None:
+def test_a_voice_that_was_named_is_replaced_only_by_fallback_voice(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(FALLBACK_VOICE="heart")
     response = post(server, voice="conversational")
     assert response.status_code == 200
-    assert response.headers["x-voice"] == "heart"
-    assert "FALLBACK_VOICE heart speaks instead" in server.log_text()
+    assert (response.headers["x-voice"], response.headers["x-fallback-for"]) == ("heart", "conversational")
+    assert "voice conversational is not ready; voice heart speaks instead: Model 'csm-1b' is switched off" in server.log_text()
 
 
 def test_settings_with_unknown_voices_are_reported_and_do_not_change_a_requests_error(make_server: Callable[..., RunningServer]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import plistlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import as_mac
 import httpx
 import pytest
 import system_tools
@@ -135,7 +137,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         shutil.copytree(PROJECT / folder_name, project / folder_name)
     (project / ".venv" / "bin").mkdir(parents=True)
     interpreter = project / ".venv" / "bin" / "python"
-    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    interpreter.write_text(f'#!/bin/sh\nexec {shlex.join(as_mac.python())} "$@"\n')
     interpreter.chmod(0o755)
     system_tools.install_tools(home / "tools")
     made = Machine(home, project, state, free_port())
@@ -349,7 +351,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_download(machine: Machine, tmp_pat
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "hf")}
         assert machine.install("--no-download", **environment).returncode == 0
         assert machine.calls("caffeinate") == []
-        helper = [sys.executable, str(machine.project / "deploy" / "service.py"), "watch", "60"]
+        helper = [*as_mac.python(), str(machine.project / "deploy" / "service.py"), "watch", "60"]
         with subprocess.Popen(helper, env=machine.environment | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout
             assert watching.stdout.readline().startswith("downloading ")
