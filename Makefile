@@ -21,7 +21,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clients bench bench-csm soak audit clean help
+.PHONY: run setup test check clients bench bench-csm acceptance soak audit clean help
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
@@ -47,6 +47,9 @@ bench: .venv/.dev-stamp ## measure speed and latency with the built-in voice
 bench-csm: .venv/.dev-stamp ## measure CSM's generation with a small random model
 	$(PY) benchmarks/csm.py
 
+acceptance: .venv/.dev-stamp ## check the requirements on this machine: speed, memory, words, recovery; prints a table
+	$(PY) benchmarks/acceptance.py $(ARGS)
+
 soak: .venv/.dev-stamp ## send 10,000 mixed requests; fails if memory, processes or files leak
 	$(PY) benchmarks/soak.py $(ARGS)
 
@@ -55,7 +58,7 @@ audit: .venv/.dev-stamp ## look up known vulnerabilities of the installed packag
 	.venv/bin/pip-audit --local
 
 clean: ## remove everything that the other targets installed or wrote here
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results \
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .tiny-csm test-results acceptance \
 		tests/clients/.venv tests/clients/.venv-wyoming tests/clients/node_modules
 
 help: ## print this list

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import acceptance
 import as_mac
 import httpx
 import pytest
@@ -439,11 +440,7 @@ def test_a_killed_server_is_restarted_after_the_throttle_interval(machine: Machi
     supervise(machine)
     until(machine.answers, START_SECONDS)
     for _ in range(2):
-        before = machine.manager()
-        assert before["pid"]
-        os.kill(before["pid"], signal.SIGKILL)
-        until(lambda before=before: machine.manager()["pid"] not in (None, before["pid"]))  # type: ignore[misc]
-        until(machine.answers, START_SECONDS)
+        assert acceptance.seconds_to_recover(machine.cache_dir) is not None, "as `make acceptance` sees it"
     starts, statuses = machine.manager()["starts"], machine.manager()["statuses"]
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL]
     assert all(later - earlier >= 1.0 for earlier, later in pairwise(starts))
