@@ -179,30 +179,29 @@ stop_on_mac() {
 }
 
 start_on_mac() {
-    local attempt
+    local attempt cause
     launchctl enable "$DOMAIN/$LABEL" >/dev/null 2>&1 || true
     for attempt in 1 2 3; do
         if launchctl bootstrap "$DOMAIN" "$PLIST"; then return 0; fi
+        cause="$(bootstrap_cause)"
+        [ -z "$cause" ] || fail "$FAILED" "launchd could not start the service. $cause"
         say "launchd could not start the service (attempt $attempt of 3)."
         sleep 2
     done
-    bootstrap_causes >&2
-    fail "$FAILED" "launchd could not start the service, for the reason above."
+    fail "$FAILED" "launchd could not start the service. Possible causes:
+- It is switched off in System Settings > General > Login Items & Extensions (shown as \"python\").
+- A service with this name is still loaded: launchctl bootout $DOMAIN/$LABEL
+- The service file is damaged: plutil $PLIST
+- A device management profile forbids background items."
 }
 
-# Print the causes that this Mac shows, or all known ones if it shows none.
-bootstrap_causes() {
+# Print why launchd could not start the service, if this Mac shows it.
+bootstrap_cause() {
     if ! launchctl print "$DOMAIN" >/dev/null 2>&1; then
         say "Nobody is logged in at this Mac's screen, so there is no domain $DOMAIN: an ssh login alone does not create one."
         say "Log in at the screen or with Screen Sharing and run install.sh again. docs/SERVICE.md lists the choices for a Mac without a screen."
     elif launchctl print-disabled "$DOMAIN" 2>/dev/null | grep -q "\"$LABEL\" => \(disabled\|true\)"; then
-        say "The service is switched off. Switch it on in System Settings > General > Login Items & Extensions (\"python\" or \"sesame-tts\"), then run install.sh again."
-    else
-        say "Possible causes:"
-        say "- It is switched off in System Settings > General > Login Items & Extensions (shown as \"python\")."
-        say "- A service with this name is still loaded: launchctl bootout $DOMAIN/$LABEL"
-        say "- The service file is damaged: plutil $PLIST"
-        say "- A device management profile forbids background items."
+        say "It is switched off: switch it on in System Settings > General > Login Items & Extensions (\"python\" or \"sesame-tts\"), then run install.sh again."
     fi
 }
 

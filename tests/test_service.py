@@ -318,32 +318,31 @@ def test_an_unsuitable_machine_is_refused_before_any_change(machine: Machine, an
     assert not machine.plist.exists()
 
 
-def test_it_speaks_at_once_and_then_shows_the_services_download(machine: Machine, tmp_path: Path) -> None:
-    """The small files are no model, so the load fails in the end: the service stays, with the built-in voice."""
-    machine.configure(CSM="on", MODEL_ID=tiny_csm.MLX_COMMUNITY)
-    with SmallHub(write_small_repositories(tmp_path / "repositories"), bytes_a_second=1_000_000) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "hf")}
-        result = machine.install(**environment)
-    assert result.returncode == 1
-    assert "CSM-1B could not be loaded: " in result.stderr
-    assert "the service runs with the built-in voice" in result.stderr
+def test_it_speaks_at_once_then_shows_the_services_download_then_speaks_with_csm(machine: Machine, tmp_path: Path) -> None:
+    machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
+    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]})
+    repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
+    with SmallHub(repositories, bytes_a_second=150_000_000) as hub:
+        result = machine.install(HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path / "hf"))
+    assert result.returncode == 0, result.stdout + result.stderr + machine.log()
     assert machine.calls("caffeinate") == ["caffeinate -i"]
     steps = result.stdout[result.stdout.index("==> Test sentence") :]
-    assert steps.index("Spoken with the voice heart") < steps.index("downloading model.safetensors")
+    assert steps.index("Spoken with the voice heart") < steps.index("downloading ")
+    assert steps.index("CSM-1B is ready (sesame/csm-1b).") < steps.index("Spoken with the voice conversational")
     assert re.search(r"^downloading .*, \d+% of \d+ MB, \d+\.\d MB/s, \d+ s left$", steps, re.MULTILINE), steps
-    assert machine.calls("afplay") == [f"afplay {machine.cache_dir / 'installed.wav'}"]
-    assert "csm-1b: failed" in machine.install("--status").stdout
-
-
-def test_csm_speaks_when_it_is_ready(machine: Machine) -> None:
-    machine.configure(CSM="on", HF_HUB_OFFLINE=1, GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
-    hub = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]})
-    result = machine.install(HF_HUB_CACHE=str(hub))
-    assert result.returncode == 0, result.stdout + result.stderr + machine.log()
-    assert "CSM-1B is ready (sesame/csm-1b)." in result.stdout
     assert [call.rsplit("/")[-1] for call in machine.calls("afplay")] == ["installed.wav", "installed-csm.wav"]
     with wave.open(str(machine.cache_dir / "installed-csm.wav")) as spoken:
         assert 0 < spoken.getnframes() < 24000
+
+
+def test_without_csm_the_service_stays_with_the_built_in_voice(machine: Machine) -> None:
+    machine.configure(CSM="on", HF_HUB_OFFLINE=1)
+    result = machine.install(HF_HUB_CACHE=str(machine.home / "hub"))
+    assert result.returncode == 1
+    assert "CSM-1B could not be loaded: " in result.stderr
+    assert "the service runs with the built-in voice" in result.stderr
+    assert machine.calls("afplay") == [f"afplay {machine.cache_dir / 'installed.wav'}"]
+    assert "csm-1b: failed" in machine.install("--status").stdout
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_download(machine: Machine, tmp_path: Path) -> None:
@@ -388,7 +387,7 @@ def test_protected_folders_of_the_data_are_named(machine: Machine) -> None:
     ("answers", "cause"),
     [
         ({"screen": "nobody"}, "an ssh login alone does not create one"),
-        ({"login_item": "off"}, "Switch it on in System Settings > General > Login Items"),
+        ({"login_item": "off"}, "switch it on in System Settings > General > Login Items"),
         ({"bootstrap": "fails"}, "- A service with this name is still loaded"),
     ],
 )
