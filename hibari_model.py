@@ -178,7 +178,7 @@ class HibariModel:
         self._files = files or VoiceFiles()
         self._voices: dict[str, Hibari] = {}
         self._used: dict[str, float] = {}  # when each voice spoke last, as time.monotonic
-        self._pronunciations: dict[bool, _Pronunciation] = {}  # text to phonemes, British or American: shared by the voices
+        self._pronunciations: dict[bool, Pronunciation] = {}  # text to phonemes, British or American: shared by the voices
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
         """Load the voice heart and the lexicons from the package (0.3 s).
@@ -267,10 +267,10 @@ class HibariModel:
         voice.model_path = None  # the content: onnxruntime has its own copy
         return voice
 
-    def _pronunciation(self, key: str) -> _Pronunciation:
+    def _pronunciation(self, key: str) -> Pronunciation:
         british = bool(_registered(key)["british"])
         if british not in self._pronunciations:
-            self._pronunciations[british] = _Pronunciation(british=british)
+            self._pronunciations[british] = Pronunciation(british=british)
         return self._pronunciations[british]
 
 
@@ -278,7 +278,7 @@ def _key(voice: Voice) -> str:
     return voice.preset.voice_key or _BUNDLED
 
 
-class _Pronunciation:
+class Pronunciation:
     """hibari's text to phonemes, shared by the voices of one accent.
 
     Args:
@@ -301,6 +301,8 @@ class _Pronunciation:
             self._g2p = G2P(british=self._british)
         if self.verbalized:
             text = _ACCENTED_WORD.sub(lambda word: self._accented(word[0]), " ".join(text.split()))
+        else:
+            text = _NO.sub(r"\1 .", text)
         phonemes: str = self._g2p(text, normalize_text=not self.verbalized)
         return phonemes
 
@@ -317,7 +319,7 @@ class _Pronunciation:
 def _speakable(text: str) -> str:
     """Replace what makes hibari 0.2.1 raise: circled, superscript and subscript digits, and numbers that it has no word for."""
     plain = "".join(str(unicodedata.digit(sign)) if sign.isdigit() and not sign.isdecimal() else sign for sign in text)
-    return _NUMBER.sub(lambda number: _spelled(number[0]), _NO.sub(r"\1 .", plain))
+    return _NUMBER.sub(lambda number: _spelled(number[0]), plain)
 
 
 def _spelled(number: str) -> str:

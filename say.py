@@ -247,7 +247,9 @@ async def _speaker(
     from say_backends import LocalSpeaker, ServerSpeaker
 
     if server is not None:
-        yield ServerSpeaker(server, voice or server.default_voice or settings.default_voice, bar.status, bar.warn)
+        yield ServerSpeaker(
+            server, voice or server.default_voice or settings.default_voice, bar.status, bar.warn, normalize=settings.normalize_text
+        )
         return
     async with LocalSpeaker(settings, voice or settings.default_voice, bar.status, streamed=streamed) as speaker:
         yield speaker

@@ -207,15 +207,19 @@ class ServerSpeaker:
         voice: A voice's name or alias.
         status: Called with a line that says what is being waited for, "" when the wait is over.
         warn: Called with a warning.
+        normalize: Have the server read numbers, symbols and abbreviations out as words.
     """
 
     sample_rate = SAMPLE_RATE
 
-    def __init__(self, server: SpeechServer, voice: str, status: Callable[[str], None], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, server: SpeechServer, voice: str, status: Callable[[str], None], warn: Callable[[str], None], *, normalize: bool
+    ) -> None:
         self.voice = voice
         self.model = ""
         self._server = server
         self._requested = voice
+        self._normalize = normalize
         self._status = status
         self._warn = warn
 
@@ -226,8 +230,8 @@ class ServerSpeaker:
             TTSError: The server refused the request, failed or is gone.
         """
         # As events, because they carry errors and captions. At speed 1 and as raw samples, because speed and encoding are applied
-        # once to all pieces together. The text is normalized already.
-        body = {"model": "csm-1b", "input": text, "voice": self._requested, "seed": seed, "normalize": False}
+        # once to all pieces together. Normalizing the text again does not change it.
+        body = {"model": "csm-1b", "input": text, "voice": self._requested, "seed": seed, "normalize": self._normalize}
         body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": True}
         async with AsyncExitStack() as stack:
             response = await self._accepted(stack, body)

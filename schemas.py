@@ -74,7 +74,9 @@ class SpeechRequest(BaseModel):
         None, description="`audio` streams bytes, `sse` server-sent events with base64 chunks."
     )
     normalize: bool | None = Field(
-        None, strict=True, description="Turn Markdown, URLs and emoji into plain sentences; the default is NORMALIZE_TEXT."
+        None,
+        strict=True,
+        description="Turn Markdown, URLs, emoji, numbers and abbreviations into plain words; the default is NORMALIZE_TEXT.",
     )
     timestamps: bool = Field(False, strict=True, description="Report the start and end of each segment.")
     seed: Annotated[int | None, _Number] = Field(
@@ -393,6 +395,7 @@ _SPEECH_HEADERS = {
     "X-Voice": "The voice that speaks.",
     "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
     "X-Model": "The model of this voice.",
+    "X-Transliterated": "How many words in foreign scripts are spoken in Latin letters; absent if none.",
     "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
     "X-Queue-Time": "Seconds spent in the queue.",
 }

@@ -10,47 +10,26 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-Match = re.Match[str]
+import regex
+
+Match = re.Match[str]  # those of `regex` have the same methods
 Reader = Callable[[Match], "str | None"]
 
 # --- Numbers ---
 
+# fmt: off
 _ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
+    "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]
+# fmt: on
 _TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+# fmt: off
 _SCALES = [
-    "thousand",
-    "million",
-    "billion",
-    "trillion",
-    "quadrillion",
-    "quintillion",
-    "sextillion",
-    "septillion",
-    "octillion",
-    "nonillion",
+    "thousand", "million", "billion", "trillion", "quadrillion", "quintillion", "sextillion", "septillion", "octillion", "nonillion",
     "decillion",
 ]
+# fmt: on
 _ORDINALS = {
     "one": "first",
     "two": "second",
@@ -137,7 +116,7 @@ def _counted(text: str) -> str:
 
 _CODE_LENGTH = 10
 _YEAR = re.compile(r"1[1-9]\d\d|20\d\d")
-_NUM = r"(?:\d{1,3}(?:,\d{3}){1,11}(?:\.\d{1,20})?|\d{1,36}(?:\.\d{1,20})?|\.\d{1,20})"
+_NUM = r"(?>\d{1,3}(?:,\d{3}){1,11}(?!\d)(?:\.\d{1,20})?|\d{1,12},\d{1,2}(?![\d,])|\d{1,36}(?:\.\d{1,20})?|\.\d{1,20})"
 _START = r"(?<![\w.,])"
 _SIGNED = rf"(?:(?<![\w)\]}}.,])[-−–](?=[\d.]))?{_NUM}"
 _END = r"(?![\w]|[.,]\d)"
@@ -150,51 +129,20 @@ def _one(text: str) -> bool:
 
 # --- Literals ---
 
+# fmt: off
+# fmt: off
 _LITERALS = {
-    "24/7": "twenty four seven",
-    "9/11": "nine eleven",
-    "50/50": "fifty fifty",
-    "50-50": "fifty fifty",
-    "20/20": "twenty twenty",
-    "401(k)": "four oh one k",
-    "C#": "C sharp",
-    "F#": "F sharp",
-    "C++": "C plus plus",
-    "c++": "C plus plus",
-    ".NET": "dot net",
-    "CO2": "CO two",
-    "CO₂": "CO two",
-    "H2O": "H two O",
-    "H₂O": "H two O",
-    "O₂": "O two",
-    "B2B": "B to B",
-    "B2C": "B to C",
-    "P2P": "P to P",
-    "COVID-19": "covid nineteen",
-    "Covid-19": "covid nineteen",
-    "covid-19": "covid nineteen",
-    "w/o": "without",
-    "w/": "with",
-    "b/c": "because",
-    "c/o": "care of",
-    "and/or": "and or",
-    "n/a": "not applicable",
-    "N/A": "not applicable",
-    "R&D": "R and D",
-    "Q&A": "Q and A",
-    "R&B": "R and B",
-    "AT&T": "AT and T",
-    "I/O": "IO",
-    "TCP/IP": "TCPIP",
-    "km/h": "kilometers per hour",
-    "MP3": "MP three",
-    "MP4": "MP four",
-    "mp3": "MP three",
-    "mp4": "MP four",
-    "№": "number",
-    "℃": "degrees Celsius",
+    "24/7": "twenty four seven", "9/11": "nine eleven", "50/50": "fifty fifty", "50-50": "fifty fifty", "20/20": "twenty twenty",
+    "401(k)": "four oh one k", "C#": "C sharp", "F#": "F sharp", "C++": "C plus plus", "c++": "C plus plus", ".NET": "dot net",
+    "CO2": "CO two", "CO₂": "CO two", "H2O": "H two O", "H₂O": "H two O", "O₂": "O two", "B2B": "B to B", "B2C": "B to C", "P2P": "P to P",
+    "COVID-19": "covid nineteen", "Covid-19": "covid nineteen", "covid-19": "covid nineteen", "w/o": "without", "w/": "with",
+    "b/c": "because", "c/o": "care of", "and/or": "and or", "n/a": "not applicable", "N/A": "not applicable", "R&D": "R and D",
+    "Q&A": "Q and A", "R&B": "R and B", "AT&T": "AT and T", "I/O": "IO", "TCP/IP": "TCPIP", "km/h": "kilometers per hour",
+    "MP3": "MP three", "MP4": "MP four", "mp3": "MP three", "mp4": "MP four", "№": "number", "℃": "degrees Celsius",
     "℉": "degrees Fahrenheit",
 }
+# fmt: on
+# fmt: on
 
 # --- Calendar ---
 
@@ -206,19 +154,12 @@ _MONTHS = dict(
     )
 )
 _MONTH_NAMES = list(_MONTHS.values())
+# fmt: off
 _WEEKDAYS = {
-    "mon": "Monday",
-    "tue": "Tuesday",
-    "tues": "Tuesday",
-    "wed": "Wednesday",
-    "weds": "Wednesday",
-    "thu": "Thursday",
-    "thur": "Thursday",
-    "thurs": "Thursday",
-    "fri": "Friday",
-    "sat": "Saturday",
-    "sun": "Sunday",
+    "mon": "Monday", "tue": "Tuesday", "tues": "Tuesday", "wed": "Wednesday", "weds": "Wednesday", "thu": "Thursday", "thur": "Thursday",
+    "thurs": "Thursday", "fri": "Friday", "sat": "Saturday", "sun": "Sunday",
 }
+# fmt: on
 _MONTH = r"(?i:(January|February|March|April|May|June|July|August|September|October|November|December|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
 _WEEKDAY = r"(?:(Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun)\b\.?,? )?"
 _DAY = r"(0?[1-9]|[12]\d|3[01])"
@@ -256,8 +197,10 @@ def _after_comma(comma: str | None) -> str:
     return ", " if comma and "," in comma else " "
 
 
-def _month_day(match: Match) -> str:
+def _month_day(match: Match) -> str | None:
     weekday, month, day, last, comma, of_year = match.groups()
+    if month in ("may", "march", "mar") and not of_year:
+        return None  # "I may 5 times", "they march 10 miles"
     words = f"{_weekday(weekday)}{_month(month)} {ordinal(day.lstrip('0'))}"
     words += f" to {ordinal(last.lstrip('0'))}" if last else ""
     return words + (f"{_after_comma(comma)}{year(of_year)}" if of_year else "")
@@ -359,108 +302,52 @@ def _clock_seconds(match: Match) -> str:
 
 # --- Money ---
 
+# fmt: off
+# fmt: off
 _CURRENCIES = {
-    "$": ("dollar", "dollars", "cent", "cents"),
-    "£": ("pound", "pounds", "penny", "pence"),
-    "€": ("euro", "euros", "cent", "cents"),
-    "¥": ("yen", "yen", "sen", "sen"),
-    "₹": ("rupee", "rupees", "paisa", "paise"),
-    "₩": ("won", "won", "jeon", "jeon"),
-    "₽": ("ruble", "rubles", "kopek", "kopeks"),
-    "₺": ("lira", "lira", "kurus", "kurus"),
-    "₿": ("bitcoin", "bitcoins", "satoshi", "satoshis"),
-    "₴": ("hryvnia", "hryvnias", "kopiyka", "kopiykas"),
-    "₪": ("shekel", "shekels", "agora", "agorot"),
-    "฿": ("baht", "baht", "satang", "satang"),
-    "CHF": ("Swiss franc", "Swiss francs", "centime", "centimes"),
-    "CNY": ("yuan", "yuan", "fen", "fen"),
-    "RMB": ("yuan", "yuan", "fen", "fen"),
-    "MXN": ("Mexican peso", "Mexican pesos", "centavo", "centavos"),
-    "BRL": ("real", "reais", "centavo", "centavos"),
-    "SEK": ("Swedish krona", "Swedish kronor", "ore", "ore"),
-    "NOK": ("Norwegian krone", "Norwegian kroner", "ore", "ore"),
-    "DKK": ("Danish krone", "Danish kroner", "ore", "ore"),
-    "PLN": ("zloty", "zlotys", "grosz", "groszy"),
-    "Rs": ("rupee", "rupees", "paisa", "paise"),
+    "$": ("dollar", "dollars", "cent", "cents"), "£": ("pound", "pounds", "penny", "pence"), "€": ("euro", "euros", "cent", "cents"),
+    "¥": ("yen", "yen", "sen", "sen"), "₹": ("rupee", "rupees", "paisa", "paise"), "₩": ("won", "won", "jeon", "jeon"),
+    "₽": ("ruble", "rubles", "kopek", "kopeks"), "₺": ("lira", "lira", "kurus", "kurus"),
+    "₿": ("bitcoin", "bitcoins", "satoshi", "satoshis"), "₴": ("hryvnia", "hryvnias", "kopiyka", "kopiykas"),
+    "₪": ("shekel", "shekels", "agora", "agorot"), "฿": ("baht", "baht", "satang", "satang"),
+    "CHF": ("Swiss franc", "Swiss francs", "centime", "centimes"), "CNY": ("yuan", "yuan", "fen", "fen"),
+    "RMB": ("yuan", "yuan", "fen", "fen"), "MXN": ("Mexican peso", "Mexican pesos", "centavo", "centavos"),
+    "BRL": ("real", "reais", "centavo", "centavos"), "SEK": ("Swedish krona", "Swedish kronor", "ore", "ore"),
+    "NOK": ("Norwegian krone", "Norwegian kroner", "ore", "ore"), "DKK": ("Danish krone", "Danish kroner", "ore", "ore"),
+    "PLN": ("zloty", "zlotys", "grosz", "groszy"), "Rs": ("rupee", "rupees", "paisa", "paise"),
 }
+# fmt: on
+# fmt: on
+# fmt: off
 _CODES = {
-    "USD": "$",
-    "EUR": "€",
-    "GBP": "£",
-    "JPY": "¥",
-    "INR": "₹",
-    "KRW": "₩",
-    "RUB": "₽",
-    "BTC": "₿",
-    "TRY": "₺",
-    "UAH": "₴",
-    "ILS": "₪",
+    "USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "KRW": "₩", "RUB": "₽", "BTC": "₿", "TRY": "₺", "UAH": "₴", "ILS": "₪",
     "THB": "฿",
 }
+# fmt: on
+# fmt: off
 _DOLLARS = {
-    "US": "US ",
-    "C": "Canadian ",
-    "CA": "Canadian ",
-    "CAD": "Canadian ",
-    "A": "Australian ",
-    "AU": "Australian ",
-    "AUD": "Australian ",
-    "NZ": "New Zealand ",
-    "HK": "Hong Kong ",
-    "S": "Singapore ",
+    "US": "US ", "C": "Canadian ", "CA": "Canadian ", "CAD": "Canadian ", "A": "Australian ", "AU": "Australian ", "AUD": "Australian ",
+    "NZ": "New Zealand ", "HK": "Hong Kong ", "S": "Singapore ",
 }
+# fmt: on
+# fmt: off
 _MAGNITUDES = {
-    "k": "thousand",
-    "thousand": "thousand",
-    "m": "million",
-    "mn": "million",
-    "mm": "million",
-    "mio": "million",
-    "million": "million",
-    "b": "billion",
-    "bn": "billion",
-    "billion": "billion",
-    "t": "trillion",
-    "tn": "trillion",
-    "trillion": "trillion",
-    "hundred": "hundred",
+    "k": "thousand", "thousand": "thousand", "m": "million", "mn": "million", "mm": "million", "mio": "million", "million": "million",
+    "b": "billion", "bn": "billion", "billion": "billion", "t": "trillion", "tn": "trillion", "trillion": "trillion", "hundred": "hundred",
 }
+# fmt: on
 _MAGNITUDE = r"(?:\s?((?i:hundred|thousand|million|billion|trillion|mio|bn|tn|mn|mm|[kmbt]))\b)?"
+# fmt: off
 _PERIODS = {
-    "yr": "year",
-    "y": "year",
-    "year": "year",
-    "mo": "month",
-    "mth": "month",
-    "month": "month",
-    "wk": "week",
-    "week": "week",
-    "d": "day",
-    "day": "day",
-    "hr": "hour",
-    "h": "hour",
-    "hour": "hour",
-    "min": "minute",
-    "kg": "kilogram",
-    "g": "gram",
-    "lb": "pound",
-    "oz": "ounce",
-    "gal": "gallon",
-    "mi": "mile",
-    "km": "kilometer",
-    "kWh": "kilowatt hour",
-    "GB": "gigabyte",
-    "person": "person",
-    "user": "user",
-    "unit": "unit",
-    "night": "night",
-    "share": "share",
-    "sq": "square",
-    "ea": "each",
+    "yr": "year", "y": "year", "year": "year", "mo": "month", "mth": "month", "month": "month", "wk": "week", "week": "week", "d": "day",
+    "day": "day", "hr": "hour", "h": "hour", "hour": "hour", "min": "minute", "kg": "kilogram", "g": "gram", "lb": "pound", "oz": "ounce",
+    "gal": "gallon", "mi": "mile", "km": "kilometer", "kWh": "kilowatt hour", "GB": "gigabyte", "person": "person", "user": "user",
+    "unit": "unit", "night": "night", "share": "share", "sq": "square", "ea": "each",
 }
+# fmt: on
 _PER = rf"(?:/({'|'.join(sorted(_PERIODS, key=len, reverse=True))})\b)?"
 _SIGN_CODES = "|".join([*map(re.escape, _CODES), *(re.escape(code) for code in _CURRENCIES if len(code) > 1)])
-_CURRENCY = rf"(?:(US|CAD?|AUD?|NZ|HK|S)(?=\$))?([$£€¥₹₩₽₺₿₴₪฿]|\b(?:{_SIGN_CODES})\b\.?)"
+_CURRENCY = rf"(?:(US|CAD?|C|AUD?|A|NZ|HK|S)(?=\$))?([$£€¥₹₩₽₺₿₴₪฿]|\b(?:{_SIGN_CODES})\b\.?)"
 _MINUS = r"(?:(?<![\w)\]}])([-−–]))?"
 
 
@@ -497,11 +384,33 @@ def _money(match: Match) -> str:
     minus, prefix, name, inner, amount, magnitude, last_name, last, last_magnitude, period = match.groups()
     words = "minus " if minus or inner else ""
     if last:
-        words += _amount(name, amount, magnitude or (last_magnitude if not last_name else None), prefix)
-        words += f" to {_amount(name, last, last_magnitude, prefix)}"
+        first = _amount(name, amount, magnitude, prefix) if last_name or magnitude or "." in amount else number(amount)
+        words += f"{first} to {_amount(name, last, last_magnitude, prefix)}"
     else:
         words += _amount(name, amount, magnitude, prefix)
+        words = _attributive(words, match)
     return words + _per(period)
+
+
+def _attributive(words: str, match: Match) -> str:
+    """Return an amount or measure in the singular where it describes a noun: "a $500 fine", "a 90° turn"."""
+    before, after = match.string[max(0, match.start() - 3) : match.start()], match.string[match.end() : match.end() + 12]
+    if not (_ARTICLE.search(before) and _NOUN.match(after)):
+        return words
+    for many, one in _ATTRIBUTES:
+        words = words.replace(many, one)
+    return words
+
+
+_ARTICLE = re.compile(r"\b[Aa]n? $")
+_NOUN = re.compile(r" (?!(?:of|per|and|or|in|for|on|at|to|from|by|is|was|a|an|the|each|every|more|less)\b)[a-z]{3}")
+# fmt: off
+_ATTRIBUTES = [
+    ("dollars", "dollar"), ("euros", "euro"), ("pounds", "pound"), ("degrees", "degree"), ("meters", "meter"), ("grams", "gram"),
+    ("liters", "liter"), ("miles", "mile"), ("feet", "foot"), ("inches", "inch"), ("bytes", "byte"), ("minutes", "minute"),
+    ("hours", "hour"), ("seconds", "second"), ("watts", "watt"), ("volts", "volt"),
+]
+# fmt: on
 
 
 def _per(period: str | None) -> str:
@@ -526,146 +435,39 @@ def _cents(match: Match) -> str:
 
 # --- Measures ---
 
+# fmt: off
+# fmt: off
 _UNITS = {
-    "km": "kilometer",
-    "m": "meter",
-    "cm": "centimeter",
-    "mm": "millimeter",
-    "µm": "micrometer",
-    "μm": "micrometer",
-    "nm": "nanometer",
-    "kg": "kilogram",
-    "KG": "kilogram",
-    "Kg": "kilogram",
-    "g": "gram",
-    "mg": "milligram",
-    "µg": "microgram",
-    "μg": "microgram",
-    "mcg": "microgram",
-    "lb": "pound",
-    "lbs": "pound",
-    "oz": "ounce",
-    "ft": "foot",
-    "in": "inch",
-    "yd": "yard",
-    "yds": "yard",
-    "mi": "mile",
-    "l": "liter",
-    "L": "liter",
-    "ml": "milliliter",
-    "mL": "milliliter",
-    "cl": "centiliter",
-    "gal": "gallon",
-    "qt": "quart",
-    "pt": "pint",
-    "tsp": "teaspoon",
-    "tbsp": "tablespoon",
-    "Tbsp": "tablespoon",
-    "ha": "hectare",
-    "Hz": "hertz",
-    "kHz": "kilohertz",
-    "MHz": "megahertz",
-    "GHz": "gigahertz",
-    "B": "byte",
-    "KB": "kilobyte",
-    "kB": "kilobyte",
-    "MB": "megabyte",
-    "GB": "gigabyte",
-    "TB": "terabyte",
-    "PB": "petabyte",
-    "KiB": "kibibyte",
-    "MiB": "mebibyte",
-    "GiB": "gibibyte",
-    "TiB": "tebibyte",
-    "kbps": "kilobit per second",
-    "Mbps": "megabit per second",
-    "mbps": "megabit per second",
-    "Gbps": "gigabit per second",
-    "gbps": "gigabit per second",
-    "hr": "hour",
-    "hrs": "hour",
-    "h": "hour",
-    "min": "minute",
-    "mins": "minute",
-    "s": "second",
-    "sec": "second",
-    "secs": "second",
-    "ms": "millisecond",
-    "µs": "microsecond",
-    "μs": "microsecond",
-    "ns": "nanosecond",
-    "mph": "mile per hour",
-    "kph": "kilometer per hour",
-    "kmh": "kilometer per hour",
-    "rpm": "revolution per minute",
-    "bpm": "beat per minute",
-    "fps": "frame per second",
-    "dpi": "dot per inch",
-    "W": "watt",
-    "kW": "kilowatt",
-    "MW": "megawatt",
-    "GW": "gigawatt",
-    "kWh": "kilowatt hour",
-    "MWh": "megawatt hour",
-    "mAh": "milliamp hour",
-    "V": "volt",
-    "mV": "millivolt",
-    "kV": "kilovolt",
-    "A": "amp",
-    "mA": "milliamp",
-    "J": "joule",
-    "kJ": "kilojoule",
-    "kcal": "kilocalorie",
-    "cal": "calorie",
-    "N": "newton",
-    "Pa": "pascal",
-    "hPa": "hectopascal",
-    "kPa": "kilopascal",
-    "bar": "bar",
-    "psi": "PSI",
-    "dB": "decibel",
-    "px": "pixel",
-    "cc": "CC",
-    "K": "kelvin",
-    "Ω": "ohm",
-    "kΩ": "kiloohm",
-    "sq ft": "square foot",
-    "sq mi": "square mile",
-    "sq m": "square meter",
-    "cu ft": "cubic foot",
-    "fl oz": "fluid ounce",
-    "pct": "percent",
-    "%": "percent",
-    "‰": "per mille",
-    "pp": "percentage point",
-    "°C": "degree Celsius",
-    "° C": "degree Celsius",
-    "ºC": "degree Celsius",
-    "℃": "degree Celsius",
-    "°F": "degree Fahrenheit",
-    "° F": "degree Fahrenheit",
-    "ºF": "degree Fahrenheit",
-    "℉": "degree Fahrenheit",
-    "°": "degree",
-    "º": "degree",
-    "deg": "degree",
+    "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "µm": "micrometer", "μm": "micrometer", "nm": "nanometer",
+    "kg": "kilogram", "KG": "kilogram", "Kg": "kilogram", "g": "gram", "mg": "milligram", "µg": "microgram", "μg": "microgram",
+    "mcg": "microgram", "lb": "pound", "lbs": "pound", "oz": "ounce", "ft": "foot", "in": "inch", "yd": "yard", "yds": "yard",
+    "mi": "mile", "l": "liter", "L": "liter", "ml": "milliliter", "mL": "milliliter", "cl": "centiliter", "gal": "gallon", "qt": "quart",
+    "pt": "pint", "tsp": "teaspoon", "tbsp": "tablespoon", "Tbsp": "tablespoon", "ha": "hectare", "Hz": "hertz", "kHz": "kilohertz",
+    "MHz": "megahertz", "GHz": "gigahertz", "KB": "kilobyte", "kB": "kilobyte", "MB": "megabyte", "GB": "gigabyte", "TB": "terabyte",
+    "PB": "petabyte", "KiB": "kibibyte", "MiB": "mebibyte", "GiB": "gibibyte", "TiB": "tebibyte", "kbps": "kilobit per second",
+    "Mbps": "megabit per second", "mbps": "megabit per second", "Gbps": "gigabit per second", "gbps": "gigabit per second", "hr": "hour",
+    "hrs": "hour", "h": "hour", "min": "minute", "mins": "minute", "s": "second", "sec": "second", "secs": "second", "ms": "millisecond",
+    "µs": "microsecond", "μs": "microsecond", "ns": "nanosecond", "mph": "mile per hour", "kph": "kilometer per hour",
+    "kmh": "kilometer per hour", "rpm": "revolution per minute", "bpm": "beat per minute", "fps": "frame per second",
+    "dpi": "dot per inch", "W": "watt", "kW": "kilowatt", "MW": "megawatt", "GW": "gigawatt", "kWh": "kilowatt hour",
+    "MWh": "megawatt hour", "mAh": "milliamp hour", "V": "volt", "mV": "millivolt", "kV": "kilovolt", "mA": "milliamp", "J": "joule",
+    "kJ": "kilojoule", "kcal": "kilocalorie", "cal": "calorie", "N": "newton", "Pa": "pascal", "hPa": "hectopascal", "kPa": "kilopascal",
+    "bar": "bar", "psi": "PSI", "dB": "decibel", "px": "pixel", "cc": "CC", "K": "kelvin", "Ω": "ohm", "kΩ": "kiloohm",
+    "sq ft": "square foot", "sq mi": "square mile", "sq m": "square meter", "cu ft": "cubic foot", "fl oz": "fluid ounce",
+    "pct": "percent", "%": "percent", "‰": "per mille", "pp": "percentage point", "°C": "degree Celsius", "° C": "degree Celsius",
+    "ºC": "degree Celsius", "℃": "degree Celsius", "°F": "degree Fahrenheit", "° F": "degree Fahrenheit", "ºF": "degree Fahrenheit",
+    "℉": "degree Fahrenheit", "°": "degree", "º": "degree", "deg": "degree",
 }
-# Letters that name something else unless they follow a number closely.
-_TIGHT = frozenset({"m", "s", "h", "g", "l", "L", "A", "B", "K", "V", "W", "N", "J"})
-_AMBIGUOUS = frozenset({"in", "A", "B", "K", "s", "N", "J", "pp", "bar"})
+# fmt: on
+# fmt: on
+# Letters that name something else right after a number: "4s", "5K".
+_SPACED = frozenset({"s", "K", "N", "J"})
+# fmt: off
 _IRREGULAR = {
-    "foot": "feet",
-    "inch": "inches",
-    "hertz": "hertz",
-    "kilohertz": "kilohertz",
-    "megahertz": "megahertz",
-    "gigahertz": "gigahertz",
-    "percent": "percent",
-    "per mille": "per mille",
-    "P S I": "PSI",
-    "C C": "CC",
-    "kelvin": "kelvin",
+    "foot": "feet", "inch": "inches", "hertz": "hertz", "kilohertz": "kilohertz", "megahertz": "megahertz", "gigahertz": "gigahertz",
+    "percent": "percent", "per mille": "per mille", "P S I": "PSI", "C C": "CC", "kelvin": "kelvin",
 }
+# fmt: on
 _UNIT = "(?:" + "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True)) + ")"
 _POWERS = {"²": "square ", "2": "square ", "³": "cubic ", "3": "cubic ", "^2": "square ", "^3": "cubic ", "": ""}
 _MEASURE = rf"({_UNIT})(²|³|\^?[23])?(?:/({_UNIT}|yr|year|day|week|month|person|d|wk|mo)(²|³)?)?(?![\w²³])\.?"
@@ -705,9 +507,7 @@ def _is_unit(match: Match, at: int, before: str) -> bool:
         return (
             match[0].endswith(".") or not rest.strip() or re.match(r"\s*[,;)x×]|\s+(?:tall|wide|long|high|thick|deep)\b", rest) is not None
         )
-    if unit in _AMBIGUOUS and not match[at + 2]:
-        return before.isdigit() and unit not in ("s", "K", "B")
-    return unit not in _TIGHT or before.isdigit() or match.string[match.start(at) - 2 : match.start(at) - 1].isdigit()
+    return not (before.isdigit() and unit in _SPACED and not match[at + 2])
 
 
 def _stopped(words: str, match: Match) -> str:
@@ -721,7 +521,7 @@ def _unit_measure(match: Match) -> str | None:
         return None
     one, many = _unit_names(match, 3)
     words = f"{_round(amount)} {big} {many}" if big else _quantity(amount, (one, many))
-    return _stopped(words, match)
+    return _stopped(_attributive(words, match), match)
 
 
 def _adjective(match: Match) -> str:
@@ -741,7 +541,7 @@ def _measure_range(match: Match) -> str | None:
 
 def _dimensions(match: Match) -> str:
     parts = re.split(r"\s?[x×]\s?", match[1])
-    words = " by ".join(_counted(part) for part in parts)
+    words = " by ".join(house_number(part) if part.isdigit() else number(part) for part in parts)
     if match[2]:
         words += f" {_unit_names(match, 2)[1]}"
     return _stopped(words, match)
@@ -762,7 +562,8 @@ def _inches(match: Match) -> str | None:
 def _feet(match: Match) -> str | None:
     if match[0].endswith("'") and match.string.count("'", 0, match.start()):
         return None
-    return _quantity(match[1], ("foot", "feet"))
+    first = f"{number(match[1])} to " if match[1] else ""
+    return first + _quantity(match[2], ("foot", "feet"))
 
 
 # --- Fractions, powers and arithmetic ---
@@ -824,48 +625,41 @@ def _to_the(exponent: str) -> str:
     return f"to the {ordinal(exponent)}" if len(exponent) < 3 else f"to the power of {cardinal(exponent)}"
 
 
+_BOUNDS = {">": "more than", "<": "less than", ">=": "at least", "<=": "at most", "≥": "at least", "≤": "at most"}
+
+
+def _scientific(match: Match) -> str:
+    exponent = match[2].lstrip("+")
+    power = f"minus {cardinal(exponent[1:])}" if exponent[0] in "-−" else ordinal(exponent)
+    return f"{number(match[1])} times ten to the {power}"
+
+
 def _root(match: Match) -> str:
     name = {"√": "square", "∛": "cube", "∜": "fourth"}[match[1]]
     return f"the {name} root of {number(match[2]) if match[2][0].isdigit() else match[2]}"
 
 
+# fmt: off
 _OPERATORS = {
-    "-": "minus",
-    "−": "minus",
-    "–": "minus",
-    "+": "plus",
-    "*": "times",
-    "×": "times",
-    "x": "times",
-    "·": "times",
-    "÷": "divided by",
-    "/": "divided by",
-    "=": "equals",
-    "≠": "is not equal to",
-    "≈": "is about",
-    "≥": "is at least",
-    "≤": "is at most",
-    ">": "is greater than",
-    "<": "is less than",
-    ">=": "is at least",
-    "<=": "is at most",
-    "!=": "is not equal to",
-    "==": "equals",
-    "±": "plus or minus",
-    "^": "to the power of",
+    "-": "minus", "−": "minus", "–": "minus", "+": "plus", "*": "times", "×": "times", "x": "times", "·": "times", "÷": "divided by",
+    "/": "divided by", "=": "equals", "≠": "is not equal to", "≈": "is about", "≥": "is at least", "≤": "is at most",
+    ">": "is greater than", "<": "is less than", ">=": "is at least", "<=": "is at most", "!=": "is not equal to", "==": "equals",
+    "±": "plus or minus", "^": "to the power of",
 }
-_OPERAND = rf"(?:[-−]?{_NUM}|[A-Za-z])"
-_EQUATION_PART = re.compile(rf"({_NUM}|[A-Za-z])|(>=|<=|!=|==|[-−–+*×x·÷/=≠≈≥≤<>±^])|\s+")
+# fmt: on
+_OPERAND = rf"(?:(?:[-−]?{_NUM}|[A-Za-zπ])(?:[²³]|\^[23])?|[a-z]{{2}}(?:[²³]|\^[23]))"
+_EQUATION_PART = re.compile(rf"({_NUM}|[A-Za-zπ]+)([²³]|\^[23])?|(>=|<=|!=|==|[-−–+*×x·÷/=≠≈≥≤<>±^])|\s+")
 
 
 def _equation(match: Match) -> str:
     words, expect_operand = [], True
     for part in _EQUATION_PART.finditer(match[0]):
-        if part[2] and not (part[2] == "x" and expect_operand):
-            words.append("minus" if expect_operand else _OPERATORS[part[2]])
+        if part[3] or (part[1] == "x" and not expect_operand):
+            words.append("minus" if expect_operand else _OPERATORS[part[0]])
             expect_operand = True
-        elif part[0].strip():
-            words.append(number(part[0]) if part[0][0] in "0123456789." else part[0])
+        elif part[1]:
+            words.append(number(part[1]) if part[1][0] in "0123456789." else _SYMBOLS.get(part[1], part[1]))
+            words += [_to_the(part[2].lstrip("^").translate(_SUPERSCRIPTS))] if part[2] else []
             expect_operand = False
     return " ".join(words)
 
@@ -912,32 +706,17 @@ def _software_version(match: Match) -> str:
     return f"{match[1]} {' point '.join(cardinal(part) for part in match[2].split('.'))}"
 
 
+# fmt: off
 _STREETS = {
-    "St": "Street",
-    "Ave": "Avenue",
-    "Blvd": "Boulevard",
-    "Rd": "Road",
-    "Dr": "Drive",
-    "Ln": "Lane",
-    "Ct": "Court",
-    "Pl": "Place",
-    "Sq": "Square",
-    "Hwy": "Highway",
-    "Pkwy": "Parkway",
-    "Expy": "Expressway",
-    "Ter": "Terrace",
-    "Cir": "Circle",
+    "St": "Street", "Ave": "Avenue", "Blvd": "Boulevard", "Rd": "Road", "Dr": "Drive", "Ln": "Lane", "Ct": "Court", "Pl": "Place",
+    "Sq": "Square", "Hwy": "Highway", "Pkwy": "Parkway", "Expy": "Expressway", "Ter": "Terrace", "Cir": "Circle",
 }
+# fmt: on
+# fmt: off
 _COMPASS = {
-    "N": "North",
-    "S": "South",
-    "E": "East",
-    "W": "West",
-    "NE": "Northeast",
-    "NW": "Northwest",
-    "SE": "Southeast",
-    "SW": "Southwest",
+    "N": "North", "S": "South", "E": "East", "W": "West", "NE": "Northeast", "NW": "Northwest", "SE": "Southeast", "SW": "Southwest",
 }
+# fmt: on
 _STATES = dict(
     part.split("=")
     for part in [
@@ -998,22 +777,54 @@ _STREET_WORDS = (
 )
 
 
+_NAMED_BY_NUMBER = [
+    "Room",
+    "Flight",
+    "Highway",
+    "Route",
+    "Interstate",
+    "Suite",
+    "Apartment",
+    "Apt",
+    "Boeing",
+    "Airbus",
+    "Gate",
+    "Exit",
+    "Channel",
+    "Bus",
+    "Building",
+    "Studio",
+    "Unit",
+    "Area",
+    "Hwy",
+    "Hwy.",
+    "Peugeot",
+    "Porsche",
+    "BMW",
+    "room",
+    "suite",
+    "apartment",
+    "flight",
+]
+
+
 def house_number(digits: str) -> str:
     """Return a house number as it is said: "1428" is "fourteen twenty eight", "708" "seven oh eight"."""
     if len(digits) == 4 and digits[1:] != "000":
         return year(digits) if digits[2:] != "00" else f"{_below_hundred(int(digits[:2]))} hundred"
     if len(digits) == 3 and digits[1:] != "00":
-        return f"{_ONES[int(digits[0])]} {spelled(digits[1:]) if digits[1] == '0' else _below_hundred(int(digits[1:]))}"
-    return spelled(digits) if len(digits) > 4 else cardinal(digits)
+        return f"{_ONES[int(digits[0])]} {'oh ' + _ONES[int(digits[2])] if digits[1] == '0' else _below_hundred(int(digits[1:]))}"
+    return spelled(digits) if len(digits) == 5 or digits[0] == "0" else cardinal(digits)
 
 
 def _address(match: Match) -> str:
     parts = []
-    for word in match[2].split():
+    for word in match[3].split():
         numbered = re.fullmatch(r"(\d+)(?:st|nd|rd|th)", word)
         parts.append(ordinal(numbered[1]) if numbered else _COMPASS.get(word.rstrip("."), word))
-    street = _STREETS[match[3].capitalize()]
-    return _stopped(f"{house_number(match[1])} {' '.join(parts)} {street}", match)
+    street = _STREETS[match[4].capitalize()]
+    number_and_letter = f"{house_number(match[1])} {match[2] or ''}".strip()
+    return _stopped(f"{number_and_letter} {' '.join(parts)} {street}", match)
 
 
 def _state(match: Match) -> str:
@@ -1023,164 +834,49 @@ def _state(match: Match) -> str:
 
 # --- Abbreviations ---
 
+# fmt: off
 _TITLES = {
-    "Mr": "Mister",
-    "Mrs": "Misses",
-    "Ms": "Miz",
-    "Dr": "Doctor",
-    "Prof": "Professor",
-    "St": "Saint",
-    "Mt": "Mount",
-    "Ft": "Fort",
-    "Gen": "General",
-    "Gov": "Governor",
-    "Sen": "Senator",
-    "Rep": "Representative",
-    "Capt": "Captain",
-    "Lt": "Lieutenant",
-    "Col": "Colonel",
-    "Sgt": "Sergeant",
-    "Cmdr": "Commander",
-    "Rev": "Reverend",
-    "Hon": "Honorable",
-    "Pres": "President",
-    "Cpl": "Corporal",
-    "Maj": "Major",
-    "Adm": "Admiral",
-    "Fr": "Father",
-    "Messrs": "Messieurs",
+    "Mr": "Mister", "Mrs": "Misses", "Ms": "Miz", "Dr": "Doctor", "Prof": "Professor", "St": "Saint", "Mt": "Mount", "Ft": "Fort",
+    "Gen": "General", "Gov": "Governor", "Sen": "Senator", "Rep": "Representative", "Capt": "Captain", "Lt": "Lieutenant",
+    "Col": "Colonel", "Sgt": "Sergeant", "Cmdr": "Commander", "Rev": "Reverend", "Hon": "Honorable", "Pres": "President",
+    "Cpl": "Corporal", "Maj": "Major", "Adm": "Admiral", "Fr": "Father", "Messrs": "Messieurs",
 }
+# fmt: on
 # Before a number.
+# fmt: off
 _NUMBERED = {
-    "no": "number",
-    "nos": "numbers",
-    "nr": "number",
-    "fig": "figure",
-    "figs": "figures",
-    "vol": "volume",
-    "vols": "volumes",
-    "ch": "chapter",
-    "chap": "chapter",
-    "sec": "section",
-    "sect": "section",
-    "art": "article",
-    "eq": "equation",
-    "ex": "example",
-    "tab": "table",
-    "pg": "page",
-    "p": "page",
-    "pp": "pages",
-    "pt": "part",
-    "ep": "episode",
-    "ed": "edition",
-    "apt": "apartment",
-    "rm": "room",
-    "ste": "suite",
-    "bldg": "building",
-    "app": "appendix",
-    "par": "paragraph",
-    "rte": "route",
-    "tel": "telephone",
-    "ext": "extension",
-    "approx": "approximately",
-    "est": "established",
-    "ca": "circa",
-    "c": "circa",
-    "max": "maximum",
-    "min": "minimum",
-    "avg": "average",
-    "temp": "temperature",
-    "ver": "version",
+    "no": "number", "nos": "numbers", "nr": "number", "fig": "figure", "figs": "figures", "vol": "volume", "vols": "volumes",
+    "ch": "chapter", "chap": "chapter", "sec": "section", "sect": "section", "art": "article", "eq": "equation", "ex": "example",
+    "tab": "table", "pg": "page", "p": "page", "pp": "pages", "pt": "part", "ep": "episode", "ed": "edition", "apt": "apartment",
+    "rm": "room", "ste": "suite", "bldg": "building", "app": "appendix", "par": "paragraph", "rte": "route", "tel": "telephone",
+    "ext": "extension", "approx": "approximately", "est": "established", "ca": "circa", "c": "circa", "max": "maximum", "min": "minimum",
+    "avg": "average", "temp": "temperature", "ver": "version",
 }
+# fmt: on
 # Anywhere; their full stop ends a sentence only before a capital or at the end.
+# fmt: off
+# fmt: off
 _ABBREVIATIONS = {
-    "vs": "versus",
-    "approx": "approximately",
-    "etc": "et cetera",
-    "Inc": "Incorporated",
-    "Ltd": "Limited",
-    "Corp": "Corporation",
-    "Co": "Company",
-    "Bros": "Brothers",
-    "Jr": "Junior",
-    "Sr": "Senior",
-    "dept": "department",
-    "Dept": "Department",
-    "govt": "government",
-    "Govt": "Government",
-    "Univ": "University",
-    "Assn": "Association",
-    "Ave": "Avenue",
-    "Blvd": "Boulevard",
-    "Rd": "Road",
-    "Hwy": "Highway",
-    "Pkwy": "Parkway",
-    "Bldg": "Building",
-    "Apt": "Apartment",
-    "Jan": "January",
-    "Feb": "February",
-    "Apr": "April",
-    "Aug": "August",
-    "Sept": "September",
-    "Sep": "September",
-    "Oct": "October",
-    "Nov": "November",
-    "Dec": "December",
-    "Tues": "Tuesday",
-    "Thurs": "Thursday",
-    "cf": "compare",
-    "incl": "including",
-    "excl": "excluding",
-    "misc": "miscellaneous",
-    "al": "al",
-    "esp": "especially",
-    "Esq": "Esquire",
-    "Atty": "Attorney",
-    "Supt": "Superintendent",
-    "resp": "respectively",
-    "max": "maximum",
-    "avg": "average",
-    "temp": "temperature",
-    "tsp": "teaspoon",
-    "tbsp": "tablespoon",
-    "Mon": "Monday",
-    "Tue": "Tuesday",
-    "Wed": "Wednesday",
-    "Thu": "Thursday",
-    "Fri": "Friday",
-    "hrs": "hours",
-    "mins": "minutes",
-    "lbs": "pounds",
+    "vs": "versus", "approx": "approximately", "etc": "et cetera", "Inc": "Incorporated", "Ltd": "Limited", "Corp": "Corporation",
+    "Co": "Company", "Bros": "Brothers", "Jr": "Junior", "Sr": "Senior", "dept": "department", "Dept": "Department", "govt": "government",
+    "Govt": "Government", "Univ": "University", "Assn": "Association", "Ave": "Avenue", "Blvd": "Boulevard", "Rd": "Road",
+    "Hwy": "Highway", "Pkwy": "Parkway", "Bldg": "Building", "Apt": "Apartment", "Jan": "January", "Feb": "February", "Apr": "April",
+    "Aug": "August", "Sept": "September", "Sep": "September", "Oct": "October", "Nov": "November", "Dec": "December", "Tues": "Tuesday",
+    "Thurs": "Thursday", "cf": "compare", "incl": "including", "excl": "excluding", "misc": "miscellaneous", "al": "al",
+    "esp": "especially", "Esq": "Esquire", "Atty": "Attorney", "Supt": "Superintendent", "resp": "respectively", "max": "maximum",
+    "avg": "average", "temp": "temperature", "tsp": "teaspoon", "tbsp": "tablespoon", "Mon": "Monday", "Tue": "Tuesday",
+    "Wed": "Wednesday", "Thu": "Thursday", "Fri": "Friday", "hrs": "hours", "mins": "minutes", "lbs": "pounds",
 }
+# fmt: on
+# fmt: on
+# fmt: off
 _PHRASES = {
-    "i.e.": "that is",
-    "e.g.": "for example",
-    "a.k.a.": "also known as",
-    "Ph.D.": "PHD",
-    "Ph.D": "PHD",
-    "PhD": "PHD",
-    "M.D.": "MD",
-    "B.Sc.": "BSC",
-    "M.Sc.": "MSC",
-    "No.1": "number one",
-    "P.S.": "PS",
-    "P.O.": "PO",
-    "D.C.": "DC",
-    "U.S.A.": "USA",
-    "U.S.": "US",
-    "U.K.": "UK",
-    "E.U.": "EU",
-    "U.N.": "UN",
-    "aka": "also known as",
-    "AKA": "also known as",
-    "btw": "by the way",
-    "BTW": "by the way",
-    "FYI": "FYI",
-    "TBD": "to be determined",
-    "IMO": "in my opinion",
-    "vs": "versus",
-    "tv": "TV",
+    "i.e.": "that is", "e.g.": "for example", "a.k.a.": "also known as", "Ph.D.": "PHD", "Ph.D": "PHD", "PhD": "PHD", "M.D.": "MD",
+    "B.Sc.": "BSC", "M.Sc.": "MSC", "No.1": "number one", "P.S.": "PS", "P.O.": "PO", "D.C.": "DC", "U.S.A.": "USA", "U.S.": "US",
+    "U.K.": "UK", "E.U.": "EU", "U.N.": "UN", "aka": "also known as", "AKA": "also known as", "btw": "by the way", "BTW": "by the way",
+    "FYI": "FYI", "TBD": "to be determined", "IMO": "in my opinion", "vs": "versus", "tv": "TV",
 }
+# fmt: on
 
 
 def _title(match: Match) -> str | None:
@@ -1201,7 +897,8 @@ _STARTER = re.compile(
 
 
 def _street(match: Match) -> str:
-    return match[1] + _stopped(_STREETS[match[2]], match)
+    name = f"{ordinal(match[1][:-3])} " if match[1][0].isdigit() else match[1]
+    return name + _stopped(_STREETS[match[2]], match)
 
 
 def _numbered(match: Match) -> str | None:
@@ -1239,120 +936,23 @@ def _initial(match: Match) -> str | None:
 
 _ROMAN_VALUES = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
 _ROMAN = r"(?=[IVXLCDM])(M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3}))"
+# fmt: off
 _PARTS = [
-    "Chapter",
-    "Part",
-    "Act",
-    "Scene",
-    "Section",
-    "Volume",
-    "Book",
-    "Article",
-    "Appendix",
-    "Phase",
-    "Type",
-    "Level",
-    "Stage",
-    "Class",
-    "Grade",
-    "Unit",
-    "Title",
-    "Figure",
-    "Table",
-    "Lesson",
-    "Episode",
-    "Season",
-    "Round",
-    "Group",
-    "Zone",
-    "Step",
-    "Rule",
-    "War",
-    "Bowl",
-    "Fantasy",
-    "Rocky",
-    "Mark",
-    "Apollo",
-    "Olympiad",
-    "Corps",
-    "Canto",
-    "Psalm",
-    "Question",
-    "Item",
-    "Schedule",
-    "Division",
+    "Chapter", "Part", "Act", "Scene", "Section", "Volume", "Book", "Article", "Appendix", "Phase", "Type", "Level", "Stage", "Class",
+    "Grade", "Unit", "Title", "Figure", "Table", "Lesson", "Episode", "Season", "Round", "Group", "Zone", "Step", "Rule", "War", "Bowl",
+    "Fantasy", "Rocky", "Mark", "Apollo", "Olympiad", "Corps", "Canto", "Psalm", "Question", "Item", "Schedule", "Division",
 ]
+# fmt: on
+# fmt: off
 _REIGNS = [
-    "Henry",
-    "Edward",
-    "Richard",
-    "George",
-    "William",
-    "Charles",
-    "James",
-    "Louis",
-    "Elizabeth",
-    "Mary",
-    "Victoria",
-    "Catherine",
-    "Peter",
-    "Alexander",
-    "Nicholas",
-    "Frederick",
-    "Philip",
-    "Ferdinand",
-    "Napoleon",
-    "Pius",
-    "Benedict",
-    "Francis",
-    "Gregory",
-    "Leo",
-    "Clement",
-    "Innocent",
-    "Urban",
-    "Paul",
-    "John",
-    "Ramses",
-    "Ramesses",
-    "Darius",
-    "Xerxes",
-    "Ptolemy",
-    "Cleopatra",
-    "Otto",
-    "Rudolf",
-    "Leopold",
-    "Joseph",
-    "Ivan",
-    "Carl",
-    "Gustav",
-    "Gustavus",
-    "Christian",
-    "Haakon",
-    "Harald",
-    "Olav",
-    "Juan",
-    "Felipe",
-    "Alfonso",
-    "Albert",
-    "Robert",
-    "David",
-    "Malcolm",
-    "Edmund",
-    "Stephen",
-    "Baldwin",
-    "Constantine",
-    "Theodosius",
-    "Justinian",
-    "Mehmed",
-    "Suleiman",
-    "Wilhelm",
-    "Friedrich",
-    "Umberto",
-    "Vittorio",
-    "Emmanuel",
-    "Sam",
-    "Thomas",
+    "Henry", "Edward", "Richard", "George", "William", "Charles", "James", "Louis", "Elizabeth", "Mary", "Victoria", "Catherine", "Peter",
+    "Alexander", "Nicholas", "Frederick", "Philip", "Ferdinand", "Napoleon", "Pius", "Benedict", "Francis", "Gregory", "Leo", "Clement",
+    "Innocent", "Urban", "Paul", "John", "Ramses", "Ramesses", "Darius", "Xerxes", "Ptolemy", "Cleopatra", "Otto", "Rudolf", "Leopold",
+    "Joseph", "Ivan", "Carl", "Gustav", "Gustavus", "Christian", "Haakon", "Harald", "Olav", "Juan", "Felipe", "Alfonso", "Albert",
+    "Robert", "David", "Edmund", "Stephen", "Baldwin", "Constantine", "Theodosius", "Justinian", "Mehmed", "Suleiman", "Wilhelm",
+    "Friedrich", "Umberto", "Vittorio", "Emmanuel", "Sam", "Thomas",
 ]
+# fmt: on
 
 
 def roman(text: str) -> str:
@@ -1372,95 +972,29 @@ def _roman_reign(match: Match) -> str | None:
     return f"{match[1]} the {ordinal(roman(numeral))}"
 
 
-_PRONOUN_I = re.compile(
-    r"\s+(?:am|was|will|have|had|do|did|can|could|would|should|think|know|like|love|want|see|saw|went|need|don|didn)\b|['’]"
-)
+_PRONOUN_I = re.compile(r"\s+(?:am|have|do|can|think|know|like|love|want|see|need|don)\b|['’]")
 
 # --- Names, files, hosts ---
 
+# fmt: off
+# fmt: off
 _SUFFIXES = {
-    "com": "com",
-    "org": "org",
-    "net": "net",
-    "edu": "EDU",
-    "gov": "gov",
-    "io": "IO",
-    "ai": "AI",
-    "co": "co",
-    "dev": "dev",
-    "app": "app",
-    "info": "info",
-    "uk": "UK",
-    "de": "DE",
-    "py": "pie",
-    "js": "JS",
-    "ts": "TS",
-    "md": "MD",
-    "txt": "TXT",
-    "json": "jason",
-    "html": "HTML",
-    "css": "CSS",
-    "csv": "CSV",
-    "pdf": "PDF",
-    "exe": "EXE",
-    "zip": "zip",
-    "tar": "tar",
-    "gz": "GZ",
-    "png": "PNG",
-    "jpg": "jpeg",
-    "jpeg": "jpeg",
-    "gif": "gif",
-    "svg": "SVG",
-    "doc": "doc",
-    "docx": "doc X",
-    "xls": "XLS",
-    "xlsx": "XLSX",
-    "ppt": "PPT",
-    "pptx": "PPTX",
-    "yaml": "yaml",
-    "yml": "YML",
-    "toml": "toml",
-    "xml": "XML",
-    "sh": "SH",
-    "log": "log",
-    "cfg": "CFG",
-    "ini": "INI",
-    "conf": "conf",
-    "env": "ENV",
-    "rs": "RS",
-    "go": "go",
-    "java": "java",
-    "cpp": "CPP",
-    "wav": "wave",
-    "mp3": "MP three",
-    "mp4": "MP four",
-    "ogg": "ogg",
-    "flac": "flack",
-    "sql": "SQL",
-    "db": "DB",
-    "lock": "lock",
-    "bak": "back",
-    "tmp": "temp",
-    "dmg": "DMG",
-    "iso": "ISO",
-    "bin": "bin",
-    "dll": "DLL",
-    "php": "PHP",
-    "rb": "RB",
-    "ipynb": "IPYNB",
-    "plist": "P list",
+    "com": "com", "org": "org", "net": "net", "edu": "EDU", "gov": "gov", "io": "IO", "ai": "AI", "co": "co", "dev": "dev", "app": "app",
+    "info": "info", "uk": "UK", "de": "DE", "py": "pie", "js": "JS", "ts": "TS", "md": "MD", "txt": "TXT", "json": "jason", "html": "HTML",
+    "css": "CSS", "csv": "CSV", "pdf": "PDF", "exe": "EXE", "zip": "zip", "tar": "tar", "gz": "GZ", "png": "PNG", "jpg": "jpeg",
+    "jpeg": "jpeg", "gif": "gif", "svg": "SVG", "doc": "doc", "docx": "doc X", "xls": "XLS", "xlsx": "XLSX", "ppt": "PPT", "pptx": "PPTX",
+    "yaml": "yaml", "yml": "YML", "toml": "toml", "xml": "XML", "sh": "SH", "log": "log", "cfg": "CFG", "ini": "INI", "conf": "conf",
+    "env": "ENV", "rs": "RS", "go": "go", "java": "java", "cpp": "CPP", "wav": "wave", "mp3": "MP three", "mp4": "MP four", "ogg": "ogg",
+    "flac": "flack", "sql": "SQL", "db": "DB", "lock": "lock", "bak": "back", "tmp": "temp", "dmg": "DMG", "iso": "ISO", "bin": "bin",
+    "dll": "DLL", "php": "PHP", "rb": "RB", "ipynb": "IPYNB", "plist": "P list",
 }
+# fmt: on
+# fmt: on
+# fmt: off
 _SIGNS_IN_NAMES = {
-    ".": "dot",
-    "-": "dash",
-    "_": "underscore",
-    "@": "at",
-    "+": "plus",
-    "/": "slash",
-    ":": "colon",
-    "~": "tilde",
-    "&": "ampersand",
+    ".": "dot", "-": "dash", "_": "underscore", "@": "at", "+": "plus", "/": "slash", ":": "colon", "~": "tilde", "&": "ampersand",
 }
+# fmt: on
 _NAME_PART = re.compile(r"\d+|[^\W\d_]+|[^\w]|_")
 
 
@@ -1509,6 +1043,19 @@ def _code(match: Match) -> str:
     return f"{match[1]}{' '.join(spelled(part) if part.isdigit() else part for part in re.findall(r'[0-9]+|[A-Za-z]+', match[2]))}"
 
 
+def _named_number(match: Match) -> str:
+    return f"{match[1]} {house_number(match[2])} {match[3]}".strip()
+
+
+def _letters_and_number(match: Match) -> str | None:
+    return None if match[1] == "I" else f"{match[1]} {house_number(match[2])}"
+
+
+def _unknown_host(match: Match) -> str | None:
+    """Return a name like "news.abc"; a common word after the full stop starts a sentence that lacks its space."""
+    return None if match[0].rpartition(".")[2].upper() in _COMMON else spell_name(match[0])
+
+
 def _handle(match: Match) -> str:
     return f"at {spell_name(match[1], separators=False)}"
 
@@ -1525,12 +1072,14 @@ def _range(match: Match) -> str:
     first, last = match[1], match[2]
     if _YEAR.fullmatch(first) and (_YEAR.fullmatch(last) or len(last) == 2):
         return f"{year(first)} to {year(last) if len(last) == 4 else _short_year(last)}"
-    if " " in match[0] and float(first.replace(",", "")) > float(last.replace(",", "")):
-        return f"{number(first)} minus {number(last)}"
+    if float(first.replace(",", "")) > float(last.replace(",", "")) and (" " in match[0] or len(first) > 2):
+        return f"{number(first)} {'minus ' if ' ' in match[0] else ''}{number(last)}"
     return f"{number(first)} to {number(last)}"
 
 
-def _scaled(match: Match) -> str:
+def _scaled(match: Match) -> str | None:
+    if match[2] == "K" and len(match[1]) == 1:
+        return f"{number(match[1])} K"  # a screen, a race
     return f"{_round(match[1])} {_MAGNITUDES[match[2].lower()]}"
 
 
@@ -1566,58 +1115,16 @@ def _always(words: str) -> Reader:
     return lambda _match: words
 
 
+# fmt: off
 _SYMBOLS = {
-    "&": "and",
-    "%": "percent",
-    "+": "plus",
-    "@": "at",
-    "°": "degrees",
-    "º": "degrees",
-    "§": "section",
-    "¶": "paragraph",
-    "©": "copyright",
-    "®": "",
-    "™": "",
-    "=": "equals",
-    "×": "times",
-    "÷": "divided by",
-    "±": "plus or minus",
-    "≥": "at least",
-    "≤": "at most",
-    "≠": "is not equal to",
-    "≈": "about",
-    "√": "the square root of",
-    "∞": "infinity",
-    "π": "pi",
-    "µ": "micro",
-    "Ω": "ohm",
-    "→": "to",
-    "←": "",
-    "↔": "to and from",
-    "⇒": "implies",
-    "#": "hash",
-    "$": "dollar",
-    "£": "pound",
-    "€": "euro",
-    "¥": "yen",
-    "₹": "rupee",
-    "₩": "won",
-    "¢": "cents",
-    "<": "less than",
-    ">": "greater than",
-    "~": "about",
-    "^": "caret",
-    "*": "",
-    "_": "",
-    "|": "",
-    "\\": "backslash",
-    "/": "slash",
-    "•": "",
-    "−": "minus",
-    "²": "squared",
-    "³": "cubed",
-    "‰": "per mille",
+    "&": "and", "%": "percent", "+": "plus", "@": "at", "°": "degrees", "º": "degrees", "§": "section", "¶": "paragraph", "©": "copyright",
+    "®": "", "™": "", "=": "equals", "×": "times", "÷": "divided by", "±": "plus or minus", "≥": "at least", "≤": "at most",
+    "≠": "is not equal to", "≈": "about", "√": "the square root of", "∞": "infinity", "π": "pi", "µ": "micro", "Ω": "ohm", "→": "to",
+    "←": "", "↔": "to and from", "⇒": "implies", "#": "hash", "$": "dollar", "£": "pound", "€": "euro", "¥": "yen", "₹": "rupee",
+    "₩": "won", "¢": "cents", "<": "less than", ">": "greater than", "~": "about", "^": "caret", "*": "", "_": "", "|": "",
+    "\\": "backslash", "/": "slash", "•": "", "★": "star", "☆": "star", "−": "minus", "²": "squared", "³": "cubed", "‰": "per mille",
 }
+# fmt: on
 
 
 def _symbol(match: Match) -> str:
@@ -1642,188 +1149,24 @@ def _contraction(match: Match) -> str:
 
 # --- Capitals ---
 
-_ACRONYMS = frozenset(
-    [
-        "AI",
-        "API",
-        "ASAP",
-        "ATM",
-        "BBC",
-        "CEO",
-        "CFO",
-        "CIA",
-        "CNN",
-        "CPU",
-        "CSS",
-        "CSV",
-        "CTO",
-        "DIY",
-        "DNA",
-        "DNS",
-        "DVD",
-        "EU",
-        "FAQ",
-        "FBI",
-        "GDP",
-        "GPS",
-        "GPU",
-        "HR",
-        "HTML",
-        "HTTP",
-        "HTTPS",
-        "IBM",
-        "ID",
-        "IDE",
-        "IO",
-        "IP",
-        "IQ",
-        "IRS",
-        "ISO",
-        "IT",
-        "JPG",
-        "JSON",
-        "LLM",
-        "MIT",
-        "MRI",
-        "NASA",
-        "NATO",
-        "NBA",
-        "NFL",
-        "NGO",
-        "NHS",
-        "NSA",
-        "OECD",
-        "OPEC",
-        "OS",
-        "PC",
-        "PDF",
-        "PHD",
-        "PIN",
-        "PM",
-        "PR",
-        "QA",
-        "RAM",
-        "RNA",
-        "ROM",
-        "RSS",
-        "SDK",
-        "SMS",
-        "SQL",
-        "SSD",
-        "SSH",
-        "SSL",
-        "SUV",
-        "TCP",
-        "TLS",
-        "TTS",
-        "TV",
-        "UAE",
-        "UFO",
-        "UI",
-        "UK",
-        "UN",
-        "UNESCO",
-        "UNICEF",
-        "URL",
-        "US",
-        "USA",
-        "USB",
-        "UX",
-        "VAT",
-        "VIP",
-        "VPN",
-        "WHO",
-        "WIFI",
-        "WWW",
-        "XML",
-        "YAML",
-        "ZIP",
-        "AM",
-    ]
-)
-_COMMON = frozenset(
-    [
-        "A",
-        "ALL",
-        "AN",
-        "AND",
-        "ANY",
-        "ARE",
-        "AS",
-        "AT",
-        "BE",
-        "BUT",
-        "BY",
-        "CAN",
-        "DO",
-        "FOR",
-        "FROM",
-        "GO",
-        "GOT",
-        "HAD",
-        "HAS",
-        "HAVE",
-        "HE",
-        "HER",
-        "HIM",
-        "HIS",
-        "HOW",
-        "IF",
-        "IN",
-        "INTO",
-        "IS",
-        "ITS",
-        "MAY",
-        "ME",
-        "MUST",
-        "MY",
-        "NEVER",
-        "NO",
-        "NOT",
-        "NOW",
-        "OF",
-        "OFF",
-        "ON",
-        "OR",
-        "OUR",
-        "OUT",
-        "SHE",
-        "SO",
-        "STOP",
-        "THAT",
-        "THE",
-        "THEIR",
-        "THEM",
-        "THEN",
-        "THERE",
-        "THEY",
-        "THIS",
-        "TO",
-        "TOO",
-        "UP",
-        "VERY",
-        "WAS",
-        "WE",
-        "WERE",
-        "WHAT",
-        "WHEN",
-        "WHERE",
-        "WHY",
-        "WILL",
-        "WITH",
-        "YES",
-        "YOU",
-        "YOUR",
-        "ONLY",
-        "HERE",
-        "PLEASE",
-        "WARNING",
-        "ALWAYS",
-        "IT",
-        "DON'T",
-        "CAN'T",
-    ]
-)
+# fmt: off
+_ACRONYMS = frozenset([
+    "AI", "API", "ASAP", "ATM", "BBC", "CEO", "CFO", "CIA", "CNN", "CPU", "CSS", "CSV", "CTO", "DIY", "DNA", "DNS", "DVD", "EU", "FAQ",
+    "FBI", "GDP", "GPS", "GPU", "HR", "HTML", "HTTP", "HTTPS", "IBM", "ID", "IDE", "IO", "IP", "IQ", "IRS", "ISO", "IT", "JPG", "JSON",
+    "LLM", "MIT", "MRI", "NASA", "NATO", "NBA", "NFL", "NGO", "NHS", "NSA", "OECD", "OPEC", "OS", "PC", "PDF", "PHD", "PIN", "PM", "PR",
+    "QA", "RAM", "RNA", "ROM", "RSS", "SDK", "SMS", "SQL", "SSD", "SSH", "SSL", "SUV", "TCP", "TLS", "TTS", "TV", "UAE", "UFO", "UI", "UK",
+    "UN", "UNESCO", "UNICEF", "URL", "US", "USA", "USB", "UX", "VAT", "VIP", "VPN", "WHO", "WIFI", "WWW", "XML", "YAML", "ZIP", "AM",
+])
+# fmt: on
+# fmt: off
+_COMMON = frozenset([
+    "A", "ALL", "AN", "AND", "ANY", "ARE", "AS", "AT", "BE", "BUT", "BY", "CAN", "DO", "FOR", "FROM", "GO", "GOT", "HAD", "HAS", "HAVE",
+    "HE", "HER", "HIM", "HIS", "HOW", "IF", "IN", "INTO", "IS", "ITS", "MAY", "ME", "MUST", "MY", "NEVER", "NO", "NOT", "NOW", "OF", "OFF",
+    "ON", "OR", "OUR", "OUT", "SHE", "SO", "STOP", "THAT", "THE", "THEIR", "THEM", "THEN", "THERE", "THEY", "THIS", "TO", "TOO", "UP",
+    "VERY", "WAS", "WE", "WERE", "WHAT", "WHEN", "WHERE", "WHY", "WILL", "WITH", "YES", "YOU", "YOUR", "ONLY", "HERE", "PLEASE", "WARNING",
+    "ALWAYS", "IT", "DON'T", "CAN'T",
+])
+# fmt: on
 _SHOUTED = re.compile(r"\b[A-Z][A-Z'’]*(?:[ ,:;-]+[A-Z][A-Z'’]*){1,60}\b")
 _ALONE = frozenset(
     [
@@ -1897,9 +1240,14 @@ _EXTENSION = _words(
 )
 
 
-def _rules(*rules: tuple[str, Reader]) -> list[tuple[re.Pattern[str], Reader]]:
-    return [(re.compile(pattern), reader) for pattern, reader in rules]
+def _rules(*rules: tuple[str, Reader]) -> list[tuple[regex.Pattern[str], Reader]]:
+    return [(regex.compile(pattern), reader) for pattern, reader in rules]
 
+
+# What may be short for something before a full stop or a hyphen; `\b[A-Z]` is an initial.
+ABBREVIATED = "|".join(
+    ["[A-Z]", _words([*_TITLES, *_ABBREVIATIONS, *_STREETS, *(day.capitalize() for day in _WEEKDAYS)]), f"(?i:{_words(_NUMBERED)})"]
+)
 
 # Patterns in the order they are tried.
 RULES = _rules(
@@ -1908,6 +1256,7 @@ RULES = _rules(
     (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", _email),
     (rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}(?:[./-][A-Za-z0-9_][\w-]{{0,63}}){{0,6}}\.(?:{_EXTENSION})(?![\w/]|\.\w)", _file_name),
     (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{_TLD})\b(?![\w/@]|\.[\w])", _host),
+    (r"(?<![\w.@/-])[a-z][a-z0-9]{2,30}\.[a-z]{2,4}(?![\w./@])", _unknown_host),
     (r"(?<![\w@/])@([A-Za-z_]\w{0,40})", _handle),
     (r"(?<![\w&#/])#([A-Za-z]\w{0,60})(?![\w#$])", _hashtag),
     (
@@ -1960,24 +1309,25 @@ RULES = _rules(
         _money_after,
     ),
     (rf"{_START}({_NUM})\s?¢", _cents),
+    (rf"\b(\d{{1,5}})([A-Z])? {_STREET_WORDS}", _address),
     # mixed numbers and measures
     (
-        rf"(?<![\w.,/])(?<!\w-)(?:(\d{{1,9}})[ -])?(\d{{1,9}}) ?[/⁄] ?(\d{{1,9}})(?:(?i:th|rd|nd|st)s?)?(?:\s?{_MEASURE}|(?![\w/]|[.,]\d))",
+        rf"(?<![\w.,/])(?<!\w-)(?:(\d{{1,9}})[ -])?(\d{{1,9}}) ?[/⁄] ?(\d{{1,9}})(?:(?i:th|rd|nd|st)s?)?(?:\s?{_MEASURE}|(?![\w/]|[.,]\d| ?=))",
         _fraction,
     ),
     (rf"{_START}(?:(\d{{1,9}}) ?)?([{_FRACTION_SIGNS}])(?:\s?{_MEASURE})?", _fraction_sign),
     (rf"{_START}(\d{{1,3}})(?:'|′|’) ?(\d{{1,2}}(?:\.\d)?)(?:\"|″|''|”)(?!\w)", _feet_inches),
     (rf"{_START}(\d{{1,4}}(?:\.\d{{1,4}})?)[\"″](?!\w)", _inches),
-    (rf"{_START}(\d{{1,4}})['′](?![\w'])", _feet),
+    (rf"{_START}(?:(\d{{1,4}})['′]-)?(\d{{1,4}})['′](?![\w'-])", _feet),
     (rf"{_START}(\d{{1,6}}(?:\.\d{{1,6}})?(?:\s?[x×]\s?\d{{1,6}}(?:\.\d{{1,6}})?){{1,3}})(?:\s?{_MEASURE})", _dimensions),
     (
-        r"(?<![\w.,=+*/-])(\d{1,6}(?:\.\d{1,6})?(?:\s?×\s?\d{1,6}(?:\.\d{1,6})?|x\d{2,6}){1,3})()(?![\w]|[.,]\d|\s?[=+])",
+        r"(?<![\w.,=+*/-])(\d{1,6}(?:\.\d{1,6})?(?:[x×]\d{1,6}(?:\.\d{1,6})?){1,3})()(?![\w]|[.,]\d|\s?[=+])",
         _dimensions,
     ),
     (rf"{_START}({_SIGNED})(?:\s?({_UNIT}))?{_DASH}({_SIGNED})\s?{_MEASURE}", _measure_range),
     (rf"(?<![\w.,])({_SIGNED}){_BIG}\s?{_MEASURE}", _unit_measure),
     (rf"{_START}({_NUM})-({_UNIT}|[a-z]{{3,14}})\b", _adjective),
-    (r"(?<![\w])v?()(\d{1,6}(?:\.\d{1,6}){2,5})([-.]?(?:alpha|beta|rc|dev|post|a|b)\.?)?(\d{1,4})?\b(?!\.\d)", _version),
+    (r"(?<![\w])(?:([Vv])\.?\s?)?(\d{1,6}(?:\.\d{1,6}){2,5})([-.]?(?:alpha|beta|rc|dev|post|a|b)\.?)?(\d{1,4})?\b(?!\.\d)", _version),
     (r"\b([Vv])\.?\s?(\d{1,6}(?:\.\d{1,6}){0,5})()()\b(?!\.\d)", _version),
     (rf"\b({_SOFTWARE})[ -](\d{{1,6}}\.\d{{1,6}})\b(?!\.\d)", _software_version),
     # arithmetic
@@ -1985,18 +1335,30 @@ RULES = _rules(
         rf"(?<![\w.,])(?:{_OPERAND} ?[-−–+*×x·÷/±^] ?){{1,12}}{_OPERAND} ?(?:[=≠≈≥≤<>]|[<>!=]=) ?{_OPERAND}(?: ?[-−–+*×x·÷/±^=] ?{_OPERAND}){{0,12}}(?![\w^²³])",
         _equation,
     ),
-    (rf"(?<![\w.,])(?:[A-Za-z]|{_NUM}) ?(?:[=≠≈≥≤<>]|[<>!=]=) ?{_OPERAND}(?: ?[-−–+*×x·÷/±^=] ?{_OPERAND}){{0,12}}(?![\w^²³])", _equation),
+    (rf"(?<![\w.,])(?:[A-Za-zπ]|{_NUM}) ?(?:[=≠≈≥≤<>]|[<>!=]=) ?{_OPERAND}(?: ?[-−–+*×x·÷/±^=] ?{_OPERAND}){{0,12}}(?![\w^²³])", _equation),
     (rf"(?<![\w.,])(?:{_NUM}(?: ?[*×÷·±+] ?| [x/] )){{1,12}}{_NUM}(?![\w^]|[.,]\d)", _equation),
+    (r"(?<!\w)(\d{1,9}(?:\.\d{1,9})?)[eE]([-+−]?\d{1,3})\b", _scientific),
+    (r"(?<![<-])[-=]>|→", _always("to")),
+    (r"(?<!\S)([<>]=?|[≥≤])\s?(?=[$£€]?\d)", lambda match: f"{_BOUNDS[match[1]]} "),
+    (r"(?<=[\w)] )(?:[=≠≈≥≤<>]|[<>!=]=)(?= [\w-])", lambda match: _OPERATORS[match[0]]),
     (r"\b([A-Za-z]|\d{1,12}(?:\.\d{1,6})?)([⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,4}|\^-?\d{1,4})", _power),
     (rf"([√∛∜]) ?({_NUM}|[A-Za-z]\b)", _root),
     # places
-    (rf"\b(\d{{1,5}}) {_STREET_WORDS}", _address),
     (rf"(?<=, )({'|'.join(_STATES)})(?:,? (\d{{5}}(?:-\d{{4}})?))?\b(?=[\s,.;)]|$)", _state),
     (r"(?<=[a-z]{3} )(\d{5})-(\d{4})\b", _digits_only),
     # words that stand before numbers
+    (r"(?<=[Cc]all )[2-9]11\b|(?<=[Dd]ial )[1-9]\d\d\b", _digits_only),
+    (r"(?<=ZIP )\d{5}\b|(?<=ZIP code )\d{5}\b", _digits_only),
+    (rf"\b({'|'.join(_NAMED_BY_NUMBER)})[ -](\d{{3,4}})([A-Z]?)\b(?![.,]?\d|[-–:/]\d)", _named_number),
+    (r"(?<![\w-])(?!UTC|GMT)([A-Z]{1,3})-?(\d{1,4})\b(?![\w/-]|[.,]\d)", _letters_and_number),
+    (
+        r"\b(\d{1,3})x(?= (?:faster|slower|more|less|better|bigger|larger|smaller|cheaper|higher|the|as)\b)",
+        lambda match: f"{number(match[1])} times",
+    ),
     (r"(?i:\b((?:ending in|pin|otp|pass ?code|password|code)(?: is|:)? ))((?=[a-z]{0,6}\d)[a-z0-9]{3,12})\b(?![-.]\w)", _code),
     (rf"\b(?i:({_words(_NUMBERED)}))\.\s?(?=[#\d])", _numbered),
     (r"\b(?i:(p|pp|fig|figs|no|vol|ch|sec|eq))\s(?=\d)", _numbered),
+    (r"(?<=UTC|GMT)[-−](?=\d)", _always(" minus ")),
     (r"(?<![\w&])#\s?(?=\d)", _always("number ")),
     (rf"\b({'|'.join(_PARTS)})\s{_ROMAN}(?![\w'’])", _roman_part),
     (rf"\b(?i:(chapter|part|act|scene|section|volume|book|article|appendix|phase|type))\s{_ROMAN}(?![\w'’])", _roman_part),
@@ -2005,7 +1367,7 @@ RULES = _rules(
     # abbreviations
     (rf"(?<![\w.])({_words(_PHRASES)})(?![\w])", _phrase),
     (rf"(?<![\w.])({'|'.join(_TITLES)})\.?\s(?=[A-Z])", _title),
-    (rf"((?:[A-Z][\w'’]+|\d(?:st|nd|rd|th)) )({'|'.join(_STREETS)})\b\.", _street),
+    (rf"((?:\b[A-Z][\w'’]+|\b\d{{1,3}}(?:st|nd|rd|th)) )({'|'.join(_STREETS)})\b\.", _street),
     (rf"(?<![\w.])({_words(_ABBREVIATIONS)})\.(?!\w)", _abbreviation),
     (r"(?<![\w.])(?:[A-Z]\.){2,8}(?![\w])|(?<![\w.])(?:[A-Z]\.){1,8}[A-Z]\b", _initialism),
     (r"\b([A-Z])\.(?=\s[A-Z](?:[a-z]{2,}|\.))", _initial),

@@ -22,7 +22,7 @@ from model_host import Heartbeat, ModelHost, RequestQueue
 from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
-from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length
+from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length, warm_up
 from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
@@ -381,6 +381,7 @@ class TTSEngine:
 
     async def _start_others(self, only: Voice | None) -> None:
         await self._hosts["hibari"].settled()
+        warm_up()
         self._hosts["csm-1b"].start()
         self._voice_files.keep_fetching(lambda: self._hibari_keys(only))
 
