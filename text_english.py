@@ -1061,8 +1061,8 @@ def _handle(match: Match) -> str:
 
 
 def _hashtag(match: Match) -> str:
-    words = re.sub(r"(?<=[a-z])(?=[A-Z0-9])|_", " ", match[1])
-    return f"hashtag {words}"
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", match[1])
+    return f"hashtag {re.sub('[0-9]+', lambda digits: f' {_counted(digits[0])} ', words)}".strip()
 
 
 # --- The rest ---
