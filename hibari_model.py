@@ -10,7 +10,8 @@ import re
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ import numpy as np
 import regex
 
 from audio_formats import SAMPLE_RATE
-from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
+from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions, SpokenWord
 from voice_presets import Voice
 
 if TYPE_CHECKING:
     from hibari import Hibari
+    from onnxruntime import InferenceSession
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,10 @@ _NAMES = {
     "André": "ˈɑndɹA",
     "Curaçao": "kjˈʊɹəsW",
 }
+_DURATIONS = "/Round_output_0"  # the network's inner value: the length of each phoneme
+_FRAME_SECONDS = 600 / SAMPLE_RATE
+_SILENT = frozenset(';:,.!?—…"“”()')
+_WORD = re.compile(r"\S+")
 _NUMBER = re.compile(r"\d[\d,]*")
 _LONGEST_NUMBER = 36  # digits: hibari has words up to decillions
 
@@ -222,11 +228,15 @@ class HibariModel:
         self._pronunciation(_key(voice)).verbalized = options.verbalize is True
         hibari = self._voice(_key(voice))
         for index, segment in enumerate(segments):
+            hibari.g2p.tokens.clear()
+            hibari.sess.runs.clear()
             for samples in hibari.stream(_speakable(segment), seed=[options.seed, index]):
                 if cancelled():
                     return
                 yield SegmentChunk(index, samples, last=False)
-            yield SegmentChunk(index, np.zeros(0, np.float32), last=True)
+            yield SegmentChunk(
+                index, np.zeros(0, np.float32), last=True, words=_word_times(segment, hibari.g2p.tokens, hibari.sess, hibari.vocab)
+            )
 
     def info(self) -> dict[str, Any]:
         """Return details for `/health`."""
@@ -263,8 +273,9 @@ class HibariModel:
     def _load_voice(self, key: str) -> Hibari:
         from hibari import Hibari
 
-        voice = Hibari(key, model=self._files.read(key), g2p=self._pronunciation(key))
+        voice = Hibari(key, model=_with_durations(self._files.read(key)), g2p=self._pronunciation(key))
         voice.model_path = None  # the content: onnxruntime has its own copy
+        voice.sess = _TimedSession(voice.sess)
         return voice
 
     def _pronunciation(self, key: str) -> Pronunciation:
@@ -286,10 +297,12 @@ class Pronunciation:
 
     Attributes:
         verbalized: The text is in words already, so hibari's own reading of numbers and abbreviations, which mistakes words for them, is off.
+        tokens: hibari's tokens of the sentences so far, with their phonemes. The caller clears them.
     """
 
     def __init__(self, *, british: bool) -> None:
         self.verbalized = False
+        self.tokens: list[Any] = []
         self._british = british
         self._g2p: Any = None
 
@@ -302,9 +315,13 @@ class Pronunciation:
         if self.verbalized:
             text = _ACCENTED_WORD.sub(lambda word: self._accented(word[0]), " ".join(text.split()))
         else:
-            text = _NO.sub(r"\1 .", text)
-        phonemes: str = self._g2p(text, normalize_text=not self.verbalized)
-        return phonemes
+            from hibari.g2p.normalize import normalize
+
+            text = normalize(_NO.sub(r"\1 .", text))
+        # As hibari's own G2P.__call__, which does not return the tokens.
+        tokens = self._g2p.phonemize_tokens(self._g2p.tokenize(text))
+        self.tokens += tokens
+        return "".join((token.phonemes or "") + (" " if token.whitespace else "") for token in tokens).strip()
 
     def _accented(self, word: str) -> str:
         """Return a word with accents as hibari says it best: from our table, or without accents where only that is in its lexicon."""
@@ -314,6 +331,98 @@ class Pronunciation:
         lexicon = self._g2p.lexicon
         known = [form in lexicon.golds or form in lexicon.silvers for form in (word, word.lower(), plain, plain.lower())]
         return plain if plain.isascii() and not any(known[:2]) and any(known[2:]) else word
+
+
+class _TimedSession:
+    """A voice's network with one more output, the length of each phoneme.
+
+    Attributes:
+        runs: The phoneme ids and their lengths in frames, of each call so far. The caller clears them.
+    """
+
+    def __init__(self, session: InferenceSession) -> None:
+        self._session = session
+        self.runs: list[tuple[list[int], list[float]]] = []
+
+    def run(self, names: None, inputs: dict[str, Any]) -> list[Any]:
+        """Return the outputs that hibari knows."""
+        outputs = list(self._session.run(names, inputs))
+        if self._session.get_outputs()[-1].name == _DURATIONS:
+            self.runs.append((inputs["ids"][0].tolist(), outputs.pop().reshape(-1).tolist()))
+        return outputs
+
+
+def _with_durations(model: bytes) -> bytes:
+    """Return an ONNX model whose inner value `_DURATIONS` is an output too; unchanged if it has no such value.
+
+    Protobuf joins repeated fields of messages that follow each other: field 7 of a model is the graph, field 12 of a graph an output, field
+    1 of an output its name.
+    """
+    name = _DURATIONS.encode()
+    if name not in model:
+        return model
+    output = b"\x0a" + bytes([len(name)]) + name
+    graph = b"\x62" + bytes([len(output)]) + output
+    return model + b"\x3a" + bytes([len(graph)]) + graph
+
+
+def _word_times(segment: str, tokens: Sequence[Any], session: _TimedSession, vocabulary: Mapping[str, int]) -> tuple[SpokenWord, ...]:
+    """Return when each word of a segment is heard; nothing if the network does not tell.
+
+    Args:
+        segment: The text.
+        tokens: hibari's tokens of the text, with their phonemes.
+        session: The calls for this segment.
+        vocabulary: The id of each phoneme.
+    """
+    spans = _phoneme_spans(session.runs, {number: sign for sign, number in vocabulary.items()})
+    letters, times = "", []  # the tokens' letters, and the time of the token that each belongs to
+    position = 0
+    for token in tokens:
+        count = sum(sign in vocabulary for sign in (token.phonemes or "") if sign != " ")
+        heard = [(start, end) for sign, start, end in spans[position : position + count] if sign not in _SILENT]
+        position += count
+        folded = _folded(token.text)[0]
+        if heard:
+            letters += folded
+            times += [(heard[0][0], heard[-1][1])] * len(folded)
+    return _times_of_words(segment, letters, times) if position == len(spans) else ()
+
+
+def _phoneme_spans(runs: Sequence[tuple[list[int], list[float]]], signs: Mapping[int, str]) -> list[tuple[str, float, float]]:
+    """Return each phoneme other than a space with its start and end in seconds."""
+    spans = []
+    now = 0.0
+    for ids, frames in runs:
+        for number, (identifier, length) in enumerate(zip(ids, frames, strict=True)):
+            end = now + length * _FRAME_SECONDS
+            if 0 < number < len(ids) - 1 and signs[identifier] != " ":
+                spans.append((signs[identifier], now, end))
+            now = end
+    return spans
+
+
+def _times_of_words(segment: str, letters: str, times: Sequence[tuple[float, float]]) -> tuple[SpokenWord, ...]:
+    """Return the words of `segment`, by the times of the letters that were spoken. Words without any are left out."""
+    written, places = _folded(segment)
+    when: dict[int, tuple[float, float]] = {}
+    for _, a, a_end, b, b_end in SequenceMatcher(None, written, letters, autojunk=False).get_opcodes():
+        if b_end > b:  # what hibari read in other letters ("2" as "second") is spread over the written ones
+            when.update({places[place]: times[b + (place - a) * (b_end - b) // (a_end - a)] for place in range(a, a_end)})
+    words = []
+    for match in _WORD.finditer(segment):
+        heard = [when[place] for place in range(*match.span()) if place in when]
+        if heard:
+            words.append(SpokenWord(*match.span(), heard[0][0], heard[-1][1]))
+    return tuple(words)
+
+
+def _folded(text: str) -> tuple[str, list[int]]:
+    """Return the letters and digits of `text`, without case and accents, and the offset of each."""
+    pairs = [
+        (sign, place) for place, letter in enumerate(text) for sign in unicodedata.normalize("NFKD", letter).casefold() if sign.isalnum()
+    ]
+    return "".join(sign for sign, _ in pairs), [place for _, place in pairs]
 
 
 def _speakable(text: str) -> str:

@@ -26,6 +26,11 @@ def _clean(value: object) -> object:
     return value.encode("utf-8", "ignore").decode("utf-8").strip() if isinstance(value, str) else value
 
 
+def _clean_text(value: object) -> object:
+    """Remove what `_clean` removes, but keep the space around the text: offsets of words count from the caller's first character."""
+    return value.encode("utf-8", "ignore").decode("utf-8") if isinstance(value, str) and _clean(value) else _clean(value)
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -58,7 +63,7 @@ class SpeechRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", json_schema_extra=_document_nulls)
 
     model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
-    input: Annotated[str, BeforeValidator(_clean)] = Field(
+    input: Annotated[str, BeforeValidator(_clean_text)] = Field(
         description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters.", min_length=1
     )
     voice: str | VoiceId = Field(description="A voice's name or alias, or an object with its `id`. OpenAI's names reach the default voice.")
@@ -78,7 +83,9 @@ class SpeechRequest(BaseModel):
         strict=True,
         description="Turn Markdown, URLs, emoji, numbers and abbreviations into plain words; the default is NORMALIZE_TEXT.",
     )
-    timestamps: bool = Field(False, strict=True, description="Report the start and end of each segment.")
+    timestamps: Annotated[bool, Field(strict=True)] | Literal["word"] = Field(
+        False, description="Report the start and end of each segment; `word`: of each word too."
+    )
     seed: Annotated[int | None, _Number] = Field(
         None, ge=0, le=2**32 - 1, description="The same text, voice and seed give the same samples."
     )
@@ -261,10 +268,18 @@ class SpokenCaption(_Answer):
     end: float
 
 
+class SpokenWordCaption(SpokenCaption):
+    """A word, with its start and end in seconds and its place in the request's `input`."""
+
+    start_char: int
+    end_char: int
+
+
 class Captions(_Answer):
-    """The timestamps of an answer."""
+    """The timestamps of an answer. `words` is present if they were requested; empty if the voice does not know them."""
 
     captions: list[SpokenCaption]
+    words: list[SpokenWordCaption] | None = None
 
 
 State = Literal["loading", "ready", "unloaded", "failed", "disabled"]

@@ -30,6 +30,23 @@ class SpeechOptions:
 
 
 @dataclass(frozen=True)
+class SpokenWord:
+    """A word of a segment's spoken text, and when it is heard.
+
+    Attributes:
+        start_char: Offset of its first character in the text that the model was given.
+        end_char: Offset after its last character.
+        start: Seconds from the segment's first sample.
+        end: Seconds from the segment's first sample.
+    """
+
+    start_char: int
+    end_char: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class SegmentChunk:
     """Some samples of one segment.
 
@@ -42,6 +59,7 @@ class SegmentChunk:
         last: Whether this is the segment's final chunk.
         retries: How often the segment was generated again (final chunk only).
         word_error_rate: Between the text and what a recogniser heard, if one checked it (final chunk only).
+        words: When each word is heard, in order, if the model knows (final chunk only).
     """
 
     segment: int
@@ -49,6 +67,7 @@ class SegmentChunk:
     last: bool
     retries: int = 0
     word_error_rate: float | None = None
+    words: tuple[SpokenWord, ...] = ()
 
 
 @dataclass(frozen=True)

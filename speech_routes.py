@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from audio_converter import StreamEncoder, convert
 from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
-from captions import CaptionStore, captions_of, new_key, to_json, to_srt, to_webvtt
+from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
 from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import run_until_gone
@@ -189,7 +189,7 @@ class SpeechEndpoint:
             # The measured speed: ffmpeg's atempo filter meets the requested speed to one percent only.
             speed = utterance.audio_seconds / duration
             key = new_key()
-            self.captions.keep(key, captions_of(utterance.segments, utterance.timestamps, speed))
+            self.captions.keep(key, _captions(plan, utterance, speed, duration))
             headers["X-Timestamps"] = _timestamps_path(key)
         return Response(data, headers=headers, media_type=plan.format.content_type)
 
@@ -211,7 +211,8 @@ class SpeechEndpoint:
         """Yield the pieces, then keep their captions: they exist before the client sees the end of the body."""
         async for piece in pieces:
             yield piece
-        self.captions.keep(key, captions_of(utterance.segments, utterance.timestamps, plan.request.speed))
+        speed = plan.request.speed
+        self.captions.keep(key, _captions(plan, utterance, speed, utterance.audio_seconds / speed))
 
     def _observe(self, plan: _Plan, utterance: Utterance, outcome: str) -> None:
         started = utterance.generation_time > 0
@@ -347,11 +348,9 @@ async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes
     try:
         async for piece in pieces:
             yield _event("speech.audio.delta", audio=base64.b64encode(piece).decode())
-            if plan.request.timestamps:
-                captions = captions_of(utterance.segments, utterance.timestamps, plan.request.speed)
-                for caption in captions[sent:]:
-                    yield _event("speech.audio.timestamps", **vars(caption))
-                sent = len(captions)
+            for event in _timestamp_events(plan, utterance, sent):
+                yield event
+                sent += 1
     except Exception as error:
         shown = error if isinstance(error, TTSError) else InternalError("The stream failed. The server's log has the details.")
         yield _event("speech.audio.error", **shown.envelope())
@@ -360,6 +359,29 @@ async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes
     frames = round(utterance.audio_seconds * _CODEC_FRAMES_PER_SECOND)
     characters = len(plan.request.input)
     yield _event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": frames, "total_tokens": characters + frames})
+
+
+def _timestamp_events(plan: _Plan, utterance: Utterance, sent: int) -> Iterator[bytes]:
+    """Yield an event for each finished segment after the first `sent`, if the request asks for timestamps."""
+    for timestamp in list(utterance.timestamps)[sent:] if plan.request.timestamps else ():
+        (caption,) = captions_of(utterance.segments, [timestamp], plan.request.speed)
+        fields: dict[str, object] = dict(vars(caption))
+        if plan.request.timestamps == "word":
+            end = timestamp.end / plan.request.speed if timestamp.segment == len(utterance.segments) - 1 else None
+            fields["words"] = [vars(word) for word in _finder(plan, utterance).words([timestamp], plan.request.speed, end)]
+        yield _event("speech.audio.timestamps", **fields)
+
+
+def _captions(plan: _Plan, utterance: Utterance, speed: float, duration: float) -> AnswerCaptions:
+    """Return the captions of a complete answer of `duration` seconds."""
+    captions = captions_of(utterance.segments, utterance.timestamps, speed)
+    if plan.request.timestamps != "word":
+        return AnswerCaptions(captions)
+    return AnswerCaptions(captions, _finder(plan, utterance).words(utterance.timestamps, speed, duration))
+
+
+def _finder(plan: _Plan, utterance: Utterance) -> WordFinder:
+    return WordFinder(plan.request.input, utterance.segments, utterance.spoken)
 
 
 def _event(kind: str, **fields: object) -> bytes:
@@ -406,10 +428,11 @@ async def create_speech(body: SpeechRequest, request: Request, endpoint: Endpoin
     operation_id="getTimestamps",
     summary="Get timestamps",
     response_model=Captions,
+    response_model_exclude_unset=True,
     responses={200: CAPTION_FILES, **refusals(404)},
 )
 async def get_timestamps(answer: str, endpoint: Endpoint, format: Literal["json", "vtt", "srt"] = "json") -> Response:
-    """Return the start and end of each segment of an answer that was requested with `timestamps: true`.
+    """Return the start and end of each segment of an answer that was requested with `timestamps: true`, and of each word with `"word"`.
 
     The answer's `X-Timestamps` header holds this path. Timestamps of a streamed answer exist after its end.
     """
@@ -419,10 +442,10 @@ async def get_timestamps(answer: str, endpoint: Endpoint, format: Literal["json"
             "There are no timestamps under this id. They exist once an answer is complete, and are kept for the last 64 answers that asked for them."
         )
     if format == "vtt":
-        return Response(to_webvtt(found), media_type="text/vtt")
+        return Response(to_webvtt(found.finest), media_type="text/vtt")
     if format == "srt":
-        return Response(to_srt(found), media_type="application/x-subrip")
-    return JSONResponse(to_json(found))
+        return Response(to_srt(found.finest), media_type="application/x-subrip")
+    return JSONResponse(to_json(found.captions, found.words))
 
 
 @router.get("/audio/models", operation_id="listAudioModels", summary="List models for Open WebUI", response_model=AudioModelList)
