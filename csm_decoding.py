@@ -99,6 +99,10 @@ class FrameBatch:
         self._ahead = self._launch() if more else None
         return np.asarray(np.array(frame), dtype=np.int32)
 
+    def read_prompts(self) -> mx.array:
+        """Read the prompts, which the first step does; return the network's output at their end, shape (rows, hidden)."""
+        return _read_prompts(self._network, self._tokens, self._mask, self._caches)
+
     def all_finite(self, frames: int) -> bool:
         """Generate so many frames; return whether all their logits are finite numbers."""
         logits: list[mx.array] = []
@@ -121,10 +125,7 @@ class FrameBatch:
 
     def _launch(self, seen: list[mx.array] | None = None) -> mx.array:
         """Start to compute the next frame, without waiting for it; `seen`: as in `draw_frame`."""
-        if self._last is None:
-            hidden = _read_prompts(self._network, self._tokens, self._mask, self._caches)
-        else:
-            hidden = self._network.read(self._last, self._caches)
+        hidden = self.read_prompts() if self._last is None else self._network.read(self._last, self._caches)
         sampler = self._sampler
         frame, self._last, sampler.keys = self._network.draw_frame(hidden, sampler.keys, sampler.scale, sampler.top_k, seen)
         mx.async_eval(frame, self._last, sampler.keys)  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_audio.lm.sample_utils import make_sampler  # noqa: E402
 from mlx_audio.tts.models.sesame.sesame import SesameModel  # noqa: E402
 
-from csm_decoding import RowSampler  # noqa: E402
+from csm_decoding import FrameBatch, PrefixCache, RowSampler  # noqa: E402
 from csm_layers import FrameNetwork  # noqa: E402
 
 ROWS = (1, 2, 8)
@@ -62,6 +62,24 @@ def main() -> None:
                     f"| {name} | {rows} | {primitives:,} | {kernels:,} | {times[name]:.1f} ms | {times['stock mlx-audio'] / times[name]:.1f} |"
                 )
     predict(kernels, stock_kernels)
+    read_prompts(plain)
+
+
+def read_prompts(network: FrameNetwork) -> None:
+    """Print the time to read a prompt of 30 s that is a segment of its own, and 1 or 8 texts of 25 tokens: each time, and with the cache."""
+    known, new = 480, 25
+    tokens, mask = mx.ones((known + new, 33), mx.int32), mx.ones((known + new, 33), mx.bool_)
+    prefix = PrefixCache(network).get((tokens[:known], mask[:known]))
+    print("\n| before the first frame, rows | prompt read | prompt kept | share |\n|---|---:|---:|---:|")
+    for rows in (1, 8):
+        spent: dict[bool, list[float]] = {False: [], True: []}
+        for kept in (False, True) * 3:
+            start = time.process_time()
+            batch = FrameBatch(network, [(tokens, mask)] * rows, RowSampler(range(rows), 0.9, 50), prefix if kept else None)
+            batch.read_prompts()
+            spent[kept].append(time.process_time() - start)
+        read, kept_time = min(spent[False]), min(spent[True])
+        print(f"| {rows} | {read * 1000:.0f} ms | {kept_time * 1000:.0f} ms | {kept_time / read:.1%} |")
 
 
 def predict(kernels: int, stock_kernels: int) -> None:
