@@ -21,7 +21,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clients bench bench-csm acceptance soak audit clean help
+.PHONY: run setup test check clients bench bench-csm bench-reading acceptance soak audit clean help
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
@@ -43,6 +43,9 @@ clients: | $(UV) ## install OpenClaw, OpenAI's libraries and other clients for t
 
 bench: .venv/.dev-stamp ## measure speed and latency with the built-in voice
 	$(PY) benchmarks/speech.py
+
+bench-reading: .venv/.dev-stamp ## measure how much of written text is heard right, with and without verbalizing
+	$(PY) benchmarks/reading.py
 
 bench-csm: .venv/.dev-stamp ## measure CSM's generation with a small random model
 	$(PY) benchmarks/csm.py

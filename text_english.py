@@ -206,8 +206,10 @@ def _month_day(match: Match) -> str | None:
     return words + (f"{_after_comma(comma)}{year(of_year)}" if of_year else "")
 
 
-def _day_month(match: Match) -> str:
+def _day_month(match: Match) -> str | None:
     weekday, the, day, last, month, comma, of_year = match.groups()
+    if month in ("may", "march", "mar") and not of_year and day[-1] + " " + month in match[0]:
+        return None  # "children aged 5-9 may come"
     # The article of "the 5th of May" stays in the text before the match.
     days = ordinal(day.lstrip("0")) + (f" to the {ordinal(last.lstrip('0'))}" if last else "")
     words = f"{_weekday(weekday)}{'' if the else 'the '}{days} of {_month(month)}"
