@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import shutil
 import socket
@@ -344,9 +345,24 @@ def test_the_weights_are_those_of_the_file(tmp_path: Path) -> None:
     parameters: list[tuple[str, Any]] = tree_flatten(model._speaker._model.parameters())  # type: ignore[assignment]
     stored = mx.load(str(tiny_csm.snapshot_of(cache_folder, tiny_csm.SESAME) / "model.safetensors"))
     assert isinstance(stored, dict)
-    assert {name: value.shape for name, value in parameters} == {tiny_csm._mlx_name(name): value.shape for name, value in stored.items()}
-    assert all(mx.array_equal(dict(parameters)[tiny_csm._mlx_name(name)], value) for name, value in stored.items())
+    expected = joined({tiny_csm._mlx_name(name): value for name, value in stored.items()})
+    assert {name: value.shape for name, value in parameters} == {name: value.shape for name, value in expected.items()}
+    assert all(mx.array_equal(value, expected[name]) for name, value in parameters)
     model.close()
+
+
+def joined(stored: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Return the weights as the network has them: queries, keys and values in one matrix, gate and up in one."""
+    expected = {name: value for name, value in stored.items() if not re.search(r"\.(q|k|v|gate|up)_proj\.", name)}
+    for name in stored:
+        if ".q_proj." in name:
+            parts = [stored[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            expected[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
+        elif ".gate_proj." in name:
+            expected[name.replace("gate_proj", "gate_up_proj")] = mx.concatenate(
+                [stored[name], stored[name.replace("gate_proj", "up_proj")]]
+            )
+    return expected
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
