@@ -153,6 +153,11 @@ class StreamEncoder:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    @property
+    def unread(self) -> int:
+        """The number of encoded bytes that wait to be read."""
+        return self._output.size
+
     async def write(self, samples: Samples) -> None:
         """Encode more samples, float32 of shape (n,).
 
@@ -180,7 +185,7 @@ class StreamEncoder:
             self._output.end()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the encoded bytes, each time all that are ready.
+        """Yield the encoded bytes as soon as they are ready, at most 64 KiB at once.
 
         Raises:
             ConversionError: ffmpeg failed, hung or produced another format, or `aclose` was called before the end.

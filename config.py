@@ -141,6 +141,13 @@ class Settings(BaseSettings):
     max_queue: int = Field(32, ge=1, le=10_000)
     queue_timeout: float = Field(300.0, gt=0, le=3600)
 
+    # Clients
+    client_timeout: float = Field(120.0, gt=0, le=3600)
+    max_connections: int = Field(0, ge=0, le=100_000)
+    max_client_connections: int = Field(0, ge=0, le=100_000)
+    max_unread_mb: int = Field(512, ge=1, le=1_000_000)
+    max_client_unread_mb: int = Field(256, ge=1, le=1_000_000)
+
     # Files
     cache_dir: Path = Field(default_factory=_default_cache_dir)
     data_dir: Path = Field(default_factory=_default_data_dir)

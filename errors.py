@@ -26,6 +26,7 @@
         ├── GenerationTimeoutError     503  generation_timeout
         ├── InsufficientMemoryError    503  insufficient_memory
         ├── ConnectionsExhaustedError  503  too_many_connections
+        ├── UnreadAudioError           503  too_much_unread: clients do not read their answers
         └── ShuttingDownError          503  shutting_down
 
 The envelope is OpenAI's, `{"error": {"message", "type", "param", "code"}}`: its clients read these four fields. Errors of libraries are
@@ -227,6 +228,13 @@ class ConnectionsExhaustedError(ServerError):
 
     status = 503
     code = "too_many_connections"
+
+
+class UnreadAudioError(ServerError):
+    """The clients, or this one, have left too much generated audio unread."""
+
+    status = 503
+    code = "too_much_unread"
 
 
 class ShuttingDownError(ServerError):

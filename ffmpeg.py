@@ -10,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
 import anyio
 
 from errors import ConversionError, shorten
+from files import FileSignature, file_signature
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +30,14 @@ STALL_TIMEOUT = 20.0
 
 _QUIET = ("-nostdin", "-hide_banner", "-loglevel", "error", "-y")  # ask nothing, report only errors, overwrite
 _TEMPORARY_PREFIX = "sesame-tts-"  # the process id follows, which tells the folders of a killed server from those in use
+_VERSION_SECONDS = 10.0
 _STDERR_KEPT = 4096  # bytes
 _PIECE = 64 * 1024
 _CANCELLED = "was cancelled"
 
 _Result = TypeVar("_Result")
+
+_versions: dict[tuple[str, FileSignature | None], str | None] = {}  # of the latest program, by path and signature
 
 
 class FfmpegFailedError(Exception):
@@ -39,21 +45,26 @@ class FfmpegFailedError(Exception):
 
 
 class ByteQueue:
-    """An unbounded byte queue between two tasks.
+    """A byte queue between two tasks, without a limit of its own.
 
-    It holds at most one utterance's encoded sound: a few MB for the longest text. A limit would let a slow reader block ffmpeg, and with it the
-    model that all other requests need.
+    A limit would let a slow reader block ffmpeg, and with it the model that all other requests need. `speech_routes` ends a stream whose
+    queue has become too large.
+
+    Attributes:
+        size: Number of queued bytes.
     """
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
+        self.size = 0
+        self._pieces: deque[bytes] = deque()
         self._ended = False
         self._error: ConversionError | None = None
         self._changed = asyncio.Event()
 
     def put(self, data: bytes) -> None:
         """Append `data`."""
-        self._pieces.append(data)
+        self._pieces.extend(data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+        self.size += len(data)
         self._changed.set()
 
     def end(self, error: ConversionError | None = None) -> None:
@@ -63,7 +74,7 @@ class ByteQueue:
             self._changed.set()
 
     async def get(self) -> bytes:
-        """Return all queued bytes, at least one; b"" at the end.
+        """Return queued bytes, from one to 64 KiB; b"" at the end.
 
         Raises:
             ConversionError: The queue ended with it.
@@ -71,8 +82,13 @@ class ByteQueue:
         while not self._pieces and not self._ended:
             self._changed.clear()
             await self._changed.wait()
-        data = b"".join(self._pieces)
-        self._pieces.clear()
+        taken: list[bytes] = []
+        room = _PIECE
+        while self._pieces and len(self._pieces[0]) <= room:
+            taken.append(self._pieces.popleft())
+            room -= len(taken[-1])
+        data = b"".join(taken)
+        self.size -= len(data)
         if not data and self._error is not None:
             raise self._error
         return data
@@ -231,14 +247,20 @@ def require_ffmpeg() -> str:
 
 
 def ffmpeg_version() -> str | None:
-    """Return ffmpeg's version, or None if it is missing or does not run. The first call starts a process; the result is cached."""
+    """Return ffmpeg's version, or None if it is missing, does not run, or has not answered yet.
+
+    Does not wait: a thread asks the program, once for each version of its file, because a program that hangs must not stop its caller.
+    """
     program = find_ffmpeg()
     if program is None:
         return None
-    try:
-        return _version_of(program, Path(program).stat().st_mtime_ns)
-    except OSError:
-        return None
+    key = (program, file_signature(Path(program)))
+    if key not in _versions:
+        _versions.clear()
+        with suppress(RuntimeError):  # no memory for a thread: ask again next time
+            threading.Thread(target=_ask_version, args=(key,), name="ffmpeg-version", daemon=True).start()
+            _versions[key] = None
+    return _versions.get(key)
 
 
 def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> bytes:
@@ -253,24 +275,10 @@ def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> byt
         ConversionError: ffmpeg is missing or cannot be started.
         FfmpegFailedError: It failed or took too long.
     """
-    command = [require_ffmpeg(), *_QUIET, *arguments]
     try:
-        process = subprocess.Popen(  # noqa: S603 - our own arguments, no shell
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, start_new_session=True
-        )
+        return _run([require_ffmpeg(), *_QUIET, *arguments], folder, timeout)
     except OSError as error:
         raise _not_started(error) from None
-    with process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise _run_failed("took too long") from None
-        finally:
-            if process.returncode is None:
-                _kill_group(process.pid)
-    if process.returncode != 0:
-        raise _run_failed(f"ended with status {process.returncode}", errors)
-    return output
 
 
 @contextmanager
@@ -323,14 +331,34 @@ def _bundled_ffmpeg() -> str | None:
         return None
 
 
-@lru_cache(maxsize=4)
-def _version_of(program: str, _changed: int) -> str | None:
-    try:
-        ran = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)  # noqa: S603 - fixed arguments
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    named = re.match(rb"ffmpeg version (\S+)", ran.stdout)
-    return named[1].decode("ascii", "replace") if named and ran.returncode == 0 else None
+def _ask_version(key: tuple[str, FileSignature | None]) -> None:
+    with suppress(OSError, FfmpegFailedError):
+        named = re.match(rb"ffmpeg version (\S+)", _run([key[0], "-version"], None, _VERSION_SECONDS))
+        if named and key in _versions:
+            _versions[key] = named[1].decode("ascii", "replace")
+
+
+def _run(command: Sequence[str], folder: Path | None, timeout: float) -> bytes:
+    """Run a program to its end and return its standard output.
+
+    Raises:
+        OSError: It cannot be started.
+        FfmpegFailedError: It failed or took too long.
+    """
+    process = subprocess.Popen(  # noqa: S603 - our own arguments, no shell
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, start_new_session=True
+    )
+    with process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise _run_failed("took too long") from None
+        finally:
+            if process.returncode is None:
+                _kill_group(process.pid)
+    if process.returncode != 0:
+        raise _run_failed(f"ended with status {process.returncode}", errors)
+    return output
 
 
 def _not_started(error: OSError) -> ConversionError:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-FileSignature = tuple[int, int, int]
-"""Size, modification time and inode of a file: differs once the file has been changed or replaced."""
+FileSignature = tuple[int, int, int, int]
+"""Size, times of the last change of content and of permissions, inode: differs once the file was changed, replaced or made readable."""
 
 
 class OutputError(Exception):
@@ -80,6 +80,23 @@ def write_file(target: Path, data: bytes, *, sync: bool = False) -> None:
         new.discard()
 
 
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """Return the content of a small file. Never waits: opening or reading a pipe or a device might never end.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not a regular file, or larger than `limit` bytes.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"the file is larger than {limit // 1024} KiB")
+    return content
+
+
 def write_output(target: Path, text: str) -> None:
     """Write `text` in UTF-8: atomically to a file, directly to anything else (a pipe, /dev/stdout).
 
@@ -131,4 +148,4 @@ def is_shortage(error: OSError) -> bool:
 
 
 def _signature_of(status: os.stat_result) -> FileSignature:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -10,6 +10,7 @@ import re
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from errors import (
     ShuttingDownError,
     TTSError,
     UnsupportedMediaTypeError,
+    UnreadAudioError,
     shorten,
 )
 from schemas import MAX_BODY_BYTES
@@ -160,6 +162,41 @@ class AccessMiddleware:
         if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES):
             return
         raise AuthenticationError("The API key is missing or wrong: send 'Authorization: Bearer <key>' with a key from this server's API_KEY.", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+
+
+class UnreadAudio:
+    """Counts the audio that was generated but not yet read by its clients, in all and by address.
+
+    Args:
+        settings: MAX_UNREAD_MB and MAX_CLIENT_UNREAD_MB.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit = settings.max_unread_mb * 1_000_000
+        self._client_limit = settings.max_client_unread_mb * 1_000_000
+        self._held: Counter[str] = Counter()
+
+    def check(self, address: str, more: int = 0) -> None:
+        """Check whether there is room for `more` bytes.
+
+        Raises:
+            UnreadAudioError: The limit for all clients or for this address would be exceeded.
+        """
+        if self._held[address] + more > self._client_limit or self._held.total() + more > self._limit:
+            raise UnreadAudioError(
+                "Too much audio is waiting to be read by its clients. Read the answers, or try again later.", headers={"Retry-After": "10"}
+            )
+
+    def add(self, address: str, count: int) -> None:
+        """Add `count` bytes; negative once they were read, or their answer has ended."""
+        self._held[address] += count
+        if not self._held[address]:
+            del self._held[address]
+
+
+def client_address(request: Request) -> str:
+    """Return the address of the client."""
+    return request.client.host if request.client else ""
 
 
 def require_owner(request: Request, settings: Settings) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import mimetypes
 import os
 import resource
 import sys
@@ -11,17 +13,20 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from config import PROJECT_DIR, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
@@ -65,6 +70,12 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _PAGE_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 class Server:
@@ -235,8 +246,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server = server
     complete_document(app, keyed=bool(settings.api_key))
     _include_routers(app)
+    _serve_docs(app)
     if settings.playground:
-        _add_page(app)
+        _serve_page(app)
     _add_error_handlers(app, server)
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
@@ -278,25 +290,49 @@ def _peak_resident_gb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)  # macOS counts bytes, Linux KiB
 
 
-def _add_page(app: FastAPI) -> None:
-    """Add the page at `/` and its files. The list of files is fixed, so that a request's path is never used as a file path."""
-    assets = {path.name: path for path in sorted(_PAGE_DIR.iterdir()) if path.is_file()}
-    headers = {
-        "Content-Security-Policy": _PAGE_POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
+class _File:
+    """A file that is served from memory: a client that reads slowly holds no file descriptor."""
+
+    def __init__(self, path: Path, headers: dict[str, str]) -> None:
+        self._data = path.read_bytes()
+        self._type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        self._headers = headers | {"ETag": f'"{hashlib.sha256(self._data).hexdigest()[:32]}"'}
+
+    def answer(self, request: Request) -> Response:
+        """Return the file, or status 304 to a browser that has it."""
+        if request.headers.get("if-none-match") == self._headers["ETag"]:
+            return Response(status_code=304, headers=self._headers)
+        return Response(self._data, headers=self._headers, media_type=self._type)
+
+
+def _serve_files(app: FastAPI, prefix: str, folder: Path, headers: dict[str, str]) -> dict[str, _File]:
+    """Serve the files of a folder below `prefix`. The list of files is fixed, so that a request's path is never used as a file path."""
+    files = {path.name: _File(path, headers) for path in sorted(folder.iterdir()) if path.is_file()}
+
+    @app.api_route(f"{prefix}/{{name}}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def file(name: str, request: Request) -> Response:
+        if name not in files:
+            raise NotFoundError(f"File {shorten(name)} not found.")
+        return files[name].answer(request)
+
+    return files
+
+
+def _serve_docs(app: FastAPI) -> None:
+    """Serve the files of `/docs` from memory, in place of the library's route, which opens a file for each request."""
+    mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == DOCS_FILES)
+    app.router.routes.remove(mounted)
+    folder = Path(cast(StaticFiles, mounted.app).all_directories[0])
+    _serve_files(app, DOCS_FILES, folder, {"X-Content-Type-Options": "nosniff"})
+
+
+def _serve_page(app: FastAPI) -> None:
+    """Serve the page at `/`, and its files."""
+    files = _serve_files(app, "/playground", _PAGE_DIR, _PAGE_HEADERS)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(assets["index.html"], headers=headers)
-
-    @app.get("/playground/{name}", include_in_schema=False)
-    async def asset(name: str) -> FileResponse:
-        if name not in assets:
-            raise NotFoundError(f"File {shorten(name)} not found.")
-        return FileResponse(assets[name], headers=headers)
+    async def page(request: Request) -> Response:
+        return files["index.html"].answer(request)
 
 
 def _add_error_handlers(app: FastAPI, server: Server) -> None:

@@ -5,87 +5,139 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
 import resource
 import signal
 import socket
+import struct
 import threading
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from config import Settings, SettingsError
 from errors import ConnectionsExhaustedError, InvalidRequestError, RequestTimeoutError, ShuttingDownError, TTSError
-from files import write_file
+from files import read_regular_file, write_file
 
 _BACKLOG = 2048
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _KEEP_ALIVE_SECONDS = 75  # longer than most connection pools keep a connection, so that the client closes it first
 _MAX_HEAD_BYTES = 64 * 1024
+_MAX_HEAD_LINES = 4096  # of a head that is not complete
+_MAX_FRAMING_BYTES = 8 * 1024  # of chunk headers, beside one eighth of the body: a chunk costs some 20 µs, whatever it contains
+_SLICE_BYTES = 8 * 1024  # parsed at once
+_PIECE_BYTES = 64 * 1024  # sent at once
+_STALLED_SECONDS = 2.0  # without reading; at the limit of connections such a client's connection is closed
+_LINGER_SECONDS = 1.0
+_LINGER_BYTES = 1 << 20
+# The addresses from which X-Forwarded-For is accepted, the same that count as this machine. With HOST=:: a local proxy is ::ffff:127.0.0.1.
+_LOCAL_ADDRESSES = ("127.0.0.0/8", "::1", "::ffff:127.0.0.0/104")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with HOST
+_MAX_PID_FILE_BYTES = 1024
 _MAX_OPEN_FILES = 10_240  # the most that macOS allows a process; launchd starts a process with 256
 
 logger = logging.getLogger(__name__)
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with two limits that uvicorn 0.54.0 lacks: request timeouts and a maximum number of connections.
+    """uvicorn's HTTP/1.1 protocol with the limits that uvicorn 0.54.0 lacks.
 
-    Without timeouts, a client that sends one byte a second holds a connection forever. Without a maximum, idle connections use up the
-    file descriptors, and neither new clients nor ffmpeg get one. At the maximum, the connection that has been idle longest is closed.
+    Without them, a client that sends one byte a second, or reads nothing, holds a connection and its answer forever; connections use up
+    the file descriptors, and neither new clients nor ffmpeg get one; and one connection can keep the event loop busy.
 
     Attributes:
         head_seconds: Maximum time for a request's head, counted from the connection or from the head's first byte.
         body_seconds: Maximum time for a request's body. 10 MiB at 1 Mbit/s take 84 s.
-        limit: Maximum number of connections.
+        write_seconds: Maximum time in which a client reads nothing of what is sent to it.
+        limit: Maximum number of connections. At the limit one that is idle is closed, else one whose client has stopped reading.
+        client_limit: Maximum number of connections from one address.
         idle: Connections without a request in progress; the longest idle first.
+        unread: Connections with bytes that their clients have not read.
+        clients: Number of connections from each address.
     """
 
     head_seconds: ClassVar[float] = 20.0
     body_seconds: ClassVar[float] = 120.0
+    write_seconds: ClassVar[float] = 120.0
     limit: ClassVar[int] = 5_000
+    client_limit: ClassVar[int] = 5_000
     idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
+    unread: ClassVar[set[GuardedProtocol]] = set()
+    clients: ClassVar[Counter[str]] = Counter()
 
     _timeout: asyncio.TimerHandle | None = None
     _timeout_state: object = None  # the h11 state in which the timeout was started
+    _held = b""  # received, but not parsed yet
+    _payload = 0  # bytes of the current body
+    _framing = 0  # bytes of its chunk headers
+    _lingering: _LingeringTransport | None = None
+    _unread_bytes = 0
+    _read_at = 0.0  # when the client has last read something
+    _write_watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own signature
-        """Accept a connection; at the limit, close the longest idle one, or refuse this one if none is idle."""
-        super().connection_made(transport)
-        if len(self.connections) > self.limit:
-            if not self.idle:
-                self._refuse(
-                    ConnectionsExhaustedError("The server has too many connections. Try again later.", headers={"Retry-After": "10"})
-                )
-                return
-            next(iter(self.idle)).drop()
+        """Accept a connection; at a limit, close another one of little use, or refuse this one."""
+        transport.set_write_buffer_limits(0)  # uvicorn then sends the next piece only when the system has taken the one before
+        self._lingering = _LingeringTransport(transport, self)
+        super().connection_made(cast(asyncio.Transport, self._lingering))
+        self.app = cast(Any, partial(_send_in_pieces, self, self.app))
+        self.clients[self._address] += 1
+        if not self._make_room():
+            self._refuse(ConnectionsExhaustedError("The server has too many connections. Try again later.", headers={"Retry-After": "10"}))
+            return
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection."""
         self.idle.pop(self, None)
+        self.unread.discard(self)
+        self.clients[self._address] -= 1
+        if not self.clients[self._address]:
+            del self.clients[self._address]
+        self._held = b""
         self._cancel_timeout()
+        self._cancel_write_watch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Receive part of a request."""
-        super().data_received(data)
-        self._watch()
+        if self._lingering is not None and self._lingering.is_closing():
+            self._lingering.drop(data)
+            return
+        self._held += data
+        self._parse()
 
     def on_response_complete(self) -> None:
         """Prepare for the next request, which may have been received already."""
         super().on_response_complete()
-        self._watch()
+        self._parse()
+
+    def pause_writing(self) -> None:
+        """Watch whether the client reads: called when the system does not take all bytes at once."""
+        super().pause_writing()
+        self._unread_bytes, self._read_at = self.transport.get_write_buffer_size(), self.loop.time()
+        self.unread.add(self)
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        """Continue to send: called when the system has taken all bytes."""
+        super().resume_writing()
+        self.unread.discard(self)
+        self._cancel_write_watch()
 
     def shutdown(self) -> None:
         """Shut down; answer 503 to a request whose body has not arrived completely."""
@@ -99,13 +151,78 @@ class GuardedProtocol(H11Protocol):
         self._refuse(InvalidRequestError("This is not a valid HTTP request.", code="invalid_http"))
 
     def drop(self) -> None:
-        """Close an idle connection at once."""
+        """Close the connection at once; reset it if the client has not read everything, so that the system frees its buffers, too."""
         self.idle.pop(self, None)
+        if self in self.unread:
+            with contextlib.suppress(OSError):
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    def linger(self) -> None:
+        """Let the connection be closed before others: it only waits for the client to read a refusal."""
+        self._held = b""
+        self.idle[self] = None
+
+    def unread_seconds(self) -> float:
+        """Return for how long the client has read nothing of what is sent to it."""
+        size = self.transport.get_write_buffer_size()
+        if size < self._unread_bytes:
+            self._read_at = self.loop.time()
+        self._unread_bytes = size
+        return self.loop.time() - self._read_at
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _make_room(self) -> bool:
+        """Return whether this connection may stay, after closing another one at each limit that is exceeded."""
+        if self.clients[self._address] > self.client_limit and not self._drop_one({self._address}):
+            return False
+        return len(self.connections) <= self.limit or self._drop_one(self.clients)
+
+    def _drop_one(self, addresses: Container[str]) -> bool:
+        """Close the connection from `addresses` that has been idle longest, else the one that has been unread longest."""
+        victim = next((each for each in self.idle if each._address in addresses and each is not self), None)
+        if victim is None:
+            stalled = [(each.unread_seconds(), id(each), each) for each in self.unread if each._address in addresses]
+            seconds, _, victim = max(stalled, default=(0.0, 0, self))
+            if seconds < _STALLED_SECONDS:
+                return False
+        victim.drop()
+        return True
+
+    def _parse(self) -> None:
+        """Parse what was received, in slices: the limits are checked between them, and a pipelined request waits its turn."""
+        while self._held and not self.transport.is_closing():
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # an answer is in progress
+                self.flow.pause_reading()
+                break
+            piece, self._held = self._held[:_SLICE_BYTES], self._held[_SLICE_BYTES:]
+            self._parse_slice(piece)
+        self._watch()
+
+    def _parse_slice(self, piece: bytes) -> None:
+        in_body = self.conn.their_state is h11.SEND_BODY
+        before = len(self.cycle.body) if in_body else 0
+        super().data_received(piece)
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0].count(b"\n") > _MAX_HEAD_LINES:
+            self.send_400_response("")
+        elif self.conn.their_state is not h11.SEND_BODY:
+            self._payload = self._framing = 0
+        elif in_body:
+            payload = len(self.cycle.body) - before
+            self._payload += payload
+            self._framing += len(piece) - payload
+            if self._framing > _MAX_FRAMING_BYTES + self._payload // 8:
+                self._refuse(InvalidRequestError("The chunks of the body are too small. Send larger ones.", code="invalid_http"))
 
     def _watch(self) -> None:
         """Update the list of idle connections, and start or cancel the timeout for what the client has to send next."""
-        state = h11.CLOSED if self.transport.is_closing() else self.conn.their_state
+        if self.transport.is_closing():
+            self._cancel_timeout()
+            return
+        state = self.conn.their_state
         if state is not h11.IDLE:
             self.idle.pop(self, None)
         elif self not in self.idle:
@@ -116,6 +233,20 @@ class GuardedProtocol(H11Protocol):
             self._start_timeout(state, self.head_seconds)
         else:
             self._cancel_timeout()
+
+    def _watch_writing(self) -> None:
+        """Abort the connection once the client has read nothing for `write_seconds`: `close` would wait until it has read everything."""
+        left = self.write_seconds - self.unread_seconds()
+        if left > 0:
+            self._write_watch = self.loop.call_later(min(left, self.write_seconds / 8), self._watch_writing)
+        else:
+            logger.info("closed a connection whose client read nothing for %g s", self.write_seconds)
+            self.drop()
+
+    def _cancel_write_watch(self) -> None:
+        if self._write_watch is not None:
+            self._write_watch.cancel()
+            self._write_watch = None
 
     def _start_timeout(self, state: object, seconds: float) -> None:
         """Start the timeout unless it is running for this state: more bytes do not extend it."""
@@ -157,6 +288,78 @@ class GuardedProtocol(H11Protocol):
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
 
 
+class _LingeringTransport:
+    """A transport whose `close` waits a moment if the client is still sending, and drops what arrives without parsing it.
+
+    Closing a socket that has unread data resets the connection, and the client may lose the answer (RFC 9112, section 9.6).
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: GuardedProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self._closing = False
+        self._dropped = 0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the transport has
+        """Return everything else from the transport itself."""
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Return whether `close` or `abort` was called."""
+        return self._closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close the connection, after at most a second if the client is still sending."""
+        if self.is_closing():
+            return
+        self._closing = True
+        if self._protocol.conn.their_state is not h11.SEND_BODY:
+            self._transport.close()
+            return
+        self._protocol.linger()
+        with contextlib.suppress(OSError):  # the client has gone
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        self._protocol.loop.call_later(_LINGER_SECONDS, self._transport.close)
+
+    def drop(self, data: bytes) -> None:
+        """Ignore what the client still sends, up to a limit."""
+        self._dropped += len(data)
+        if self._dropped > _LINGER_BYTES:
+            self._transport.close()
+
+
+async def _send_all_but_last(message: Message, send: Send) -> Message:
+    """Send a large body in pieces, and return the message with the last piece."""
+    body = message["body"]
+    last = (len(body) - 1) // _PIECE_BYTES * _PIECE_BYTES
+    for start in range(0, last, _PIECE_BYTES):
+        await send({"type": "http.response.body", "body": body[start : start + _PIECE_BYTES], "more_body": True})
+        await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
+    return {**message, "body": body[last:]}
+
+
+async def _send_in_pieces(protocol: GuardedProtocol, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run the application; pass on its response in pieces, and close the connection after it if the request's body has not arrived.
+
+    asyncio copies what the system does not take into a buffer of its own; a piece bounds it. A body that nobody reads any more would have
+    to be parsed to find the next request.
+    """
+
+    async def send_piece(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            for _ in range(2):  # a small body that comes right after its head has arrived by then
+                if protocol.conn.their_state is h11.SEND_BODY:
+                    await asyncio.sleep(0)
+            if protocol.conn.their_state is h11.SEND_BODY:
+                MutableHeaders(scope=message)["Connection"] = "close"
+        elif len(message.get("body", b"")) > _PIECE_BYTES:
+            message = await _send_all_but_last(message, send)
+        await send(message)
+
+    await app(scope, receive, send_piece)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, with a callback when the shutdown begins and exit status 0 after it.
 
@@ -169,11 +372,12 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM."""
+        """Handle SIGINT, SIGTERM and SIGHUP (its terminal was closed). A signal that was ignored at the start stays so, as `nohup` wants."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        handled = [number for number in _STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
             yield
         finally:
@@ -274,19 +478,41 @@ def _bind(settings: Settings, family: socket.AddressFamily, address: tuple[Any, 
 
 @contextlib.contextmanager
 def pid_file(cache_dir: Path, port: int) -> Iterator[None]:
-    """Keep `cache_dir`/server.pid while the server runs. Replaces the file of a killed server; logs a warning if it cannot be written."""
+    """Keep `cache_dir`/server.pid while the server runs, and a lock on it, which the system releases however the process ends.
+
+    Replaces the file of a killed server; logs a warning if it cannot be written.
+    """
     path = cache_dir / "server.pid"
+    lock = None
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps({"pid": os.getpid(), "port": port}).encode())
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         logger.warning("no PID file: CACHE_DIR cannot be written (%s)", error.strerror or type(error).__name__)
     try:
         yield
     finally:
-        if _running_server(cache_dir).get("pid") == os.getpid():
+        if _pid_file_content(path).get("pid") == os.getpid():
             with contextlib.suppress(OSError):
                 path.unlink()
+        if lock is not None:
+            os.close(lock)
+
+
+def protocol_for(settings: Settings, open_files: int) -> type[GuardedProtocol]:
+    """Return the protocol with the limits of the settings and lists of its own, so that two servers in one process do not share them."""
+
+    class Protocol(GuardedProtocol):
+        write_seconds = settings.client_timeout
+        limit = settings.max_connections or open_files // 2
+        client_limit = settings.max_client_connections or limit - limit // 4
+        idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
+        unread: ClassVar[set[GuardedProtocol]] = set()
+        clients: ClassVar[Counter[str]] = Counter()
+
+    return Protocol
 
 
 def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop: Callable[[], None]) -> None:
@@ -300,12 +526,6 @@ def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop:
     """
     open_files = _raise_open_file_limit()
 
-    class Protocol(GuardedProtocol):
-        """Has its own list of idle connections, so that two servers in one process do not share it."""
-
-        limit = open_files // 2
-        idle: ClassVar[OrderedDict[GuardedProtocol, None]] = OrderedDict()
-
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -315,7 +535,8 @@ def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop:
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.shutdown_timeout),
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
-        http=Protocol,
+        http=protocol_for(settings, open_files),
+        forwarded_allow_ips=list(_LOCAL_ADDRESSES),
         backlog=max(1, min(512, open_files // 8)),
         ws="none",
     )
@@ -351,11 +572,29 @@ def _bind_failure(settings: Settings, error: OSError) -> str:
 
 
 def _running_server(cache_dir: Path) -> dict[str, int]:
-    """Return the content of the PID file (`pid`, `port`) if that process is alive, else an empty dict."""
+    """Return the content of the PID file (`pid`, `port`) if its server is running, else an empty dict.
+
+    The number alone proves nothing: after a crash the system may have given it to another process.
+    """
+    path = cache_dir / "server.pid"
+    content = _pid_file_content(path)
+    return content if content and _is_locked(path) else {}
+
+
+def _pid_file_content(path: Path) -> dict[str, int]:
     try:
-        content = dict(json.loads((cache_dir / "server.pid").read_text()))
-        with contextlib.suppress(PermissionError):  # another user's process
-            os.kill(content["pid"], 0)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        content = json.loads(read_regular_file(path, _MAX_PID_FILE_BYTES))
+        return {name: int(content[name]) for name in ("pid", "port")}
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return {}
-    return content
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import anyio
 from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -22,7 +21,7 @@ from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
 from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
-from http_middleware import run_until_gone
+from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
 from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechRequest, refusals
 from speech_model import SpeechOptions
@@ -31,8 +30,7 @@ from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
 
-# A client that accepts no data for this long counts as disconnected, even if its socket is still open.
-_STALLED_SECONDS = 120.0
+_EVENT_BYTES = 45_000  # of audio in one event: 60 kB in Base64
 _CODEC_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec; `usage` counts them as output tokens
 # Pause between an error event and the end of its connection: when a connection breaks, fetch() drops data that it has not delivered yet.
 _ERROR_EVENT_SECONDS = 0.2
@@ -85,6 +83,7 @@ class SpeechEndpoint:
         self._presets = presets
         self._engine = engine
         self._metrics = metrics
+        self._unread = UnreadAudio(settings)
         self.captions = CaptionStore()
 
     async def answer(self, body: SpeechRequest, request: Request) -> Response:
@@ -100,7 +99,7 @@ class SpeechEndpoint:
             run.utterance = utterance = self._speak(plan)
             if not plan.options.streamed:
                 return await self._complete(plan, utterance, request)
-            encoded = _EncodedUtterance(plan, utterance)
+            encoded = _EncodedUtterance(plan, utterance, _Unread(self._unread, client_address(request)))
             stack.push_async_callback(encoded.close)
             pieces = encoded.pieces()
             # The response starts after its first bytes exist: a failure before that still gets a status of its own.
@@ -133,6 +132,7 @@ class SpeechEndpoint:
             TTSError: The request is refused.
             ClientDisconnect: The client disconnected while its text was normalized.
         """
+        self._unread.check(client_address(request))
         body.check_length(self._settings.max_input_length)
         voice, replaced = self._engine.choose_voice(body.voice_name)
         # In a thread: a long text takes long enough to delay other requests' audio.
@@ -191,7 +191,9 @@ class SpeechEndpoint:
             key = new_key()
             self.captions.keep(key, _captions(plan, utterance, speed, duration))
             headers["X-Timestamps"] = _timestamps_path(key)
-        return Response(data, headers=headers, media_type=plan.format.content_type)
+        unread = _Unread(self._unread, client_address(request))
+        unread.check(len(data))
+        return SpeechFile(data, unread, headers=headers, media_type=plan.format.content_type)
 
     def _stream(self, plan: _Plan, utterance: Utterance, body: AsyncIterator[bytes], ending: AsyncExitStack) -> SpeechStream:
         headers = _headers(plan, utterance)
@@ -227,6 +229,40 @@ class SpeechEndpoint:
         )
 
 
+class _Unread:
+    """The generated but unread audio of one answer; counted until `close`."""
+
+    def __init__(self, total: UnreadAudio, address: str) -> None:
+        self._total = total
+        self._address = address
+        self._count = 0
+
+    def check(self, more: int = 0) -> None:
+        """Raise UnreadAudioError if there is no room for `more` bytes."""
+        self._total.check(self._address, more)
+
+    def set(self, count: int) -> None:
+        """Set the size of what is unread."""
+        self._total.add(self._address, count - self._count)
+        self._count = count
+
+
+class SpeechFile(Response):
+    """Sends a complete file, which counts as unread until its end."""
+
+    def __init__(self, data: bytes, unread: _Unread, *, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(data, headers=headers, media_type=media_type)
+        self._unread = unread
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        self._unread.set(len(self.body))
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._unread.set(0)
+
+
 class SpeechStream(Response):
     """Sends a body while it is generated.
 
@@ -253,18 +289,17 @@ class SpeechStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for piece in self._body:
-            with anyio.move_on_after(_STALLED_SECONDS) as timeout:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            if timeout.cancelled_caught:
-                raise ClientDisconnect
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _EncodedUtterance:
     """Encodes an utterance while it is generated."""
 
-    def __init__(self, plan: _Plan, utterance: Utterance) -> None:
+    def __init__(self, plan: _Plan, utterance: Utterance, unread: _Unread) -> None:
         self._utterance = utterance
+        self._unread = unread
         self._encoder = StreamEncoder(
             plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
         )
@@ -278,6 +313,7 @@ class _EncodedUtterance:
             self._feeding = asyncio.create_task(self._feed())
             try:
                 async for piece in self._encoder:
+                    self._unread.set(self._encoder.unread + len(piece))
                     yield piece
             except TTSError as error:
                 self._error = self._error or error
@@ -290,12 +326,15 @@ class _EncodedUtterance:
             self._feeding.cancel()
             await asyncio.wait({self._feeding})
         await self._encoder.aclose()
+        self._unread.set(0)
 
     async def _feed(self) -> None:
-        """Write samples as fast as the model generates them: a slow client must not slow the model down."""
+        """Write samples as fast as the model generates them, because a slow client must not slow the model down, up to MAX_UNREAD_MB."""
         try:
             async for samples in self._utterance:
                 await self._encoder.write(samples)
+                self._unread.set(self._encoder.unread)
+                self._unread.check()
             await self._encoder.finish()
         except Exception as error:
             self._error = error
@@ -347,7 +386,8 @@ async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes
     sent = 0
     try:
         async for piece in pieces:
-            yield _event("speech.audio.delta", audio=base64.b64encode(piece).decode())
+            for start in range(0, len(piece), _EVENT_BYTES):
+                yield _event("speech.audio.delta", audio=base64.b64encode(piece[start : start + _EVENT_BYTES]).decode())
             for event in _timestamp_events(plan, utterance, sent):
                 yield event
                 sent += 1

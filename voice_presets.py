@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from errors import InvalidVoiceError, shorten
-from files import folder_signature
+from files import folder_signature, read_regular_file
 from recordings import RecordingVerdicts
 from voice_store import RECORDING, StoredVoice, VoiceStore, name_key, name_taken
 
@@ -111,9 +111,7 @@ def read_preset(path: Path) -> VoicePreset:
         ValueError: It is invalid; the message has the key and the reason.
     """
     try:
-        if path.stat().st_size > _MAX_PRESET_BYTES:
-            raise ValueError(f"the file is larger than {_MAX_PRESET_BYTES // 1024} KiB")
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_regular_file(path, _MAX_PRESET_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
     except UnicodeDecodeError:

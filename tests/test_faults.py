@@ -261,12 +261,12 @@ def test_pauses_between_requests_do_not_time_out(impatient: int) -> None:
         assert client.post("/v1/audio/speech", json=BODY | {"input": BODY["input"] * 60}).status_code == 200
 
 
-def limited_server(folder: Path, descriptors: int) -> RunningServer:
+def limited_server(folder: Path, descriptors: int, **settings: object) -> RunningServer:
     """Start a server with a limit of open files."""
     port, log = free_port(), folder / "stderr.log"
     command = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", sys.executable, "server.py"]
     with log.open("ab") as stderr:
-        environment = clean_environment(folder / "cache", PORT=port)
+        environment = clean_environment(folder / "cache", PORT=port, **settings)
         process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
     return RunningServer(process, port, folder / "cache", log)
 
@@ -290,6 +290,215 @@ def test_more_idle_connections_than_the_limit_keep_nobody_out(tmp_path: Path) ->
         assert server.stop() == 0
 
 
+DOCS_SCRIPT = b"GET /docs-files/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def non_readers(port: int, count: int, data: bytes) -> list[socket.socket]:
+    """Open connections that send `data` and read nothing."""
+    opened = []
+    for _ in range(count):
+        each = socket.socket()
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        each.settimeout(30)
+        each.connect(("127.0.0.1", port))
+        with contextlib.suppress(ConnectionError):  # it was closed to make room for others
+            each.sendall(data)
+        opened.append(each)
+    return opened
+
+
+def speech_request(**fields: Any) -> bytes:
+    body = json.dumps(BODY | fields).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_more_clients_than_the_limit_that_read_nothing_keep_nobody_out(tmp_path: Path) -> None:
+    key = {"Authorization": "Bearer k"}
+    server = limited_server(tmp_path, 256, API_KEY="k")
+    silent: list[socket.socket] = []
+    try:
+        server.wait_for(lambda health: health["status"] == "ok")
+        process = psutil.Process(server.process.pid)
+        before = process.memory_info().rss
+        silent = non_readers(server.port, 130, DOCS_SCRIPT * 6)
+        for fields in ({}, {"stream": True, "response_format": "opus"}):
+            answer = post_patiently(server, BODY | fields, key)
+            assert answer.status_code == 200
+        assert process.num_fds() <= 256 // 2 + 40
+        assert process.memory_info().rss - before < 60e6
+        assert "Traceback" not in server.log_text()
+    finally:
+        for opened in silent:
+            opened.close()
+        assert server.stop() == 0
+
+
+def post_patiently(server: RunningServer, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+    """Send a request as clients do that obey `Retry-After`: a client counts as stalled only after two seconds."""
+    for _ in range(10):
+        answer = httpx.post(f"{server.url}/v1/audio/speech", json=body, headers=headers, timeout=60)
+        if answer.status_code != 503:
+            break
+        assert answer.headers["retry-after"]
+        time.sleep(1)
+    return answer
+
+
+def test_a_client_that_reads_nothing_is_disconnected_and_its_audio_freed(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(CLIENT_TIMEOUT=1)
+    process = psutil.Process(server.process.pid)
+    text = BODY["input"] * 60
+    requests = [{"response_format": "wav"}, {"response_format": "pcm"}, {"response_format": "wav", "stream_format": "sse"}]
+    silent = [each for fields in requests for each in non_readers(server.port, 1, speech_request(input=text, **fields))]
+    silent += non_readers(server.port, 1, DOCS_SCRIPT * 6)
+    try:
+        until(lambda: len(process.net_connections()) >= len(silent))
+        until(lambda: not [each for each in process.net_connections() if each.status in ("ESTABLISHED", "FIN_WAIT1")])
+        assert server.log_text().count("read nothing for 1 s") == len(silent)
+        for opened in silent:
+            with pytest.raises(ConnectionResetError):  # the rest of the answer was dropped, not sent later
+                while opened.recv(1 << 20):
+                    pass
+    finally:
+        for opened in silent:
+            opened.close()
+    assert speak(server).status_code == 200
+
+
+def test_unread_audio_is_bounded_for_one_client_and_for_all(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(MAX_CLIENT_UNREAD_MB=9, MAX_UNREAD_MB=14)
+    long = {"input": BODY["input"] * 60, "response_format": "wav"}
+
+    def ask(address: str) -> httpx.Response:
+        headers = {"X-Forwarded-For": address}
+        return httpx.post(f"{server.url}/v1/audio/speech", json=BODY | long, headers=headers, timeout=60)
+
+    size = len(speak(server, **long).content)
+    assert 4.7e6 < size < 7e6
+    silent = non_readers(server.port, 1, speech_request(**long))
+    try:
+        until(lambda: speak(server, **long).status_code == 503)
+        failed(speak(server, **long), "too_much_unread")
+        assert speak(server).status_code == 200, "there is room for a short answer"
+        assert len(ask("192.0.2.1").content) == size, "another client has its own share"
+        silent += non_readers(server.port, 1, speech_request(**long).replace(b"\r\n", b"\r\nX-Forwarded-For: 192.0.2.2\r\n", 1))
+        until(lambda: ask("192.0.2.1").status_code == 503)
+    finally:
+        for opened in silent:
+            opened.close()
+    until(lambda: speak(server, **long).status_code == 200)
+
+
+def test_a_stream_that_nobody_reads_ends_at_the_limit(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(MAX_CLIENT_UNREAD_MB=2)
+    (silent,) = non_readers(server.port, 1, speech_request(input=BODY["input"] * 60, response_format="pcm"))
+    try:
+        until(lambda: server.health()["models"]["hibari"]["active"] == 1)
+        until(lambda: server.health()["models"]["hibari"]["active"] == 0)
+        failed(speak(server), "too_much_unread")
+    finally:
+        silent.close()
+    until(lambda: speak(server).status_code == 200)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# Floods: without a key, from ten connections.
+
+
+FLOODS = {
+    "one-byte-chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10_000),
+    "headers": (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 12_000 + b"\r\n"),
+    "pipelined-requests": (b"", b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2_000),
+}
+
+
+class Flood:
+    """Connections that send the same bytes again and again, and connect anew when they are closed."""
+
+    def __init__(self, port: int, first: bytes, again: bytes, connections: int = 10) -> None:
+        self._port, self._first, self._again = port, first, again
+        self._over = threading.Event()
+        self.sent = 0
+        self._threads = [threading.Thread(target=self._send) for _ in range(connections)]
+
+    def _send(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=5) as opened:
+                opened.sendall(self._first)
+                while not self._over.is_set():
+                    opened.sendall(self._again[:65536])
+                    self.sent += 1
+                    time.sleep(0.03)  # 2 MB/s each
+
+    def __enter__(self) -> Flood:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(30)
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_a_flood_from_ten_connections_leaves_others_their_turn(keyed: RunningServer, kind: str) -> None:
+    with Flood(keyed.port, *FLOODS[kind]) as flood, keyed.client(headers={"Authorization": "Bearer k"}) as client:
+        until(lambda: flood.sent > 20)
+        for _ in range(3):
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/audio/speech", json=BODY).status_code == 200
+    assert "Traceback" not in keyed.log_text()
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with a key."""
+    from conftest import start_server
+
+    running = start_server(tmp_path_factory.mktemp("keyed"), API_KEY="k")
+    try:
+        running.wait_for(lambda health: health["status"] == "ok")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize(("head", "status"), [(HEAD, b"401"), (b"POST /nothing HTTP/1.1\r\nHost: localhost\r\n", b"401"), (b"POST /health HTTP/1.1\r\nHost: localhost\r\n", b"405")])  # fmt: skip
+def test_a_refused_request_is_closed_before_its_body_has_arrived(keyed: RunningServer, head: bytes, status: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=30) as opened:
+        opened.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n")
+        answer = until_closed(opened)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_client_that_sends_a_large_body_still_gets_its_refusal(keyed: RunningServer) -> None:
+    answer = httpx.post(f"{keyed.url}/v1/audio/speech", content=b"x" * 900_000, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_body_of_tiny_chunks_is_refused_by_its_bytes_on_the_wire(keyed: RunningServer) -> None:
+    head = HEAD + b"Authorization: Bearer k\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = json.dumps(BODY).encode()
+    small = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=30) as opened:
+        opened.sendall(head + small)
+        assert opened.recv(100).startswith(b"HTTP/1.1 200 ")
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=30) as opened:
+        with contextlib.suppress(ConnectionError):
+            opened.sendall(head + b"1\r\na\r\n" * 100_000)
+        answer = until_closed(opened)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"chunks of the body are too small" in answer
+
+
 def test_a_thousand_idle_connections_cost_little(server: RunningServer) -> None:
     process = psutil.Process(server.process.pid)
     before, descriptors = process.memory_info().rss, process.num_fds()
@@ -300,7 +509,4 @@ def test_a_thousand_idle_connections_cost_little(server: RunningServer) -> None:
     finally:
         for opened in idle:
             opened.close()
-    end = time.monotonic() + 30
-    while process.num_fds() > descriptors + 5:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: process.num_fds() <= descriptors + 5)
