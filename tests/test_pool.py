@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,6 +100,47 @@ def test_keys_and_errors_are_passed_through(pool: Pool) -> None:
     assert refused.json()["error"]["type"]
     unknown = speak(pool, voice="nobody")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "invalid_voice")
+
+
+def stuck(pool: Pool, head: bytes, body: bytes) -> socket.socket:
+    """Send the beginning of a speech request, and no more."""
+    host, port = pool.url.removeprefix("http://").split(":")
+    opened = socket.create_connection((host, int(port)), timeout=30)
+    opened.sendall(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + head + b"\r\n\r\n" + body)
+    return opened
+
+
+WITH_KEY_FORM = b"Authorization: Bearer anything\r\n"
+UNFINISHED = {
+    "length": (WITH_KEY_FORM + b"Content-Length: 24000", b"{" * 20_000, b"408"),
+    "chunked": (WITH_KEY_FORM + b"Transfer-Encoding: chunked", b"4e20\r\n" + b"{" * 20_000, b"408"),
+    "endless": (WITH_KEY_FORM + b"Transfer-Encoding: chunked", (b"4e20\r\n" + b"{" * 20_000 + b"\r\n") * 10, b"413"),
+    "too-long": (WITH_KEY_FORM + b"Content-Length: 200000", b"{" * 20_000, b"413"),
+    "no-key": (b"Content-Length: 24000", b"{" * 20_000, b"401"),
+    "no-key-form": (b"Authorization: Bearer \r\nContent-Length: 24000", b"{" * 20_000, b"401"),
+}
+
+
+def test_requests_that_do_not_end_occupy_no_server(pool: Pool) -> None:
+    before = {name: int(pool.statistics(name)["stot"]) for name in NAMES}
+    open_requests = [(stuck(pool, head, body), status) for head, body, status in UNFINISHED.values() for _ in range(2)]
+    try:
+        assert [speak(pool, 1).status_code for _ in range(4)] == [200] * 4
+        assert sum(int(pool.statistics(name)["stot"]) - before[name] for name in NAMES) == 4, "none of the others has reached a server"
+        for opened, status in open_requests:
+            answer = b"".join(iter(lambda opened=opened: opened.recv(65536), b""))  # type: ignore[misc]
+            assert answer.startswith(b"HTTP/1.1 " + status)
+            assert json.loads(answer[answer.index(b"{") :])["error"]["code"] in ("request_timeout", "body_too_large", "invalid_api_key")
+    finally:
+        for opened, _ in open_requests:
+            opened.close()
+
+
+def test_the_longest_text_fits_however_it_is_escaped(pool: Pool) -> None:
+    body = json.dumps(request(1) | {"instructions": "\U0001f600" * 4096})
+    assert len(body) > 49_000
+    with pool.client(headers=KEY) as client:
+        assert client.post("/v1/audio/speech", content=body, headers={"Content-Type": "application/json"}).status_code == 200
 
 
 def test_a_stream_is_neither_buffered_nor_changed(pool: Pool) -> None:
