@@ -29,8 +29,8 @@ from errors import (
     InvalidRequestError,
     ShuttingDownError,
     TTSError,
-    UnsupportedMediaTypeError,
     UnreadAudioError,
+    UnsupportedMediaTypeError,
     shorten,
 )
 from schemas import MAX_BODY_BYTES
