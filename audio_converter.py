@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, Samples, SyntheticTag, tag_arguments
+from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, LengthMeter, Samples, SyntheticTag, tag_arguments
 from errors import ConversionError
 from ffmpeg import STALL_TIMEOUT, ByteQueue, FfmpegProcess, temporary_folder
 
@@ -21,7 +21,10 @@ MIN_SPEED, MAX_SPEED = 0.25, 4.0  # OpenAI's range
 # 21 ms, and correct it with `asetrate`. The samples stay the same (measured: the encoded bytes are identical).
 _RATE_DIVISOR = 4
 
+_LENGTH_TOLERANCE = 0.05  # seconds; the encoders add padding, and take nothing away
+
 _WRONG = "The conversion failed: ffmpeg's output is not {name}."
+_TOO_SHORT = "The conversion failed: ffmpeg encoded {got:.2f} s of {expected:.2f} s."
 _NO_AUDIO = "The speech cannot be converted: the model produced no audio."
 
 
@@ -137,7 +140,10 @@ class StreamEncoder:
         self._stall_timeout = stall_timeout
         self._process: FfmpegProcess | None = None
         self._output = ByteQueue()
-        self._empty = True
+        self._meter = LengthMeter(fmt, output_rate)
+        self._input_rate = sample_rate * speed  # input samples for each second of the output
+        self._exact = speed == 1.0
+        self._input_bytes = 0
 
     async def __aenter__(self) -> StreamEncoder:
         """Start ffmpeg.
@@ -166,7 +172,7 @@ class StreamEncoder:
         """
         try:
             data = to_int16(samples)
-            self._empty = self._empty and not data
+            self._input_bytes += len(data)
             if self._process is not None:
                 await self._process.write(data)
             elif data:
@@ -177,7 +183,7 @@ class StreamEncoder:
 
     async def finish(self) -> None:
         """End the input. Does not wait for ffmpeg: the iteration ends when ffmpeg has succeeded, and raises if it failed."""
-        if self._empty:
+        if not self._input_bytes:
             self._output.end(ConversionError(_NO_AUDIO))
         if self._process is not None:
             self._process.close_input()
@@ -188,14 +194,16 @@ class StreamEncoder:
         """Yield the encoded bytes as soon as they are ready, at most 64 KiB at once.
 
         Raises:
-            ConversionError: ffmpeg failed, hung or produced another format, or `aclose` was called before the end.
+            ConversionError: ffmpeg failed, hung, produced another format or too little, or `aclose` was called before the end.
         """
         data = await self._output.get()
         if not self._format.begins(data):
             raise ConversionError(_WRONG.format(name=self._format.name))
         while data:
+            self._meter.feed(data)
             yield data
             data = await self._output.get()
+        _check_length(self._meter, self._input_bytes / 2 / self._input_rate, exact=self._exact)
 
     async def aclose(self) -> None:
         """Stop encoding; no process is left when this returns."""
@@ -255,4 +263,22 @@ async def _encode(pcm: bytes, fmt: AudioFormat, tag: SyntheticTag | None, rate: 
             data = b""
     if not fmt.begins(data):
         raise ConversionError(_WRONG.format(name=fmt.name))
+    await asyncio.to_thread(_check_file, data, fmt, len(pcm) / 2 / rate)
     return data
+
+
+def _check_file(data: bytes, fmt: AudioFormat, expected: float) -> None:
+    meter = LengthMeter(fmt, SAMPLE_RATE)
+    meter.feed(data)
+    _check_length(meter, expected)
+
+
+def _check_length(meter: LengthMeter, expected: float, *, exact: bool = True) -> None:
+    """Compare the audio that came out with what went in. atempo meets a speed to one percent only.
+
+    Raises:
+        ConversionError: Some is missing.
+    """
+    got = meter.seconds()
+    if got < expected - (_LENGTH_TOLERANCE if exact else 0.2 + 0.05 * expected):
+        raise ConversionError(_TOO_SHORT.format(got=got, expected=expected))

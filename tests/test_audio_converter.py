@@ -27,7 +27,7 @@ import soundfile
 from mutagen.aac import AAC
 
 from audio_converter import StreamEncoder, convert, to_int16
-from audio_formats import FORMATS, AudioFormat, SyntheticTag
+from audio_formats import FORMATS, AudioFormat, LengthMeter, SyntheticTag
 from errors import ConversionError
 from ffmpeg import clean_temporary_files, find_ffmpeg
 
@@ -472,3 +472,47 @@ def test_a_failure_is_logged_with_ffmpegs_message(fake_ffmpeg: Callable[[str], N
 
 def test_a_flac_stream_is_read_by_libsndfile() -> None:
     assert soundfile.read(io.BytesIO(asyncio.run(convert(tone(1), RATE, FORMATS["flac"])).data))[0].shape == (RATE,)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("rate", [8_000, 24_000, 48_000])
+@pytest.mark.parametrize("seconds", [0.3, 20.0])
+def test_the_length_of_a_file_is_measured_whole_and_cut(fmt: AudioFormat, rate: int, seconds: float) -> None:
+    data = asyncio.run(convert(tone(seconds), RATE, fmt, output_rate=rate)).data
+    assert seconds - 0.02 <= measured(fmt, rate, data) <= seconds + 0.4
+    half = measured(fmt, rate, data[: len(data) // 2])
+    assert half < seconds * 0.7 or seconds < 1
+    if fmt.name != "flac":  # FLAC is measured at its end, which is missing here
+        assert half > seconds * 0.3 or seconds < 1
+
+
+def measured(fmt: AudioFormat, rate: int, data: bytes) -> float:
+    meter = LengthMeter(fmt, rate)
+    for start in range(0, len(data), 1000):
+        meter.feed(data[start : start + 1000])
+    return meter.seconds()
+
+
+SWALLOWS = 'case "$*" in *version*) exec {ffmpeg} "$@";; esac; {{ head -c 96000; cat > /dev/null; }} | {ffmpeg} "$@"'
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("speed", [1.0, 1.5])
+def test_an_encoder_that_swallows_its_input_and_succeeds_is_noticed(
+    fmt: AudioFormat, speed: float, fake_ffmpeg: Callable[[str], None]
+) -> None:
+    fake_ffmpeg(SWALLOWS.format(ffmpeg=listening.ffmpeg()))
+
+    async def stream() -> None:
+        async with StreamEncoder(fmt, RATE, speed=speed) as encoder:
+            await encoder.write(tone(3.0))
+            await encoder.finish()
+            async for _ in encoder:
+                pass
+
+    for work in (convert(tone(3.0), RATE, fmt, speed=speed), stream()):
+        if fmt.name == "pcm" and speed == 1.0:
+            asyncio.run(work)  # no encoder takes part
+            continue
+        with pytest.raises(ConversionError, match=r"ffmpeg encoded [12]\.|not the same speech"):
+            asyncio.run(work)
