@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import as_mac
 import pytest
 from conftest import PROJECT
 from hypothesis import given
@@ -16,8 +17,10 @@ from config import Settings, SettingsError, load_settings
 NONE = Path("/nonexistent/.env")
 
 
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["this machine", "mac"])
+def _clean(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.param == "mac":
+        monkeypatch.setattr("config.system_and_processor", as_mac.system_and_processor)
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
 

@@ -7,7 +7,6 @@ import json
 import os
 import plistlib
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -44,7 +43,10 @@ def until(condition: Callable[[], object], seconds: float = SECONDS) -> None:
 
 @dataclass
 class Machine:
-    """A home folder, a copy of the project in a folder with an unusual name, and replacements for the system's tools."""
+    """A Mac: a home folder, a copy of the project in a folder with an unusual name, and replacements for the system's tools.
+
+    Our code believes that it runs on Apple Silicon, in the tests for Linux too: CSM is off unless a test switches it on.
+    """
 
     home: Path
     project: Path
@@ -138,7 +140,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         shutil.copytree(PROJECT / folder_name, project / folder_name)
     (project / ".venv" / "bin").mkdir(parents=True)
     interpreter = project / ".venv" / "bin" / "python"
-    interpreter.write_text(f'#!/bin/sh\nexec {shlex.join(as_mac.python())} "$@"\n')
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{as_mac.__file__}" "$@"\n')
     interpreter.chmod(0o755)
     system_tools.install_tools(home / "tools")
     made = Machine(home, project, state, free_port())
@@ -351,7 +353,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_download(machine: Machine, tmp_pat
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path / "hf")}
         assert machine.install("--no-download", **environment).returncode == 0
         assert machine.calls("caffeinate") == []
-        helper = [*as_mac.python(), str(machine.project / "deploy" / "service.py"), "watch", "60"]
+        helper = [sys.executable, as_mac.__file__, str(machine.project / "deploy" / "service.py"), "watch", "60"]
         with subprocess.Popen(helper, env=machine.environment | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout
             assert watching.stdout.readline().startswith("downloading ")
