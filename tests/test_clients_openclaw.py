@@ -114,6 +114,13 @@ def test_it_shows_the_servers_error_to_the_user(server: RunningServer, tmp_path:
     assert re.findall(r" id=(\w{32}) ", logged)[0] in shown
 
 
+def test_it_tries_no_other_provider_where_that_is_switched_off(tmp_path: Path) -> None:
+    (tmp_path / "openclaw.json").write_text(documented("OpenClaw without other providers").replace("localhost:8880", "127.0.0.1:9"))
+    ended = convert(tmp_path, SENTENCE, ok=False)
+    assert ended.returncode != 0
+    assert "openai: fetch failed; microsoft: not configured" in ended.stdout
+
+
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_a_timeout_in_openclaw_cancels_the_request(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
     """The request is either being spoken (0 ahead) or waits in the queue."""

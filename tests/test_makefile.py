@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -114,3 +115,57 @@ def test_the_first_set_up_shows_uvs_progress_on_a_terminal(tmp_path: Path) -> No
         os.close(terminal)
         os.close(master)
     assert uv_calls(folder) == ["  sync --inexact"]
+
+
+NEWER_BASH = {
+    "bash 4's associative arrays, name references and upper or lower case variables": r"\b(?:declare|local|typeset)\s+-[a-zA-Z]*[Anlugc]",
+    "bash 4's mapfile, readarray and coproc": r"\b(?:mapfile|readarray|coproc)\b",
+    "bash 4's case conversion": r"\$\{\w+(?:\[[^]]*\])?(?:\^|,)",
+    "bash 4.4's and 5's transformations": r"\$\{\w+(?:\[[^]]*\])?@[A-Za-z]\}",
+    "bash 4's redirections": r"&>>|\|&|\{\w+\}[<>]",
+    "bash 4's fall-through": r";;?&",
+    "bash 4.2's test of a variable and negative indexes": r"\[\[?\s+-v\s|\$\{\w+\[-\d|\$\{\w+(?:\[[^]]*\])?:\d+:\s*-",
+    "bash 4.2's time format": r"printf\s+['\"]?%\(",
+    "bash 4's recursive patterns and 5's variables": r"\bglobstar\b|\$\{?(?:EPOCHSECONDS|EPOCHREALTIME|SRANDOM|BASHPID)\b",
+    "bash 4's fractions of a second and text for read": r"\bread\b[^\n|;]*\s-(?:i|N|t\s*\d*\.\d)",
+    "bash 4.3's and 5.1's wait": r"\bwait\s+-[np]",
+}
+NEWER_MAKE = {
+    "make 3.82's .ONESHELL": r"^\.ONESHELL",
+    "make 4's functions": r"\$[({](?:file|guile|let|intcmp)\b",
+    "make 4's assignments": r"[:]{2,3}=|!=",
+    "make 3.82's undefine and private": r"^(?:override\s+)?(?:undefine|private)\b",
+    "make 4.3's grouped targets": r"&:",
+    "make 4's options": r"--output-sync|-O(?:target|line|recurse)?\b|--shuffle",
+    "make 4.2's exit status of the shell function": r"\.SHELLSTATUS|\.EXTRA_PREREQS|\.NOTINTERMEDIATE|\.WAIT\b",
+}
+
+
+def newer(text: str, constructs: dict[str, str]) -> list[str]:
+    """Return the lines with a construct that the old version lacks. Comments do not count."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return [f"{what}: {line}" for line in lines for what, pattern in constructs.items() if re.search(pattern, line)]
+
+
+def test_the_scripts_use_nothing_newer_than_bash_3_2_and_make_3_81() -> None:
+    assert newer((PROJECT / "install.sh").read_text(), NEWER_BASH) == []
+    recipes = [line for line in MAKEFILE.splitlines() if line.startswith("\t")]
+    assert newer("\n".join(recipes), NEWER_BASH) == []
+    assert newer("\n".join(line for line in MAKEFILE.splitlines() if not line.startswith("\t")), NEWER_MAKE) == []
+
+
+@pytest.mark.parametrize("line", [
+    "declare -A ages", "local -n name=$1", "mapfile -t lines", "echo ${name^^}", "echo ${name,}", "echo ${name@Q}", "run &>> log",
+    "run |& tee log", "exec {file}< name", "case a in a) echo ;;& esac", "[ -v name ]", "echo ${list[-1]}", "printf '%(%F)T'", "read -t 0.5 line", "wait -n",
+])  # fmt: skip
+def test_a_newer_construct_of_bash_is_found(line: str) -> None:
+    assert newer(line, NEWER_BASH) != []
+    if Path(OLD_BASH).name == "bash-3.2":
+        script = f"list=(a b); name=a; run() {{ :; }}; {line}"
+        ended = subprocess.run([OLD_BASH, "-c", script], input="", capture_output=True, text=True, check=False)
+        assert ended.stderr != ""
+
+
+@pytest.mark.parametrize("line", [".ONESHELL:", "$(file >list,$(FILES))", "A ::= b", "A != ls", "undefine A", "a b &: c"])
+def test_a_newer_construct_of_make_is_found(line: str) -> None:
+    assert newer(line, NEWER_MAKE) != []

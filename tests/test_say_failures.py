@@ -176,13 +176,20 @@ def test_a_disk_that_takes_no_more(server: RunningServer, tmp_path: Path) -> Non
     ended = subprocess.run(limited, cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=False)
     assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 1)
     assert files(tmp_path) == set()
+
+
+def test_a_standard_output_that_takes_no_more(tmp_path: Path) -> None:
+    """A file that must not grow stands for a full disk: /dev/full exists on Linux only."""
+    limited = ["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *command("--list-voices", "--local")]
+    with (tmp_path / "list").open("wb") as full:
+        ended = subprocess.run(limited, env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr.count(b"\n"), b"File too large" in ended.stderr) == (1, 1, True), ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_device_that_takes_no_more(server: RunningServer, tmp_path: Path) -> None:
     status, message = refused(tmp_path, "Hello.", "-o", "/dev/full", "--format", "pcm", "--server", server.url)
     assert (status, "No space left" in message) == (1, True)
-    with Path("/dev/full").open("wb") as full:
-        listing = subprocess.run(
-            command("--list-voices", "--local"), env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE, check=False
-        )
-    assert (listing.returncode, listing.stderr.count(b"\n"), b"No space left" in listing.stderr) == (1, 1, True)
 
 
 def test_the_log_is_shown_when_asked_for_and_holds_no_text(tmp_path: Path) -> None:
