@@ -208,7 +208,7 @@ def _month_day(match: Match) -> str | None:
 
 def _day_month(match: Match) -> str | None:
     weekday, the, day, last, month, comma, of_year = match.groups()
-    if month in ("may", "march", "mar") and not of_year and day[-1] + " " + month in match[0]:
+    if month in ("may", "march", "mar") and not of_year and (last or day)[-1] + " " + month in match[0]:
         return None  # "children aged 5-9 may come"
     # The article of "the 5th of May" stays in the text before the match.
     days = ordinal(day.lstrip("0")) + (f" to the {ordinal(last.lstrip('0'))}" if last else "")
