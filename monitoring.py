@@ -111,6 +111,7 @@ def configure_logging(level: str, folder: Path, *, to_stderr: bool = True) -> No
     logging.getLogger("uvicorn.error").addFilter(_is_new)
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # a warning a retry; our own line says what failed
 
 
 def _is_new(record: logging.LogRecord) -> bool:

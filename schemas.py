@@ -118,9 +118,10 @@ class SpeechRequest(BaseModel):
         Raises:
             InputTooLongError: The text is longer than `limit`, in characters.
         """
-        if len(self.input) > limit:
+        length = len(self.input.strip())
+        if length > limit:
             raise InputTooLongError(
-                f"'input' has {len(self.input)} characters; at most {limit} are allowed. Send it in parts, or raise MAX_INPUT_LENGTH.",
+                f"'input' has {length} characters; at most {limit} are allowed. Send it in parts, or raise MAX_INPUT_LENGTH.",
                 param="input",
             )
 

@@ -39,7 +39,10 @@ LONG = " ".join(f"This is sentence number {number} of a long story." for number 
         (["-o", "a.mp3"], "nothing to say"),
         (["Hello", "-o", "a.mp3", "--server", "localhost:8880"], "http://localhost:8880"),
         (["Hello", "-o", "a.mp3", "--server", "http://localhost", "--local"], "mutually exclusive"),
-        (["Hello", "-o", "a.mp3", "--local", "--voice", "nobody"], "Available voices: conversational, conversational_b, heart"),
+        (
+            ["Hello", "-o", "a.mp3", "--local", "--voice", "nobody"],
+            "Available voices: conversational, conversational_b, emma, fenrir, heart",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_status_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:

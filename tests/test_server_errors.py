@@ -58,7 +58,7 @@ def test_surrounding_space_does_not_count(server: RunningServer) -> None:
 def test_an_unknown_voice_is_refused_with_the_list_of_voices(server: RunningServer) -> None:
     message = refused(post(server, voice="unknown_voice"), 400, "invalid_voice", "voice")
     assert "'unknown_voice'" in message
-    assert "conversational, conversational_b, heart" in message
+    assert "conversational, conversational_b, emma, fenrir, heart, hibari-fable, kore" in message
 
 
 @pytest.mark.parametrize("voice", [..., None, 7, {}, {"id": 5}, ["heart"]])
