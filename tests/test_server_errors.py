@@ -71,7 +71,7 @@ def test_an_unknown_format_is_refused_with_the_list_of_formats(server: RunningSe
     assert "mp3, opus, aac, flac, wav, pcm" in refused(post(server, response_format=name), 400, "invalid_format", "response_format")
 
 
-@pytest.mark.parametrize("speed", [0.1, 0.2499, 4.01, -1, "fast", 1e400, None])
+@pytest.mark.parametrize("speed", [0.1, 0.2499, 4.01, -1, "fast", 1e400])
 def test_speed_has_its_range(server: RunningServer, speed: object) -> None:
     body = json.dumps(GOOD | {"speed": speed})
     response = httpx.post(f"{server.url}/v1/audio/speech", content=body, headers={"Content-Type": "application/json"})
@@ -112,9 +112,7 @@ def test_a_model_that_is_not_ready_names_a_voice_that_is(server: RunningServer) 
     assert int(response.headers["retry-after"]) > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "script"), [("東京へ行きます。", "Chinese"), ("The word 東京 means Tokyo.", "Chinese"), ("مرحبا", "Arabic")]
-)
+@pytest.mark.parametrize(("text", "script"), [("東京へ行きます。", "Chinese"), ("مرحبا", "Arabic")])
 def test_a_text_that_the_voice_can_say_only_in_part_is_refused(server: RunningServer, text: str, script: str) -> None:
     assert f"cannot pronounce {script} letters" in refused(post(server, input=text), 400, "invalid_input", "input")
 
