@@ -21,7 +21,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clients bench bench-csm bench-reading acceptance soak audit clean help
+.PHONY: run setup test check clients bench bench-reading bench-csm acceptance soak audit clean help
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
