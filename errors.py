@@ -247,6 +247,11 @@ class ShuttingDownError(ServerError):
         super().__init__("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})
 
 
+def no_memory() -> InsufficientMemoryError:
+    """Return the error for a lack of memory."""
+    return InsufficientMemoryError("There is not enough free memory for this text. Send a shorter one, or try again later.")
+
+
 def shorten(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
     """Return `value` as a short, printable Python literal for a message, so that no input floods a log or a response."""
     text = value if isinstance(value, str) else repr(value)

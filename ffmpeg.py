@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from typing import NoReturn, TypeVar, cast
 
 import anyio
 
-from errors import ConversionError, shorten
+from errors import ConversionError, TTSError, no_memory, shorten
 from files import FileSignature, file_signature
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class ByteQueue:
         self.size = 0
         self._pieces: deque[bytes] = deque()
         self._ended = False
-        self._error: ConversionError | None = None
+        self._error: TTSError | None = None
         self._changed = asyncio.Event()
 
     def put(self, data: bytes) -> None:
@@ -67,7 +68,7 @@ class ByteQueue:
         self.size += len(data)
         self._changed.set()
 
-    def end(self, error: ConversionError | None = None) -> None:
+    def end(self, error: TTSError | None = None) -> None:
         """End the queue, with `error` after a failure. Only the first call counts."""
         if not self._ended:
             self._ended, self._error = True, error
@@ -182,9 +183,9 @@ class FfmpegProcess:
                 self.output.put(data)
             stderr = await errors
             status = await self._process.wait()
-        except BaseException:
+        except BaseException as error:
             self._kill(_CANCELLED)
-            self.output.end(ConversionError("The conversion was cancelled."))
+            self.output.end(no_memory() if isinstance(error, MemoryError) else ConversionError("The conversion was cancelled."))
             raise
         finally:
             errors.cancel()
@@ -361,8 +362,10 @@ def _run(command: Sequence[str], folder: Path | None, timeout: float) -> bytes:
     return output
 
 
-def _not_started(error: OSError) -> ConversionError:
+def _not_started(error: OSError) -> TTSError:
     logger.error("ffmpeg cannot be started: %s", error.strerror)
+    if error.errno == errno.ENOMEM:
+        return no_memory()
     return ConversionError("ffmpeg cannot be started on the server.")
 
 

@@ -31,6 +31,7 @@ from errors import (
     TTSError,
     UnreadAudioError,
     UnsupportedMediaTypeError,
+    no_memory,
     shorten,
 )
 from schemas import MAX_BODY_BYTES
@@ -101,7 +102,8 @@ class RequestLog:
             _log_failure(request_id, error)
             if status["status"] != "aborted":
                 raise  # uvicorn then closes the connection, which is the only way to report an error after the response has started
-            await error_response(InternalError(_UNEXPECTED))(scope, receive, send_with_id)
+            shown = no_memory() if isinstance(error, MemoryError) else InternalError(_UNEXPECTED)
+            await error_response(shown)(scope, receive, send_with_id)
         finally:
             _log(scope, status["status"], time.monotonic() - started)
 

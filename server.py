@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -229,7 +230,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_HELPER_THREADS, "helper"))
+        asyncio.get_running_loop().set_default_executor(_helper_threads())
         await asyncio.to_thread(_prepare, server)
         await server.engine.start()
         yield
@@ -262,6 +263,16 @@ def create_app(settings: Settings) -> FastAPI:
         )
     app.add_middleware(RequestLog)
     return app
+
+
+def _helper_threads() -> ThreadPoolExecutor:
+    """Return the executor with all its threads started: without memory for a new thread, `Thread.start` waits for ever, in the event loop."""
+    executor = ThreadPoolExecutor(_HELPER_THREADS, "helper")
+    together = Barrier(_HELPER_THREADS + 1)
+    for _ in range(_HELPER_THREADS):
+        executor.submit(together.wait)
+    together.wait()
+    return executor
 
 
 def _include_routers(app: FastAPI) -> None:

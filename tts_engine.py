@@ -16,7 +16,7 @@ from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
 from config import BUILT_IN_VOICE, Settings
 from csm_model import CsmModel
-from errors import InsufficientMemoryError, InternalError, InvalidInputError, ModelNotReadyError, TTSError
+from errors import InternalError, InvalidInputError, ModelNotReadyError, TTSError, no_memory
 from hibari_model import HibariModel, VoiceFiles
 from model_host import Heartbeat, ModelHost, RequestQueue
 from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
@@ -414,7 +414,7 @@ def _as_tts_error(error: BaseException) -> TTSError:
     if isinstance(error, ModelLoadError):
         return _not_downloaded(error.message)
     if isinstance(error, MemoryError):
-        return InsufficientMemoryError("There is not enough free memory for this text. Send a shorter one, or try again later.")
+        return no_memory()
     if isinstance(error, asyncio.CancelledError):
         return InternalError("The utterance was stopped.")
     logger.error("unexpected error in the model", exc_info=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,14 @@ def test_a_recogniser_finds_wrong_words_has_them_said_again_and_its_figure_told(
         assert running.log_text().count("word error rate") == 2
     finally:
         running.stop()
+
+
+def test_eight_clients_at_once_get_what_each_seed_gives_alone(guarded: RunningServer) -> None:
+    requests = [
+        {"model": "m", "voice": "tiny", "input": "A short sentence.", "seed": seed, "response_format": name}
+        for seed, name in enumerate(("pcm", "wav", "flac"))
+    ]
+    with guarded.client() as client, ThreadPoolExecutor(8) as pool:
+        alone = [client.post("/v1/audio/speech", json=request).content for request in requests]
+        together = pool.map(lambda number: client.post("/v1/audio/speech", json=requests[number % 3]).content, range(8))
+        assert list(together) == [alone[number % 3] for number in range(8)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import uvicorn
 from conftest import PROJECT, RunningServer, clean_environment, free_port
 
 from config import Settings
+from http_middleware import RequestLog
 from server import create_app
 from server_process import GuardedProtocol
 
@@ -71,7 +74,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         (tools / "ffmpeg").chmod(0o755)
         running.wait_for(lambda health: health["status"] == "ok")
         yield running
-        assert psutil.Process(running.process.pid).children(recursive=True) == []
+        until(lambda: psutil.Process(running.process.pid).children(recursive=True) == [])
     finally:
         running.stop()
 
@@ -172,6 +175,51 @@ def test_a_server_starts_with_a_cache_that_cannot_be_written(make_server: Callab
     assert "no log file: CACHE_DIR cannot be written" in server.log_text()
     assert "no PID file: CACHE_DIR cannot be written" in server.log_text()
     assert "Traceback" not in server.log_text()
+
+
+def test_an_allocation_that_fails_is_reported_as_a_lack_of_memory() -> None:
+    async def greedy(*_: object) -> None:
+        bytes(1 << 60)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(RequestLog(greedy))  # the outermost part of the application
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/audio/speech", json=BODY)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    failed(answer, "insufficient_memory")
+
+
+def test_an_ffmpeg_whose_version_hangs_delays_nothing(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    script = tmp_path / "ffmpeg"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-version*) exec sleep 100 ;; esac\nexec {listening.ffmpeg()} "$@"\n')
+    script.chmod(0o755)
+    server = make_server(PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    health = httpx.get(f"{server.url}/health", timeout=5).json()  # the version is given up after 10 s
+    assert (health["ffmpeg"], health["ffmpeg_version"]) == (True, None)
+    assert speak(server).status_code == 200
+
+
+def test_a_pipe_among_the_presets_blocks_nobody(own: RunningServer) -> None:
+    pipe = own.log.parent / "presets" / "pipe.json"
+    os.mkfifo(pipe)
+    try:
+        assert speak(own).status_code == 200
+        assert {"file": "pipe.json", "reason": "it is not a regular file"} in own.health()["skipped_presets"]
+    finally:
+        pipe.unlink()
+
+
+def test_a_hangup_ends_the_server_after_its_answers(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server()
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=STREAMED | {"input": BODY["input"] * 60}) as answer:
+        pieces = answer.iter_raw()
+        size = len(next(pieces))
+        server.process.send_signal(signal.SIGHUP)
+        size += sum(map(len, pieces))
+    assert size > 60 * 8000, "the answer is whole: 60 sentences of at least a second, 8 kB each"
+    assert server.process.wait(30) == 0
 
 
 # Connections

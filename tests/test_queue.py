@@ -199,3 +199,15 @@ def test_health_answers_while_the_model_works(server: RunningServer) -> None:
         busy = [server.health()["queue"]["active"] for _ in range(20)]
     assert busy.count(1) > 0
     server.wait_for(idle, 30)
+
+
+def test_eight_clients_at_once_get_what_each_seed_gives_alone(server: RunningServer) -> None:
+    requests = [
+        {"model": "m", "voice": "heart", "input": f"Sentence {seed}. And another one.", "seed": seed, "response_format": name}
+        for seed in range(4)
+        for name in ("pcm", "wav", "flac")
+    ]
+    with server.client() as client, ThreadPoolExecutor(8) as pool:
+        alone = [client.post("/v1/audio/speech", json=request).content for request in requests]
+        together = pool.map(lambda request: client.post("/v1/audio/speech", json=request).content, requests)
+        assert list(together) == alone

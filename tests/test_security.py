@@ -126,6 +126,16 @@ def test_this_machine_counts_as_this_machine_by_every_address(make_server: Calla
         assert httpx.post(f"http://{host}:{server.port}/admin/reload").status_code == 200, host
 
 
+def test_a_local_proxy_is_not_taken_for_its_clients_by_any_address(make_server: Callable[..., RunningServer]) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = make_server(HOST="::")
+    for host in ("127.0.0.1", "127.0.0.2", "[::1]"):
+        url = f"http://{host}:{server.port}"
+        assert httpx.post(f"{url}/admin/reload", headers={"X-Forwarded-For": "203.0.113.9"}).status_code == 403, host
+        assert "ffmpeg_path" not in httpx.get(f"{url}/health", headers={"X-Forwarded-For": "203.0.113.9"}).json()
+
+
 def test_neither_text_nor_key_is_in_any_log_and_no_text_in_any_error(watched: RunningServer, owner: httpx.Client) -> None:
     bodies: list[dict[str, Any]] = [
         BODY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from conftest import RunningServer, free_port
 
 from config import Settings, SettingsError
-from server_process import listen
+from files import file_signature
+from server_process import listen, pid_file
 
 try:
     socket.create_server(("::1", 0), family=socket.AF_INET6).close()
@@ -94,3 +96,31 @@ def test_a_program_on_127_0_0_1_only_is_noticed_on_a_mac(tmp_path: Path, monkeyp
             listening(tmp_path, host="0.0.0.0", port=port),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"pid": %d, "port": %d}', b'{"pid": 0, "port": %.0s%d}', b'{"pid": -1, "port": %.0s%d}', b'{"pid": 1%.0s, "port": %d}', b'{"pid": 9e99%.0s, "port": %d}', b'{"pid": ' + b"9" * 5000 + b'%.0s, "port": %d}', b"[" * 900 + b"%.0d%.0d"],
+)  # fmt: skip
+def test_the_number_in_a_pid_file_proves_no_running_server(tmp_path: Path, content: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (tmp_path / "server.pid").write_bytes(content % (b"%d" % os.getpid() if b"%.0s" in content else os.getpid(), port))
+        with pytest.raises(SettingsError, match="by another program"), listening(tmp_path, host="127.0.0.1", port=port):
+            pass
+    running = f"already running there .process {os.getpid()}"
+    with (
+        pid_file(tmp_path, port),
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(SettingsError, match=running),
+        listening(tmp_path, host="127.0.0.1", port=port),
+    ):
+        pass
+
+
+def test_a_file_that_becomes_readable_has_another_signature(tmp_path: Path) -> None:
+    file = tmp_path / "preset.json"
+    file.write_text("{}")
+    file.chmod(0o000)
+    before = file_signature(file)
+    file.chmod(0o644)
+    assert file_signature(file) != before
