@@ -80,6 +80,20 @@ def test_events_are_openais(server: RunningServer) -> None:
     assert np.array_equal(decode(audio, "wav")[0], decode(complete.content, "wav")[0])
 
 
+def test_a_reader_that_pauses_gets_small_events(server: RunningServer) -> None:
+    long = BODY | {"input": " ".join([TEXT] * 12), "stream_format": "sse", "response_format": "pcm"}
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=long) as response:
+        lines = response.iter_lines()
+        sizes = [len(next(lines))]
+        end = time.monotonic() + 60
+        while server.health()["models"]["hibari"]["active"]:  # meanwhile all audio is generated, and most of it waits in the server
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        sizes += [len(line) for line in lines]
+    assert sum(sizes) > 4_000_000
+    assert max(sizes) <= 64_000
+
+
 def test_the_official_client_reads_the_events(server: RunningServer) -> None:
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client,
