@@ -162,7 +162,10 @@ class Settings(BaseSettings):
     @field_validator("cache_dir", "data_dir", "presets_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        expanded = path.expanduser()
+        try:
+            expanded = path.expanduser()
+        except RuntimeError:
+            raise ValueError("there is no user of this name") from None
         return expanded if expanded.is_absolute() else PROJECT_DIR / expanded
 
     @property

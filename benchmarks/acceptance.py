@@ -461,8 +461,10 @@ def _openclaw() -> list[str] | None:
     if found := shutil.which("openclaw"):
         return [found]
     modules = PROJECT / "tests" / "clients" / "node_modules"
-    program, node = modules / "openclaw" / "openclaw.mjs", modules / "node" / "bin" / "node"
-    return [str(node if node.exists() else shutil.which("node") or "node"), str(program)] if program.exists() else None
+    program = modules / "openclaw" / "openclaw.mjs"
+    # The one that the tests install, because OpenClaw needs a newer one than most systems have.
+    node = next(modules.glob("node-*/bin/node"), shutil.which("node") or "node")
+    return [str(node), str(program)] if program.exists() else None
 
 
 def _figures(heard: dict[str, float]) -> str:

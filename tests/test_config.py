@@ -9,7 +9,7 @@ from pathlib import Path
 import as_mac
 import pytest
 from conftest import PROJECT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config import Settings, SettingsError, load_settings
@@ -116,6 +116,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         load_settings(file)
 
 
+@example("cache_dir", "~nobody-of-this-name")
 @given(
     name=st.sampled_from(sorted(Settings.model_fields)),
     value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40),
