@@ -62,7 +62,9 @@ def uv_calls(folder: Path) -> list[str]:
 
 def test_make_help_lists_every_target() -> None:
     targets = next(line for line in MAKEFILE.splitlines() if line.startswith(".PHONY:")).split()[1:]
-    listed = subprocess.run(["make", "--no-print-directory", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert [line.split()[1] for line in listed] == targets
     assert all(len(line.split()) > 2 for line in listed)
 
