@@ -426,7 +426,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         key = self.server.settings.api_key[0].get_secret_value() if self.server.settings.api_key else "local"
-        provider = {"apiKey": key, "baseUrl": f"{self.server.http.base_url}v1"}
+        provider = {"apiKey": key, "baseUrl": str(self.server.http.base_url.join("/v1"))}
         (folder / "openclaw.json").write_text(json.dumps({"tts": {"provider": "openai", "providers": {"openai": provider}}}))
         own = {"OPENCLAW_STATE_DIR": str(folder / "state"), "OPENCLAW_CONFIG_PATH": str(folder / "openclaw.json"), "HOME": str(folder)}
         words_said = SENTENCES[0]
