@@ -100,6 +100,7 @@ class ServerForker:
         command = [sys.executable, str(Path(__file__).with_name("server_forker.py"))]
         environment = os.environ | {"PYTHONPATH": str(PROJECT)}
         self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
         self._lock = threading.Lock()
 
     def start(self, environment: dict[str, str], log: Path) -> ForkedProcess:

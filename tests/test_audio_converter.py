@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
+from conftest import server_forker
 from mutagen.aac import AAC
 
 from audio_converter import StreamEncoder, convert, to_int16
@@ -69,7 +71,12 @@ async def stream(samples: listening.Samples, fmt: AudioFormat, step: int = 2400,
 
 
 def children() -> list[psutil.Process]:
-    return list(psutil.Process().children(recursive=True))
+    """Return the processes that the tests here have started, without the servers of other tests and the process that forks them."""
+    forker = server_forker().pid if server_forker.cache_info().currsize else None
+    own = [child for child in psutil.Process().children() if child.pid != forker]
+    with suppress(psutil.NoSuchProcess):
+        own += [grandchild for child in own for grandchild in child.children(recursive=True)]
+    return own
 
 
 def left_in(folder: Path) -> list[Path]:

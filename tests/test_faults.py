@@ -63,11 +63,12 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("faults")
     tools = folder / "tools"
     tools.mkdir()
+    for name in ("cat", "head", "sleep"):  # what the scripts below need, and no other program: the machine's own ffmpeg must not be found
+        (tools / name).symlink_to(shutil.which(name) or "")
     script = f'#!/bin/sh\ncase "$*" in *-version*) ;; *) eval "$(cat {tools}/fault)" ;; esac\nexec {listening.ffmpeg()} "$@"\n'
     (tools / "fault").write_text("")
     shutil.copytree(PROJECT / "presets", folder / "presets")
-    path = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    running = start_server(folder, PATH=path, PRESETS_DIR=folder / "presets", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
+    running = start_server(folder, PATH=tools, PRESETS_DIR=folder / "presets", IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
     try:
         speaks_without_ffmpeg(running)
         (tools / "ffmpeg").write_text(script)
