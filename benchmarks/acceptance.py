@@ -147,7 +147,7 @@ class Server:
         own |= {"LOG_STDERR": "false", "HF_HUB_OFFLINE": "1"}
         if self.options.tiny:
             checkpoint = tiny_csm.build(script={"": [tiny_csm.ends_after(TINY_FRAMES)]})
-            own |= {"CSM": "on", "MODEL_DTYPE": "float32", "GUARD": "off"} | tiny_csm.environment(checkpoint)
+            own |= {"CSM": "on", "MODEL_DTYPE": "float32", "GUARD": "off", "DEFAULT_VOICE": BUILT_IN} | tiny_csm.environment(checkpoint)
         self.environment = os.environ | own
 
     def start(self) -> None:
