@@ -11,6 +11,7 @@ HELPER="$PROJECT/deploy/service.py"
 SYSTEM="$(uname -s)"
 DOMAIN="gui/$(id -u)"
 PLIST="$HOME/Library/LaunchAgents/$LABEL.plist"
+LINK="$HOME/.local/bin/sesame"
 UNIT_FILE="${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user/$UNIT"
 
 ENVIRONMENT_GB=2    # .venv and uv's cache
@@ -26,6 +27,7 @@ Usage: ./install.sh [--no-download]   install, or upgrade in place
        ./install.sh --status          show whether the service is running, and its health
        ./install.sh --restart         restart it gracefully (after a change in .env)
        ./install.sh --logs            show the last lines of the logs; on a terminal, follow them
+       ./install.sh --link            link the command 'sesame' into ~/.local/bin
        ./install.sh --uninstall       remove the service; voices, logs and models are kept
        ./install.sh --render FOLDER   write the service files into FOLDER, without installing or starting the service
 
@@ -288,6 +290,7 @@ Sesame TTS runs at $URL. It starts at every login and restarts after a crash.
   OpenAI clients:   base URL $URL/v1; any API key, unless API_KEY is set in .env
   Settings:         copy .env.example to .env, edit it, then run ./install.sh --restart
   Upgrade:          git pull, then ./install.sh
+  Command line:     ./sesame "Hello", ./sesame --help
   Logs:             ./install.sh --logs   ($CACHE_DIR/server.log)
   Uninstall:        ./install.sh --uninstall
 EOF
@@ -296,6 +299,38 @@ EOF
         say "If macOS asks whether Python may accept incoming connections: only other machines need that, this Mac does not."
     fi
 }
+
+# ── The command `sesame` ──────────────────────────────────────────────────────────────────────────────────────────────
+
+linked() { [ "$(readlink "$LINK" 2>/dev/null || true)" = "$PROJECT/sesame" ]; }
+
+link_command() {
+    if ! linked && { [ -e "$LINK" ] || [ -L "$LINK" ]; }; then
+        fail "$FAILED" "$LINK exists and is not a link to this folder. Remove it and run ./install.sh --link again."
+    fi
+    mkdir -p "$(dirname "$LINK")"
+    ln -sf "$PROJECT/sesame" "$LINK"
+    say "Linked: $LINK. Try: sesame \"Hello\""
+    case ":$PATH:" in
+    *":$(dirname "$LINK"):"*) ;;
+    *) say "Your shell does not search ~/.local/bin yet. Add this line to ~/.zshrc (bash: ~/.bashrc): export PATH=\"\$HOME/.local/bin:\$PATH\"" ;;
+    esac
+}
+
+offer_link() {
+    local answer=""
+    if linked || [ -e "$LINK" ]; then return 0; fi
+    if [ -t 0 ] && [ -t 1 ]; then
+        printf '\nLink the command %s into ~/.local/bin, so that it works in every folder? [y/N] ' "'sesame'"
+        read -r answer || true
+    fi
+    case "$answer" in
+    [yY]*) link_command ;;
+    *) say "To use the command 'sesame' in every folder: ./install.sh --link" ;;
+    esac
+}
+
+unlink_command() { if linked; then rm -f "$LINK"; fi; }
 
 # ── Commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -316,6 +351,7 @@ install_service() {
     speak installed.wav --built-in
     wait_for_csm
     next_steps
+    offer_link
     [ -z "$CSM_FAILED" ] || fail "$FAILED" \
         "the service runs with the built-in voice, but CSM-1B could not be loaded; see the message above. After a failed download the service tries again by itself and continues where it stopped."
 }
@@ -402,6 +438,7 @@ logs() {
 data_folder() { if on_mac; then say "$HOME/Library/Application Support/sesame-tts"; else say "${XDG_DATA_HOME:-$HOME/.local/share}/sesame-tts"; fi; }
 
 uninstall_service() {
+    unlink_command
     if ! installed && ! { on_mac && loaded; }; then
         say "The service is not installed."
         return 0
@@ -443,6 +480,7 @@ main() {
     --status) show_status ;;
     --restart) restart_service ;;
     --logs) logs ;;
+    --link) link_command ;;
     --uninstall) uninstall_service ;;
     --render)
         [ "$#" -eq 2 ] || fail "$USAGE" "--render needs the name of a folder."

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PROGRAM = os.environ.get("SESAME_PROGRAM", "say.py")
+"""What the user called: the script `sesame` sets its own name."""
+
 logger = logging.getLogger(__name__)
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -45,13 +48,13 @@ The text is given on the command line, in a file (-f), or on standard input (- o
 If a server runs on this machine, it is used; otherwise the voice is loaded in this process, which takes a moment."""
 
 _EPILOG = f"""examples:
-  say.py "Hello"                               play through the loudspeaker
-  say.py -f book.txt -o book.mp3               write a book into a file
-  say.py -f book.txt -o book.mp3 --captions book.vtt
-  echo "Hello" | say.py --voice heart --speed 1.2
-  say.py "Hello" -o - --format flac > a.flac   write to standard output
-  say.py --local "Hello" -o test.wav           without a server: load the model in this process
-  say.py --list-voices
+  {PROGRAM} "Hello"                               play through the loudspeaker
+  {PROGRAM} -f book.txt -o book.mp3               write a book into a file
+  {PROGRAM} -f book.txt -o book.mp3 --captions book.vtt
+  echo "Hello" | {PROGRAM} --voice heart --speed 1.2
+  {PROGRAM} "Hello" -o - --format flac > a.flac   write to standard output
+  {PROGRAM} --local "Hello" -o test.wav           without a server: load the model in this process
+  {PROGRAM} --list-voices
 
 formats, chosen by the file's ending: {", ".join(FORMATS)}
 
@@ -78,6 +81,16 @@ class StoppedBySignal(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help for all options)")
+
+
+class _Version(argparse.Action):
+    """Print the version and exit: argparse's own action would need the version, and with it the import of pydantic, at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from config import VERSION
+
+        print(f"{PROGRAM} {VERSION}")
+        parser.exit()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,7 +153,7 @@ def read_text(args: argparse.Namespace) -> str:
     if sys.stdin is None:
         raise UsageError("there is no text: standard input is closed")
     if not args.text and args.file is None and sys.stdin.isatty():
-        raise UsageError('there is no text: use say.py "Hello", or -f FILE, or - to type it')
+        raise UsageError(f'there is no text: use {PROGRAM} "Hello", or -f FILE, or - to type it')
     return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
@@ -181,16 +194,24 @@ def _say(text: str, args: argparse.Namespace, settings: Settings) -> None:
     if server is None:
         import tts_engine  # noqa: F401 - takes seconds; imported inside the event loop, it would delay Ctrl-C
     output = _output(args, settings)
-    bar = ProgressBar(sentences(pieces))
+    bar = ProgressBar(sentences(pieces), PROGRAM)
 
-    async def say() -> None:
+    async def say() -> str:
         async with _speaker(server, args.voice, settings, bar, streamed=output.streamed) as speaker:
-            await speak_pieces(pieces, speaker, output, settings, args.seed, bar)
+            seconds = await speak_pieces(pieces, speaker, output, settings, args.seed, bar)
+            return f"{seconds:.1f} s, voice {speaker.voice}"
 
     try:
-        _run(say())
+        done = _run(say())
     finally:
         bar.close()
+    bar.confirm(f"{_destination(args, output)}: {done}")
+
+
+def _destination(args: argparse.Namespace, output: Output) -> str:
+    """Return where the speech went, for the confirmation."""
+    place = "Spoken" if args.output is None else f"Written to {output.path or 'standard output'}"
+    return f"{place}, captions to {output.captions}" if output.captions else place
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -331,7 +352,7 @@ def _row(voice: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="say.py", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="*", help="the text; - for standard input")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the text from FILE (UTF-8); - for standard input")
     parser.add_argument("-o", "--output", metavar="FILE", help="write an audio file instead of playing; - for standard output")
@@ -344,6 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", metavar="URL", help="use this server (default: the one on HOST and PORT of the settings, if it runs)")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: API_KEY from the environment or .env)")
     parser.add_argument("--local", action="store_true", help="use no server: load the model in this process")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument("--verbose", action="store_true", help="show the log on standard error")
     return parser
 
@@ -412,7 +434,7 @@ def _decoded(data: bytes, name: str) -> str:
 def _complain(message: str, status: int) -> int:
     if sys.stderr is not None:  # None: closed by the calling process
         with suppress(OSError):
-            print(f"say.py: {message}", file=sys.stderr)
+            print(f"{PROGRAM}: {message}", file=sys.stderr)
     return status
 
 

@@ -307,9 +307,11 @@ class ProgressBar:
 
     Args:
         sentences: Of the whole text.
+        program: The program's name, in front of warnings.
     """
 
-    def __init__(self, sentences: Sequence[str]) -> None:
+    def __init__(self, sentences: Sequence[str], program: str) -> None:
+        self._program = program
         self._ends = list(accumulate(_size(sentence) for sentence in sentences))
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._captions: list[Caption] = []
@@ -331,7 +333,12 @@ class ProgressBar:
         """Print a warning, at a terminal or not."""
         self.status("")
         if sys.stderr is not None:
-            print(f"say.py: {line}", file=sys.stderr)
+            print(f"{self._program}: {line}", file=sys.stderr)
+
+    def confirm(self, line: str) -> None:
+        """Print that the work is done, at a terminal only."""
+        if self._shown:
+            print(line, file=sys.stderr)
 
     def caption(self, caption: Caption) -> None:
         """Add the caption of a generated segment."""

@@ -120,8 +120,8 @@ def sentences(pieces: Sequence[str]) -> list[str]:
 
 async def speak_pieces(
     pieces: Sequence[str], speaker: Speaker, output: Output, settings: Settings, seed: int | None, bar: ProgressBar
-) -> None:
-    """Speak `pieces` (from `split_pieces`) into `output`. After a failure no file is left.
+) -> float:
+    """Speak `pieces` (from `split_pieces`) into `output` and return the length of the audio in seconds. After a failure no file is left.
 
     Raises:
         TTSError: The speaker or the encoder failed.
@@ -144,6 +144,7 @@ async def speak_pieces(
     bar.finish(seconds)
     if output.captions is not None:
         write_output(output.captions, _rendered(captions, output.captions.suffix.lower(), output.speed))
+    return seconds / output.speed
 
 
 class Reading:

@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from config import PROJECT_DIR, Settings, SettingsError, load_settings
+from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
@@ -58,8 +58,6 @@ from voice_routes import router as voice_routes
 from voice_store import VoiceStore
 
 logger = logging.getLogger(__name__)
-
-VERSION = "1.0.0"
 
 # Threads for short blocking calls, such as reading small files. Each thread permanently keeps memory (its malloc arena; the sixth thread
 # added 9 MB, measured). asyncio's default is four threads more than there are cores.

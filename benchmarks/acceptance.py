@@ -39,8 +39,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 import tiny_csm  # noqa: E402 - the project's folders come first
 from listening import decode, transcribe, word_error_rate, words  # noqa: E402
 
-from config import load_settings  # noqa: E402
-from server import VERSION  # noqa: E402
+from config import VERSION, load_settings  # noqa: E402
 
 PASS, FAIL, NOT_HERE = "PASS", "FAIL", "NOT HERE"
 CSM_VOICES = ("conversational", "conversational_b")

@@ -105,6 +105,18 @@ def test_every_command_line_of_say_is_accepted(document: Path) -> None:
 
 
 @every_document
+def test_every_command_line_of_sesame_is_accepted(document: Path) -> None:
+    """Those that speak or list voices; the script's other commands have to be in its help."""
+    usage = subprocess.run([PROJECT / "sesame", "--help"], capture_output=True, text=True, check=True).stdout
+    for command in commands(document, "./sesame"):
+        first, *rest = shlex.split(command, comments=True)[1:] or [""]
+        if re.fullmatch("[a-z]+|--help|--version", first):
+            assert f"sesame {first}" in usage, command
+        elif "…" not in command:
+            build_parser().parse_args([first, *rest])
+
+
+@every_document
 def test_every_setting_or_constant_that_a_document_names_exists(document: Path) -> None:
     patterns = ("*.py", "tests/*.py", "deploy/*", "install.sh", "Makefile", "LICENSE", ".env.example")
     source = " ".join(path.read_text() for pattern in patterns for path in PROJECT.glob(pattern) if path.is_file())

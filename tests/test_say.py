@@ -16,7 +16,7 @@ import pytest
 import tiny_csm
 from conftest import RunningServer
 from listening import decode, duration, listen, word_error_rate
-from saying import at_terminal, captions_in, command, cues, environment, said, say, started, wait_until
+from saying import add_loudspeaker, at_terminal, captions_in, command, cues, environment, said, say, started, wait_until
 
 TEXT = "The kettle is on, and the tea will be ready soon. Please bring the good cups from the kitchen."
 MakeServer = Callable[..., RunningServer]
@@ -167,8 +167,18 @@ def test_a_terminal_shows_how_far_it_is_and_a_pipe_nothing(server: RunningServer
     assert [int(count) for count, _, _ in seen] == sorted(int(count) for count, _, _ in seen)
 
 
-def test_a_single_sentence_needs_no_bar(server: RunningServer, tmp_path: Path) -> None:
-    assert at_terminal(tmp_path, "Hello.", "-o", "speech.wav", "--server", server.url) == (0, "")
+def test_success_is_confirmed_in_one_line_on_a_terminal(server: RunningServer, tmp_path: Path) -> None:
+    """A single sentence has no progress bar, so this line is all that is shown."""
+    asked = ("Hello.", "-o", "speech.wav", "--speed", 2, "--captions", "speech.vtt", "--server", server.url)
+    status, shown = at_terminal(tmp_path, *asked)
+    seconds = duration(tmp_path / "speech.wav", "wav")
+    assert (status, shown) == (0, f"Written to speech.wav, captions to speech.vtt: {seconds:.1f} s, voice heart\r\n")
+
+
+def test_the_loudspeaker_is_confirmed_too(server: RunningServer, tmp_path: Path) -> None:
+    add_loudspeaker(tmp_path)
+    status, shown = at_terminal(tmp_path, "Hello.", "--server", server.url)
+    assert (status, re.fullmatch(r"Spoken: \d\.\d s, voice heart\r\n", shown) is not None) == (0, True), shown
 
 
 @pytest.fixture

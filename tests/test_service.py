@@ -91,6 +91,20 @@ class Machine:
             check=False,
         )
 
+    def install_at_terminal(self, *arguments: str, answer: str) -> tuple[int, str]:
+        """Run it on a terminal on which somebody types `answer`; return its exit status and all that is shown."""
+        control, terminal = os.openpty()
+        os.write(control, answer.encode())
+        command = [OLD_BASH, str(self.project / "install.sh"), *arguments]
+        process = subprocess.Popen(command, env=self.environment, cwd="/", stdin=terminal, stdout=terminal, stderr=terminal)
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux reports EIO once nobody has the terminal open
+            while data := os.read(control, 4096):
+                shown += data
+        os.close(control)
+        return process.wait(200), shown.decode()
+
     def calls(self, tool: str) -> list[str]:
         return [call for call in system_tools.calls(self.state) if call.startswith(tool)]
 
@@ -155,10 +169,11 @@ def rendered(machine: Machine, **environment: str) -> tuple[dict[str, object], s
     return plistlib.loads((machine.home / "out" / f"{LABEL}.plist").read_bytes()), (machine.home / "out" / "sesame-tts.service").read_text()
 
 
-def test_install_sh_is_clean_for_bash_and_shellcheck() -> None:
+@pytest.mark.parametrize("script", ["install.sh", "sesame"])
+def test_the_scripts_are_clean_for_bash_and_shellcheck(script: str) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    assert subprocess.run([OLD_BASH, "-n", "install.sh"], cwd=PROJECT, check=False).returncode == 0
-    found = subprocess.run([shellcheck, "install.sh"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert subprocess.run([OLD_BASH, "-n", script], cwd=PROJECT, check=False).returncode == 0
+    found = subprocess.run([shellcheck, script], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (0, "")
 
 
@@ -280,18 +295,37 @@ def test_mac_install_upgrade_restart_and_uninstall(machine: Machine) -> None:
 def test_linux_install_restart_and_uninstall(machine: Machine) -> None:
     machine.says(system="Linux", processor="x86_64")
     machine.configure(API_KEY="it's a secret")
-    installed = machine.install("--no-download")
-    assert installed.returncode == 0, installed.stdout + installed.stderr + machine.log()
-    assert "loginctl enable-linger burke" in installed.stderr
+    link = machine.home / ".local" / "bin" / "sesame"
+    status, shown = machine.install_at_terminal("--no-download", answer="y\n")
+    assert status == 0, shown + machine.log()
+    assert "loginctl enable-linger burke" in shown
+    assert link.readlink() == machine.project / "sesame"
     assert "systemctl --user enable --quiet sesame-tts.service" in machine.calls("systemctl")
     assert (machine.cache_dir / "installed.wav").stat().st_size > 48000
-    assert "secret" not in installed.stdout + installed.stderr + machine.unit.read_text() + machine.log()
+    assert "secret" not in shown + machine.unit.read_text() + machine.log()
     assert machine.install("--status").returncode == 0
     assert machine.install("--restart").returncode == 0
     assert machine.manager()["statuses"] == [0]
     assert machine.install("--uninstall").returncode == 0
     assert not machine.unit.exists()
+    assert not link.is_symlink()
     assert not machine.answers()
+
+
+def test_the_command_is_linked_once_and_nothing_is_overwritten(machine: Machine) -> None:
+    link = machine.home / ".local" / "bin" / "sesame"
+    linked = machine.install("--link")
+    assert (linked.returncode, link.readlink()) == (0, machine.project / "sesame")
+    assert "does not search ~/.local/bin" in linked.stdout
+    again = machine.install("--link", PATH=f"{link.parent}:{machine.environment['PATH']}")
+    assert (again.returncode, "does not search" in again.stdout) == (0, False)
+    assert machine.install("--uninstall").returncode == 0
+    assert not link.is_symlink()
+    link.write_text("somebody else's program")
+    refused = machine.install("--link")
+    assert (refused.returncode, "exists and is not a link to this folder" in refused.stderr) == (1, True)
+    assert machine.install("--uninstall").returncode == 0
+    assert link.read_text() == "somebody else's program"
 
 
 def test_linux_without_systemd_for_users_gets_advice(machine: Machine) -> None:
