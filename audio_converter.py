@@ -103,7 +103,7 @@ async def convert(
     pcm = await asyncio.to_thread(to_int16, samples)
     if not pcm:
         raise ConversionError(_NO_AUDIO)
-    if _needs_ffmpeg(FORMATS["pcm"], sample_rate, speed, output_rate):
+    if needs_ffmpeg(FORMATS["pcm"], sample_rate, speed, output_rate):
         # A separate run before the encoding, so that the length of what is encoded is known.
         pcm = await _resampled(pcm, sample_rate, speed, output_rate, stall_timeout)
     duration = len(pcm) / 2 / output_rate
@@ -136,7 +136,7 @@ class StreamEncoder:
     ) -> None:
         self._format = fmt
         self._arguments = encoder_arguments(fmt, sample_rate, speed, tag, "pipe:1", streamed=True, output_rate=output_rate)
-        self._needs_ffmpeg = _needs_ffmpeg(fmt, sample_rate, speed, output_rate)
+        self._needs_ffmpeg = needs_ffmpeg(fmt, sample_rate, speed, output_rate)
         self._stall_timeout = stall_timeout
         self._process: FfmpegProcess | None = None
         self._output = ByteQueue()
@@ -225,7 +225,8 @@ def _tempo(speed: float) -> list[str]:
     return [f"atempo={speed ** (1 / count):.9f}"] * count
 
 
-def _needs_ffmpeg(fmt: AudioFormat, sample_rate: int, speed: float, output_rate: int) -> bool:
+def needs_ffmpeg(fmt: AudioFormat, sample_rate: int, speed: float, output_rate: int) -> bool:
+    """Return whether the samples have to be encoded or changed. Else `to_int16` is enough."""
     return fmt.name != "pcm" or speed != 1.0 or sample_rate != output_rate
 
 

@@ -150,6 +150,9 @@ class Settings(BaseSettings):
     max_unread_mb: int = Field(512, ge=1, le=1_000_000)
     max_client_unread_mb: int = Field(256, ge=1, le=1_000_000)
 
+    socket_pause_ms: int = Field(1000, ge=50, le=60_000)
+    socket_idle_timeout: float = Field(120.0, gt=0, le=3600)
+
     # Files
     cache_dir: Path = Field(default_factory=_default_cache_dir)
     data_dir: Path = Field(default_factory=_default_data_dir)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -54,6 +54,8 @@ _UNEXPECTED = "Unexpected server error. The server's log has the details under t
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_METHOD_CHARACTERS = 16  # a client can send a method of 64 KiB
 _ABSOLUTE_FORM = re.compile(r"https?://(?P<host>[^/?#]*)", re.IGNORECASE)
+_SOCKET_OPENED, _SOCKET_FAILED = 101, 1011  # the status of a WebSocket's handshake, and the code that closes one after an unexpected error
+_STARTS = ("http.response.start", "websocket.http.response.start", "websocket.accept")
 _QUIET_PATHS = ("/health", "/health/ready", "/metrics")
 _OPEN_PATHS = ("/", "/health", "/health/ready", "/docs", "/openapi.json", "/favicon.ico", "/docs/oauth2-redirect")
 _OPEN_PREFIXES = ("/playground/", f"{DOCS_FILES}/")
@@ -76,7 +78,7 @@ class RequestLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
@@ -87,8 +89,9 @@ class RequestLog:
         started = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                status["status"] = message["status"]
+            if message["type"] in _STARTS:
+                status["status"] = message.get("status", _SOCKET_OPENED)
+                message.setdefault("headers", [])
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -100,6 +103,9 @@ class RequestLog:
             raise
         except Exception as error:
             _log_failure(request_id, error)
+            if status["status"] == _SOCKET_OPENED:
+                await send({"type": "websocket.close", "code": _SOCKET_FAILED})
+                return
             if status["status"] != "aborted":
                 raise  # uvicorn then closes the connection, which is the only way to report an error after the response has started
             shown = no_memory() if isinstance(error, MemoryError) else InternalError(_UNEXPECTED)
@@ -115,10 +121,11 @@ class AccessMiddleware:
         self._app = app
         self._keys = [key.get_secret_value().encode() for key in settings.api_key]
         self._allowed_hosts = {host.lower() for host in settings.allowed_hosts} | _own_names()
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -129,12 +136,14 @@ class AccessMiddleware:
                 self._check_host(host)
             scope["state"]["authorized"] = self._has_key(headers)
             self._check_key(scope)
+            if scope["type"] == "websocket":  # a browser sends no preflight for it
+                _check_origin(HTTPConnection(scope), self._settings, "open a connection")
             _check_length(headers, limit)
             _check_encoding(headers)
         except TTSError as error:
             await error_response(error)(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # answered as GET; uvicorn, which has the original scope, leaves the body out
+        if scope.get("method") == "HEAD":  # answered as GET; uvicorn, which has the original scope, leaves the body out
             scope = {**scope, "method": "GET"}
         await self._app(scope, _limited(receive, limit), send)
 
@@ -159,7 +168,7 @@ class AccessMiddleware:
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
-        if not self._keys or scope["state"]["authorized"] or scope["method"] == "OPTIONS":
+        if not self._keys or scope["state"]["authorized"] or scope.get("method") == "OPTIONS":
             return
         if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIXES):
             return
@@ -196,9 +205,9 @@ class UnreadAudio:
             del self._held[address]
 
 
-def client_address(request: Request) -> str:
+def client_address(connection: HTTPConnection) -> str:
     """Return the address of the client."""
-    return request.client.host if request.client else ""
+    return connection.client.host if connection.client else ""
 
 
 def require_owner(request: Request, settings: Settings) -> None:
@@ -207,15 +216,24 @@ def require_owner(request: Request, settings: Settings) -> None:
     Raises:
         ForbiddenError: The request may not change anything.
     """
-    origin = request.headers.get("origin")
-    own_origin = f"{request.url.scheme}://{request.headers.get('host', '')}"
-    if origin and origin != own_origin and origin not in settings.cors_origins:
-        raise ForbiddenError(f"Web pages at {shorten(origin)} may not change anything. Add the origin to CORS_ORIGINS to allow it.")
+    _check_origin(request, settings, "change anything")
     if is_owner(request):
         return
     raise ForbiddenError(
         "Requests from another machine need a key for this: set API_KEY on the server and send 'Authorization: Bearer <key>'."
     )
+
+
+def _check_origin(connection: HTTPConnection, settings: Settings, action: str) -> None:
+    """Refuse web pages of other sites.
+
+    Raises:
+        ForbiddenError: The page's origin is neither this server's nor in CORS_ORIGINS.
+    """
+    origin = connection.headers.get("origin")
+    own_origin = f"{connection.url.scheme.replace('ws', 'http')}://{connection.headers.get('host', '')}"
+    if origin and origin != own_origin and origin not in settings.cors_origins:
+        raise ForbiddenError(f"Web pages at {shorten(origin)} may not {action}. Add the origin to CORS_ORIGINS to allow it.")
 
 
 def is_owner(request: Request) -> bool:
@@ -270,7 +288,7 @@ def _request_id(headers: Headers) -> str:
 
 def _log(scope: Scope, status: object, seconds: float) -> None:
     state = scope["state"]
-    method = scope["method"][:_LOGGED_METHOD_CHARACTERS]
+    method = scope.get("method", "WS")[:_LOGGED_METHOD_CHARACTERS]
     fields = {"id": state["request_id"], "method": method, "path": shorten(scope["path"]), "status": status}
     fields |= state["log_fields"] | {"seconds": f"{seconds:.3f}"}
     level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO

@@ -108,12 +108,14 @@ def configure_logging(level: str, folder: Path, *, to_stderr: bool = True) -> No
     logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
     if failure:
         logging.getLogger(__name__).warning("no log file: CACHE_DIR cannot be written (%s)", failure)
-    logging.getLogger("uvicorn.error").addFilter(_is_new)
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.addFilter(_is_new)
+    uvicorn.setLevel(max(logging.INFO, logging.getLogger().level))  # at DEBUG it shows a WebSocket's messages, which contain the text
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # a warning a retry; our own line says what failed
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    """Leave out uvicorn's traceback of an application error: `RequestLog` has logged it with the request's id."""
-    return not str(record.msg).startswith("Exception in ASGI application")
+    """Leave out uvicorn's traceback of an application error, and its line for a WebSocket: `RequestLog` logs both with the request's id."""
+    return not str(record.msg).startswith(("Exception in ASGI application", '%s - "WebSocket'))

@@ -57,15 +57,12 @@ def _document_nulls(schema: dict[str, Any]) -> None:
             field["anyOf"] = [rules, {"type": "null"}]
 
 
-class SpeechRequest(BaseModel):
-    """OpenAI's speech request with some more fields. Unknown fields are ignored."""
+class SpeechFields(BaseModel):
+    """How to speak: all of a speech request but its text. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra=_document_nulls)
 
     model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
-    input: Annotated[str, BeforeValidator(_clean_text)] = Field(
-        description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters.", min_length=1
-    )
     voice: str | VoiceId = Field(description="A voice's name or alias, or an object with its `id`. OpenAI's names reach the default voice.")
     response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_lower)] = Field(
         None, description="`mp3` unless DEFAULT_FORMAT says otherwise. `pcm` is 16-bit little-endian mono at 24 kHz and always streams."
@@ -112,6 +109,14 @@ class SpeechRequest(BaseModel):
         """The voice's name or id."""
         return self.voice if isinstance(self.voice, str) else self.voice.id
 
+
+class SpeechRequest(SpeechFields):
+    """OpenAI's speech request with some more fields."""
+
+    input: Annotated[str, BeforeValidator(_clean_text)] = Field(
+        description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters.", min_length=1
+    )
+
     def check_length(self, limit: int) -> None:
         """Refuse a text over MAX_INPUT_LENGTH.
 
@@ -124,6 +129,12 @@ class SpeechRequest(BaseModel):
                 f"'input' has {length} characters; at most {limit} are allowed. Send it in parts, or raise MAX_INPUT_LENGTH.",
                 param="input",
             )
+
+
+class SessionStart(SpeechFields):
+    """The first message of a WebSocket: how to speak the text of those that follow."""
+
+    model: str = Field("csm-1b", max_length=200)
 
 
 # pydantic's error types for which the allowed values are explanation enough.

@@ -51,6 +51,8 @@ from schemas import (
 from server_process import listen, serve
 from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
+from speech_socket import router as socket_routes
+from speech_turn import SpeechService
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices
@@ -87,6 +89,7 @@ class Server:
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)
         self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics)
+        self.turns = SpeechService(settings, self.presets, self.engine, self.metrics, self.speech.unread)
         self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
 
@@ -280,6 +283,8 @@ def _include_routers(app: FastAPI) -> None:
         app.include_router(router, prefix="/v1", **shared)
         app.include_router(router, **shared, include_in_schema=False)
     app.include_router(service_routes, **shared)
+    for prefix in ("/v1", ""):
+        app.include_router(socket_routes, prefix=prefix)
 
 
 def _prepare(server: Server) -> None:

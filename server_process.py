@@ -39,6 +39,7 @@ _KEEP_ALIVE_SECONDS = 75  # longer than most connection pools keep a connection,
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEAD_LINES = 4096  # of a head that is not complete
 _MAX_FRAMING_BYTES = 8 * 1024  # of chunk headers, beside one eighth of the body: a chunk costs some 20 µs, whatever it contains
+_MAX_MESSAGE_BYTES = 64 * 1024  # of a WebSocket; the longest text, 4096 characters, takes 49 kB if each is escaped twice (\\ud83d\\ude00)
 _SLICE_BYTES = 8 * 1024  # parsed at once
 _PIECE_BYTES = 64 * 1024  # sent at once
 _STALLED_SECONDS = 2.0  # without reading; at the limit of connections such a client's connection is closed
@@ -85,6 +86,7 @@ class GuardedProtocol(H11Protocol):
     _payload = 0  # bytes of the current body
     _framing = 0  # bytes of its chunk headers
     _lingering: _LingeringTransport | None = None
+    _socket: asyncio.Protocol | None = None  # the WebSocket's protocol, once the connection has become one
     _unread_bytes = 0
     _read_at = 0.0  # when the client has last read something
     _write_watch: asyncio.TimerHandle | None = None
@@ -112,11 +114,27 @@ class GuardedProtocol(H11Protocol):
         self._cancel_timeout()
         self._cancel_write_watch()
         super().connection_lost(exc)
+        if self._socket is not None:
+            self._socket.connection_lost(exc)
+
+    def become_socket(self, protocol: asyncio.Protocol) -> None:
+        """Pass everything to `protocol` from now on, because the connection has become a WebSocket. It still counts, and its client must read."""
+        self._socket = protocol
+        self.idle.pop(self, None)
+        self._cancel_timeout()
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether the connection has become a WebSocket."""
+        return self._socket is not None
 
     def data_received(self, data: bytes) -> None:
-        """Receive part of a request."""
+        """Receive part of a request, or of a WebSocket's messages."""
         if self._lingering is not None and self._lingering.is_closing():
             self._lingering.drop(data)
+            return
+        if self._socket is not None:
+            self._socket.data_received(data)
             return
         self._held += data
         self._parse()
@@ -132,12 +150,16 @@ class GuardedProtocol(H11Protocol):
         self._unread_bytes, self._read_at = self.transport.get_write_buffer_size(), self.loop.time()
         self.unread.add(self)
         self._watch_writing()
+        if self._socket is not None:
+            self._socket.pause_writing()
 
     def resume_writing(self) -> None:
         """Continue to send: called when the system has taken all bytes."""
         super().resume_writing()
         self.unread.discard(self)
         self._cancel_write_watch()
+        if self._socket is not None:
+            self._socket.resume_writing()
 
     def shutdown(self) -> None:
         """Shut down; answer 503 to a request whose body has not arrived completely."""
@@ -194,7 +216,7 @@ class GuardedProtocol(H11Protocol):
 
     def _parse(self) -> None:
         """Parse what was received, in slices: the limits are checked between them, and a pipelined request waits its turn."""
-        while self._held and not self.transport.is_closing():
+        while self._held and not self.is_socket and not self.transport.is_closing():
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # an answer is in progress
                 self.flow.pause_reading()
                 break
@@ -206,6 +228,8 @@ class GuardedProtocol(H11Protocol):
         in_body = self.conn.their_state is h11.SEND_BODY
         before = len(self.cycle.body) if in_body else 0
         super().data_received(piece)
+        if self.is_socket:
+            return
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0].count(b"\n") > _MAX_HEAD_LINES:
             self.send_400_response("")
         elif self.conn.their_state is not h11.SEND_BODY:
@@ -219,7 +243,7 @@ class GuardedProtocol(H11Protocol):
 
     def _watch(self) -> None:
         """Update the list of idle connections, and start or cancel the timeout for what the client has to send next."""
-        if self.transport.is_closing():
+        if self.is_socket or self.transport.is_closing():
             self._cancel_timeout()
             return
         state = self.conn.their_state
@@ -308,12 +332,16 @@ class _LingeringTransport:
         """Return whether `close` or `abort` was called."""
         return self._closing or self._transport.is_closing()
 
+    def set_protocol(self, protocol: asyncio.Protocol) -> None:
+        """Give the connection to a WebSocket's protocol, behind the one that guards it."""
+        self._protocol.become_socket(protocol)
+
     def close(self) -> None:
         """Close the connection, after at most a second if the client is still sending."""
         if self.is_closing():
             return
         self._closing = True
-        if self._protocol.conn.their_state is not h11.SEND_BODY:
+        if self._protocol.is_socket or self._protocol.conn.their_state is not h11.SEND_BODY:
             self._transport.close()
             return
         self._protocol.linger()
@@ -538,7 +566,9 @@ def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop:
         http=protocol_for(settings, open_files),
         forwarded_allow_ips=list(_LOCAL_ADDRESSES),
         backlog=max(1, min(512, open_files // 8)),
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=_MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # audio does not become smaller, and what a small message unpacks to has no bound
     )
     with pid_file(settings.cache_dir, bound[0].getsockname()[1]):
         _Server(config, on_stop).run(sockets=bound)

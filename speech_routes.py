@@ -23,7 +23,7 @@ from config import Settings
 from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
-from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechRequest, refusals
+from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechFields, SpeechRequest, refusals
 from speech_model import SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
@@ -83,7 +83,7 @@ class SpeechEndpoint:
         self._presets = presets
         self._engine = engine
         self._metrics = metrics
-        self._unread = UnreadAudio(settings)
+        self.unread = UnreadAudio(settings)
         self.captions = CaptionStore()
 
     async def answer(self, body: SpeechRequest, request: Request) -> Response:
@@ -99,7 +99,7 @@ class SpeechEndpoint:
             run.utterance = utterance = self._speak(plan)
             if not plan.options.streamed:
                 return await self._complete(plan, utterance, request)
-            encoded = _EncodedUtterance(plan, utterance, _Unread(self._unread, client_address(request)))
+            encoded = _EncodedUtterance(plan, utterance, Unread(self.unread, client_address(request)))
             stack.push_async_callback(encoded.close)
             pieces = encoded.pieces()
             # The response starts after its first bytes exist: a failure before that still gets a status of its own.
@@ -132,19 +132,13 @@ class SpeechEndpoint:
             TTSError: The request is refused.
             ClientDisconnect: The client disconnected while its text was normalized.
         """
-        self._unread.check(client_address(request))
+        self.unread.check(client_address(request))
         body.check_length(self._settings.max_input_length)
         voice, replaced = self._engine.choose_voice(body.voice_name)
         # In a thread: a long text takes long enough to delay other requests' audio.
         normalizing = asyncio.to_thread(self._engine.prepare_text, body.input, normalize=body.normalize)
         text = await run_until_gone(normalizing, request.receive)
-        audio_format = FORMATS[body.response_format or self._settings.default_format]
-        if body.sample_rate != SAMPLE_RATE and audio_format.name not in _RESAMPLED_FORMATS:
-            raise InvalidRequestError(
-                f"'sample_rate'={body.sample_rate} is possible for {' and '.join(_RESAMPLED_FORMATS)} only. Leave it out, or change 'response_format'.",
-                param="sample_rate",
-                code="invalid_sample_rate",
-            )
+        audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
         options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize)
@@ -191,7 +185,7 @@ class SpeechEndpoint:
             key = new_key()
             self.captions.keep(key, _captions(plan, utterance, speed, duration))
             headers["X-Timestamps"] = _timestamps_path(key)
-        unread = _Unread(self._unread, client_address(request))
+        unread = Unread(self.unread, client_address(request))
         unread.check(len(data))
         return SpeechFile(data, unread, headers=headers, media_type=plan.format.content_type)
 
@@ -229,7 +223,23 @@ class SpeechEndpoint:
         )
 
 
-class _Unread:
+def choose_format(fields: SpeechFields, default: str) -> AudioFormat:
+    """Return the requested format, or the default.
+
+    Raises:
+        InvalidRequestError: The format cannot have the requested sample rate.
+    """
+    audio_format = FORMATS[fields.response_format or default]
+    if fields.sample_rate != SAMPLE_RATE and audio_format.name not in _RESAMPLED_FORMATS:
+        raise InvalidRequestError(
+            f"'sample_rate'={fields.sample_rate} is possible for {' and '.join(_RESAMPLED_FORMATS)} only. Leave it out, or change 'response_format'.",
+            param="sample_rate",
+            code="invalid_sample_rate",
+        )
+    return audio_format
+
+
+class Unread:
     """The generated but unread audio of one answer; counted until `close`."""
 
     def __init__(self, total: UnreadAudio, address: str) -> None:
@@ -250,7 +260,7 @@ class _Unread:
 class SpeechFile(Response):
     """Sends a complete file, which counts as unread until its end."""
 
-    def __init__(self, data: bytes, unread: _Unread, *, headers: dict[str, str], media_type: str) -> None:
+    def __init__(self, data: bytes, unread: Unread, *, headers: dict[str, str], media_type: str) -> None:
         super().__init__(data, headers=headers, media_type=media_type)
         self._unread = unread
 
@@ -297,7 +307,7 @@ class SpeechStream(Response):
 class _EncodedUtterance:
     """Encodes an utterance while it is generated."""
 
-    def __init__(self, plan: _Plan, utterance: Utterance, unread: _Unread) -> None:
+    def __init__(self, plan: _Plan, utterance: Utterance, unread: Unread) -> None:
         self._utterance = utterance
         self._unread = unread
         self._encoder = StreamEncoder(

@@ -69,7 +69,7 @@ def split_text(text: str, segment_lengths: SegmentLengths, fits: Callable[[str],
         return [text] if text else []
     pieces: list[str] = []
     closing: list[bool] = []  # whether a paragraph ends after the piece
-    for sentence, ends_paragraph in _sentences(text):
+    for sentence, ends_paragraph in sentences(text):
         parts = list(_parts(sentence, lambda part: _size(part) <= segment_lengths.maximum and fits(part)))
         pieces += parts
         closing += [False] * (len(parts) - 1) + [ends_paragraph]
@@ -83,7 +83,7 @@ def _size(part: str) -> int:
 # --- Sentences ---
 
 
-def _sentences(text: str) -> Iterator[tuple[str, bool]]:
+def sentences(text: str) -> Iterator[tuple[str, bool]]:
     """Yield each sentence with the whitespace after it, and whether a paragraph or list item ends with it."""
     for block in _blocks(text):
         start = 0

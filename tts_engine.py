@@ -320,10 +320,16 @@ class TTSEngine:
             )
         return text
 
-    def speak(self, text: str, voice: Voice, options: SpeechOptions) -> Utterance:
+    def speak(self, text: str, voice: Voice, options: SpeechOptions, joiner: SegmentJoiner | None = None) -> Utterance:
         """Queue `text` (from `prepare_text`) and return its utterance, which the caller must close.
 
         All later failures, including a full queue, are raised where the utterance is read.
+
+        Args:
+            text: The text.
+            voice: The voice.
+            options: How to speak.
+            joiner: Continues the audio of an earlier utterance, which has ended; its timestamps continue, too.
 
         Raises:
             InvalidInputError: The voice's model cannot speak this text.
@@ -339,18 +345,24 @@ class TTSEngine:
         async def work() -> None:
             async with host.queue.slot() as waited:
                 utterance.begin(waited)
-                await host.run(lambda model: self._speak_on_thread(text, utterance, model, options), utterance.heartbeat)
+                await host.run(lambda model: self._speak_on_thread(text, utterance, model, options, joiner), utterance.heartbeat)
 
         self._running.add(utterance)
         utterance.start(work).add_done_callback(lambda _: self._running.discard(utterance))
         return utterance
 
-    def _speak_on_thread(self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions) -> None:
+    def new_joiner(self, sample_rate: int) -> SegmentJoiner:
+        """Return what joins the segments of a text, or of several."""
+        return SegmentJoiner(sample_rate, self._settings.pause_ms)
+
+    def _speak_on_thread(
+        self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions, joiner: SegmentJoiner | None
+    ) -> None:
         """Split the text, speak the segments and join them. Runs on the model's thread."""
         heartbeat, voice = utterance.heartbeat, utterance.voice
         longest = model.segment_lengths.maximum
         segments = split_text(text, model.segment_lengths, lambda segment: spoken_length(segment) <= longest and model.fits(segment, voice))
-        joiner = SegmentJoiner(model.sample_rate, self._settings.pause_ms)
+        joiner = joiner or self.new_joiner(model.sample_rate)
         utterance.segments, utterance.timestamps = segments, joiner.timestamps
         utterance.spoken = SpokenSegments(segments, voice.preset.language if options.verbalize else None)
         finished = 0

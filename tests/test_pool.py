@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import pytest
 from haproxy_pool import CONFIG, NAMES, Pool, haproxy_program, until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 pytestmark = pytest.mark.skipif(haproxy_program() is None, reason="haproxy is not installed (Debian: apt-get install haproxy)")
 
@@ -266,3 +268,24 @@ def test_without_a_server_the_error_has_openais_format(pool: Pool) -> None:
             pool.wait_until_up(name)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert answer.json()["error"]["code"] == "no_machine"
+
+
+def test_a_websocket_passes_and_occupies_no_server(pool: Pool) -> None:
+    address = pool.url.replace("http", "ws") + "/v1/audio/speech/stream"
+    with pytest.raises(InvalidStatus) as refused, connect(address, proxy=None):
+        pass
+    assert refused.value.response.status_code == 401
+    with connect(address, additional_headers=KEY, proxy=None) as opened:
+        opened.send(json.dumps({"type": "session.start", "voice": "heart", "seed": 1}))
+        opened.send(json.dumps({"type": "input_text.append", "text": SENTENCE + "And"}))
+        audio = b""
+        while not audio:
+            message = opened.recv(60)
+            audio = message if isinstance(message, bytes) else b""
+        assert [speak(pool, 1).status_code for _ in range(3)] == [200] * 3
+        opened.send(json.dumps({"type": "input_text.done"}))
+        while '"done"' not in str(message):
+            message = opened.recv(60)
+            audio += message if isinstance(message, bytes) else b""
+    direct = speak(pool, 1, response_format="pcm", input=SENTENCE.strip()).content
+    assert audio.startswith(direct[: len(direct) // 2])

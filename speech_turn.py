@@ -1,0 +1,409 @@
+"""Speak one text while it is still being written: pieces in, audio and events out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import regex
+from starlette.websockets import WebSocket
+
+from audio_converter import StreamEncoder, needs_ffmpeg, to_int16
+from audio_formats import AudioFormat, Samples, SyntheticTag
+from audio_joiner import SegmentTimestamp
+from captions import WordCaption, WordFinder, captions_of
+from config import Settings
+from errors import InputTooLongError, InternalError, InvalidInputError, TTSError
+from http_middleware import UnreadAudio
+from monitoring import Metrics
+from schemas import SessionStart
+from speech_model import SpeechOptions
+from speech_routes import Unread, choose_format
+from text_stream import Piece, TextStream
+from tts_engine import TTSEngine, Utterance, new_seed
+from voice_presets import VoicePresetManager
+
+logger = logging.getLogger(__name__)
+
+WORD = regex.compile(r"\S*[\p{L}\p{N}]\S*")
+"""A word as people count them, with its punctuation."""
+
+_MAX_TURN_CHARACTERS = 100_000
+_MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops to read from it
+_AUDIO_BYTES = 48_000  # in one message: a second of pcm
+_CHARACTERS_PER_SECOND = 15.0  # of speech, until a piece has been measured
+_SEEDS = 2**32
+_ONLY_CODE = regex.compile(r"\s*(?:```|~~~).*(?:```|~~~)\s*", regex.DOTALL)
+
+Event = dict[str, Any]
+
+
+class SpeechService:
+    """What all turns share.
+
+    Args:
+        settings: The settings.
+        presets: The voices.
+        engine: Speaks.
+        metrics: Gets one observation for each piece of text.
+        unread: Counts the audio that clients have not read.
+    """
+
+    def __init__(self, settings: Settings, presets: VoicePresetManager, engine: TTSEngine, metrics: Metrics, unread: UnreadAudio) -> None:
+        self.settings = settings
+        self.presets = presets
+        self.engine = engine
+        self.unread = unread
+        self._metrics = metrics
+
+    def observe(self, turn: Turn, utterance: Utterance, outcome: str) -> None:
+        """Record one piece."""
+        started = utterance.generation_time > 0
+        self._metrics.observe(
+            model=turn.voice.preset.model,
+            format_name=turn.format.name,
+            outcome=outcome,
+            queue=utterance.queue_time if started else None,
+            generation=utterance.generation_time if started else None,
+            first_audio=utterance.first_audio_time,
+            audio=utterance.audio_seconds or None,
+        )
+
+
+class Outbox:
+    """Sends events and audio in the order in which they are put in.
+
+    Args:
+        websocket: The connection.
+        unread: Counts the audio that has not been sent.
+    """
+
+    def __init__(self, websocket: WebSocket, unread: Unread) -> None:
+        self._websocket = websocket
+        self._unread = unread
+        self._items: deque[Event | bytes] = deque()
+        self._filled = asyncio.Event()
+        self._roomy = asyncio.Event()
+        self._roomy.set()
+        self._bytes = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything has been sent."""
+        return not self._items
+
+    def put(self, item: Event | bytes) -> None:
+        """Add an event, or audio.
+
+        Raises:
+            UnreadAudioError: The client has left too much audio unread.
+        """
+        if isinstance(item, bytes):
+            self._count(len(item))
+            self._unread.check()
+        self._items.append(item)
+        self._filled.set()
+        if len(self._items) > _MAX_WAITING_EVENTS:
+            self._roomy.clear()
+
+    def drop_audio(self) -> None:
+        """Remove the audio that has not been sent."""
+        self._items = deque(item for item in self._items if not isinstance(item, bytes))
+        self._count(-self._bytes)
+
+    async def room(self) -> None:
+        """Wait until the client has read its events."""
+        await self._roomy.wait()
+
+    async def run(self) -> None:
+        """Send until the client disconnects."""
+        try:
+            while True:
+                await self._filled.wait()
+                while self._items:
+                    await self._send(self._items.popleft())
+                    if len(self._items) <= _MAX_WAITING_EVENTS:
+                        self._roomy.set()
+                self._filled.clear()
+        finally:
+            self.drop_audio()
+            self._unread.set(0)
+
+    async def _send(self, item: Event | bytes) -> None:
+        if isinstance(item, dict):
+            await self._websocket.send_text(json.dumps(item, ensure_ascii=False))
+            return
+        for start in range(0, len(item), _AUDIO_BYTES):
+            await self._websocket.send_bytes(item[start : start + _AUDIO_BYTES])
+            await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
+        self._count(-min(len(item), self._bytes))
+
+    def _count(self, more: int) -> None:
+        self._bytes += more
+        self._unread.set(self._bytes)
+
+
+@dataclass
+class Spoken:
+    """A piece of the text that is being spoken or was.
+
+    Attributes:
+        piece: The text, as the client wrote it.
+        start: Where its audio begins, in seconds of the turn's audio.
+        end: Where it ends; None until it is complete.
+        words: When each word is heard, if the voice knows that.
+    """
+
+    piece: Piece
+    start: float
+    end: float | None = None
+    words: list[WordCaption] = field(default_factory=list)
+
+    def heard(self, seconds: float, pace: float) -> int:
+        """Return how many characters of the piece were heard at `seconds`: whole words.
+
+        Args:
+            seconds: Of the turn's audio.
+            pace: Characters a second, for a piece that is not complete.
+        """
+        text = self.piece.text
+        if self.end is not None and seconds >= self.end:
+            return len(text)
+        if self.words:
+            return max((word.end_char for word in self.words if word.end <= seconds), default=0)
+        length = self.end - self.start if self.end is not None else len(text) / pace
+        reached = len(text) * max(0.0, seconds - self.start) / length if length else 0.0
+        return max((word.end() for word in WORD.finditer(text) if word.end() <= reached), default=0)
+
+
+class _Sound:
+    """Encodes a turn's samples and puts the bytes into the outbox; samples of `pcm` become bytes at once."""
+
+    def __init__(self, start: SessionStart, audio_format: AudioFormat, rate: int, tag: SyntheticTag | None, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._encoder: StreamEncoder | None = None
+        self._sending: asyncio.Task[None] | None = None
+        if needs_ffmpeg(audio_format, rate, start.speed, start.sample_rate):
+            self._encoder = StreamEncoder(audio_format, rate, speed=start.speed, tag=tag, output_rate=start.sample_rate)
+
+    async def write(self, samples: Samples) -> None:
+        """Encode samples.
+
+        Raises:
+            ConversionError: ffmpeg failed, or a sample is not a number.
+            UnreadAudioError: The client does not read.
+        """
+        if self._encoder is None:
+            self._outbox.put(to_int16(samples))
+            return
+        if self._sending is None:
+            await self._encoder.__aenter__()
+            self._sending = asyncio.create_task(self._send(self._encoder))
+        await self._encoder.write(samples)
+
+    async def finish(self) -> None:
+        """Put the rest into the outbox; raise as `write` does."""
+        if self._encoder is not None and self._sending is not None:
+            await self._encoder.finish()
+            await self._sending
+
+    async def close(self) -> None:
+        """Stop encoding."""
+        if self._encoder is not None:
+            await self._encoder.aclose()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.wait({self._sending})
+            if not self._sending.cancelled():
+                self._sending.exception()  # retrieved, or asyncio would log it as lost
+
+    async def _send(self, encoder: StreamEncoder) -> None:
+        async for piece in encoder:
+            self._outbox.put(piece)
+
+
+class Turn:
+    """One text, from its first character to the end of its audio.
+
+    Args:
+        service: The objects that all connections share.
+        start: How to speak.
+        number: The turn's number in its connection.
+        outbox: Gets events and audio.
+    """
+
+    def __init__(self, service: SpeechService, start: SessionStart, number: int, outbox: Outbox) -> None:
+        self._service = service
+        self._start = start
+        self._number = number
+        self._outbox = outbox
+        self.voice, _ = service.engine.choose_voice(start.voice_name)
+        model = service.engine.host(self.voice).model
+        self.text = TextStream(model.segment_lengths)
+        self.format = choose_format(start, "pcm")
+        self.seed = new_seed() if start.seed is None else start.seed
+        tag = SyntheticTag(self.voice.preset.model, self.voice.preset.name) if service.settings.synthetic_mark else None
+        self._sound = _Sound(start, self.format, model.sample_rate, tag, outbox)
+        self._joiner = service.engine.new_joiner(model.sample_rate)
+        self._spoken: list[Spoken] = []
+        self._taken = ""  # the text of all pieces, also of those with nothing to speak
+        self._changed = asyncio.Event()
+        self._utterance: Utterance | None = None
+        self.ended = False
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def finished(self) -> bool:
+        """Whether `done` has been put into the outbox."""
+        return self._task.done()
+
+    @property
+    def speaking(self) -> bool:
+        """Whether a piece is being spoken, or waits for its turn."""
+        return self._utterance is not None
+
+    @property
+    def seconds(self) -> float:
+        """The length of the audio so far."""
+        return self._joiner.duration / self._start.speed
+
+    def append(self, text: str) -> None:
+        """Add text.
+
+        Raises:
+            InputTooLongError: There is too much text.
+        """
+        self.text.append(text)
+        limit = self._service.settings.max_input_length
+        if self.text.pending > limit or self.text.length > _MAX_TURN_CHARACTERS:
+            raise InputTooLongError(
+                f"{self.text.pending} characters wait to be spoken, of {self.text.length} in this turn; at most {limit} may wait (MAX_INPUT_LENGTH), "
+                f"and a turn may have {_MAX_TURN_CHARACTERS}."
+            )
+        self._changed.set()
+
+    def flush(self, *, end: bool = False) -> None:
+        """Speak everything so far; `end`: no more text comes."""
+        self.ended |= end
+        self.text.flush()
+        self._changed.set()
+
+    def heard(self, seconds: float) -> str:
+        """Return the beginning of the text that was heard, if so many seconds of its audio were played."""
+        complete = [(len(spoken.piece.text), spoken.end - spoken.start) for spoken in self._spoken if spoken.end is not None]
+        length = sum(seconds for _, seconds in complete)
+        pace = sum(count for count, _ in complete) / length if length else _CHARACTERS_PER_SECOND * self._start.speed
+        reached = 0
+        for spoken in self._spoken:
+            if seconds > spoken.start and (count := spoken.heard(seconds, pace)):
+                reached = spoken.piece.start + count
+        return self._taken[:reached].rstrip()
+
+    async def stop(self) -> None:
+        """Stop the work at once, and drop what has not been sent."""
+        if not self.finished:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            self._outbox.drop_audio()
+
+    async def _run(self) -> None:
+        status = "cancelled"
+        try:
+            while (piece := await self._next_piece()) is not None:
+                self._taken += piece.text
+                await self._speak(piece)
+            await self._sound.finish()
+            status = "completed"
+        except Exception as error:
+            status = "failed"
+            self._fail(error)
+        finally:
+            await self._sound.close()
+            self._put("done", status=status, characters=self.text.length, audio_seconds=round(self.seconds, 3))
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, TTSError):
+            logger.error("a turn of a WebSocket failed unexpectedly", exc_info=error)
+            error = InternalError("Unexpected server error. The server's log has the details.")
+        self._put("error", **error.envelope())
+
+    async def _next_piece(self) -> Piece | None:
+        """Wait for the next piece of the text; None after the last one."""
+        while True:
+            piece = self.text.take()
+            if piece is None and not self.ended:
+                seconds = self._service.settings.socket_pause_ms / 1000
+                with anyio.move_on_after(seconds if self.text.pending else None) as pause:
+                    await self._changed.wait()
+                piece = self.text.take(paused=pause.cancelled_caught)
+                if piece is None and pause.cancelled_caught:
+                    await self._changed.wait()  # what is left cannot be spoken yet
+                self._changed.clear()
+            if piece is not None or (self.ended and not self.text.pending):
+                return piece
+
+    async def _speak(self, piece: Piece) -> None:
+        text = self._prepared(piece.text)
+        if not text:
+            return
+        start = self._start
+        seed = (self.seed + len(self._spoken)) % _SEEDS
+        options = SpeechOptions(seed, start.temperature, start.top_k, streamed=True, verbalize=start.normalize)
+        first = len(self._joiner.timestamps)
+        self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
+        outcome = "cancelled"
+        try:
+            await self._send(piece, utterance)
+            self._finish(self._spoken[-1], utterance, self._joiner.timestamps[first:])
+            outcome = "200"
+        except TTSError as error:
+            outcome = str(error.status)
+            raise
+        finally:
+            await utterance.aclose()
+            self._utterance = None
+            self._service.observe(self, utterance, outcome)
+
+    def _prepared(self, text: str) -> str:
+        """Return the text as it will be spoken; empty if there is nothing to speak: the engine would read a block of code that stands alone."""
+        normalize = self._service.settings.normalize_text if self._start.normalize is None else self._start.normalize
+        if normalize and _ONLY_CODE.fullmatch(text):
+            return ""
+        with suppress(InvalidInputError):
+            return self._service.engine.prepare_text(text, normalize=normalize)
+        return ""
+
+    async def _send(self, piece: Piece, utterance: Utterance) -> None:
+        await utterance.begun()
+        self._spoken.append(Spoken(piece, self.seconds))
+        place = {"start_char": piece.start, "end_char": piece.end, "voice": self.voice.name}
+        self._put("segment.start", segment=len(self._spoken) - 1, text=piece.text, **place, start=round(self.seconds, 3))
+        async for samples in utterance:
+            await self._sound.write(samples)
+
+    def _finish(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp]) -> None:
+        """Note when the piece was spoken, and say it."""
+        speed, piece, number = self._start.speed, spoken.piece, len(self._spoken) - 1
+        if timestamps:
+            spoken.start, spoken.end = timestamps[0].start / speed, timestamps[-1].end / speed
+        else:
+            spoken.end = spoken.start
+        spoken.words = WordFinder(piece.text, utterance.segments, utterance.spoken).words(timestamps, speed)
+        if self._start.timestamps:
+            fields: Event = {"captions": [vars(caption) for caption in captions_of(utterance.segments, timestamps, speed)]}
+            if self._start.timestamps == "word":
+                places = ({"start_char": piece.start + word.start_char, "end_char": piece.start + word.end_char} for word in spoken.words)
+                fields["words"] = [vars(word) | place for word, place in zip(spoken.words, places, strict=True)]
+            self._put("timestamps", segment=number, **fields)
+        times = {"queue_time": utterance.queue_time, "generation_time": utterance.generation_time}
+        ends = {"start": spoken.start, "end": spoken.end}
+        self._put("segment.done", segment=number, **{name: round(value, 3) for name, value in (ends | times).items()})
+
+    def _put(self, kind: str, **fields: Any) -> None:  # noqa: ANN401 - whatever the event has
+        self._outbox.put({"type": kind, "turn": self._number, **fields})
