@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import RunningServer
 from listening import decode, transcribe, word_error_rate, words
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 TEXT = (
@@ -360,7 +360,7 @@ def refused_connection(server: RunningServer) -> bool:
             say(talking, TEXT)
     except InvalidStatus as error:
         return error.response.status_code == 503
-    except ConnectionClosed:  # the newest of several that had not sent their request yet took its place
+    except (ConnectionClosed, InvalidMessage):  # the newest of several that had not sent their request yet took its place
         return True
     return False
 
