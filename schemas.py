@@ -242,6 +242,7 @@ class VoiceEntry(_Answer):
 
     id: str
     name: str
+    display_name: str
     description: str
     model: str
     ready: bool

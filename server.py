@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import logging
 import mimetypes
@@ -13,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import cached_property
 from pathlib import Path
 from threading import Barrier
 from typing import Annotated, Any, Literal, cast
@@ -69,8 +71,9 @@ _BEARER = Depends(HTTPBearer(auto_error=False, description="One of the keys in A
 _PAGE_DIR = PROJECT_DIR / "playground"
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_MORE_TYPES = {".webmanifest": "application/manifest+json", ".js": "text/javascript"}  # unknown, or another by a system's own table
 _PAGE_HEADERS = {
     "Content-Security-Policy": _PAGE_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -309,14 +312,22 @@ class _File:
 
     def __init__(self, path: Path, headers: dict[str, str]) -> None:
         self._data = path.read_bytes()
-        self._type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        self._headers = headers | {"ETag": f'"{hashlib.sha256(self._data).hexdigest()[:32]}"'}
+        self._type = _MORE_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        tag = hashlib.sha256(self._data).hexdigest()[:32]
+        self._headers = headers | {"ETag": f'"{tag}"', "Vary": "Accept-Encoding"}
+        self._zipped_headers = self._headers | {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"}
+
+    @cached_property
+    def _zipped(self) -> bytes:
+        return gzip.compress(self._data, mtime=0)
 
     def answer(self, request: Request) -> Response:
-        """Return the file, or status 304 to a browser that has it."""
-        if request.headers.get("if-none-match") == self._headers["ETag"]:
-            return Response(status_code=304, headers=self._headers)
-        return Response(self._data, headers=self._headers, media_type=self._type)
+        """Return the file, compressed for clients that accept it, or status 304 to a browser that has it."""
+        zipped = "gzip" in request.headers.get("accept-encoding", "") and len(self._zipped) < len(self._data)
+        headers = self._zipped_headers if zipped else self._headers
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=self._headers | {"ETag": headers["ETag"]})
+        return Response(self._zipped if zipped else self._data, headers=headers, media_type=self._type)
 
 
 def _serve_files(app: FastAPI, prefix: str, folder: Path, headers: dict[str, str]) -> dict[str, _File]:

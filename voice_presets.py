@@ -42,6 +42,7 @@ class VoicePreset(BaseModel):
 
     Attributes:
         name: Selects the voice in a request.
+        display_name: The name that people see; made from `name` where it is empty.
         model: The model that speaks.
         voice_key: A voice prompt that comes with the model.
         speaker_id: CSM's speaker number.
@@ -60,6 +61,7 @@ class VoicePreset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: _Name
+    display_name: str = Field("", max_length=64)
     model: ModelId = "csm-1b"
     voice_key: str | None = None
     speaker_id: int = Field(0, ge=0, le=9)
@@ -166,8 +168,19 @@ class Voice:
 
     @property
     def name(self) -> str:
-        """The name for people."""
+        """The name that selects the voice: of a preset, or as a person gave it."""
         return self.given_name or self.preset.name
+
+    @property
+    def display_name(self) -> str:
+        """The name that people see."""
+        return self.given_name or self.preset.display_name or _as_title(self.preset.name)
+
+
+def _as_title(name: str) -> str:
+    """Return a preset's name as people write it: "my_voice" becomes "My voice"."""
+    words = name.replace("_", " ").replace("-", " ").strip()
+    return words[:1].upper() + words[1:]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from audio_formats import Samples
+from audio_formats import SAMPLE_RATE, Samples
 from config import Settings
 from errors import BodyTooLargeError, ForbiddenError, InvalidAudioError, InvalidRequestError, NotFoundError, StorageError
 from http_middleware import require_owner, run_until_gone
@@ -37,6 +37,7 @@ _MAX_CONSENT = 200
 _NO_CONSENT = frozenset({"", "false", "no", "0", "off", "f", "n", "none", "null", "undefined"})
 _MOST_WAITING = 8  # recordings of up to 10 MiB each, which wait in temporary files
 _WORD = regex.compile(r"[\p{L}\p{N}]")
+_MOST_LETTERS_A_SECOND = 35  # twice as fast as fluent English: such words belong to another recording
 _INVISIBLE = regex.compile(r"[\p{Z}\p{C}]+")
 
 
@@ -44,6 +45,19 @@ def clean_words(text: str) -> str:
     """Return `text` with single spaces and without invisible characters; empty if it contains no word."""
     cleaned = _INVISIBLE.sub(" ", text).strip()
     return cleaned if _WORD.search(cleaned) else ""
+
+
+def check_pace(words: str, seconds: float) -> None:
+    """Refuse words that cannot be those of a recording: CSM would repeat or skip words of what it speaks later.
+
+    Raises:
+        InvalidRequestError: Nobody can say so many words in so short a time.
+    """
+    if len(_WORD.findall(words)) > _MOST_LETTERS_A_SECOND * seconds:
+        count = len(words.split())
+        raise _bad_field(
+            "ref_text", f"has {count} words, too many for a recording of {seconds:.1f} s. Send the words that are heard in it."
+        )
 
 
 class VoiceForm(BaseModel):
@@ -176,6 +190,7 @@ class VoiceEndpoint:
         return {
             "id": voice.id,
             "name": voice.name,
+            "display_name": voice.display_name,
             "description": voice.preset.description,
             "model": voice.preset.model,
             "ready": reason is None,
@@ -237,6 +252,7 @@ class VoiceEndpoint:
             except InvalidAudioError as error:
                 raise InvalidAudioError(error.message, param="audio_sample") from None
             words = form.ref_text or await _in_thread(lambda: _transcribe(samples))
+            check_pace(words, len(samples) / SAMPLE_RATE)
             return await _in_thread(lambda: self._store.add(name, samples, words, form.consent))
 
 

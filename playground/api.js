@@ -74,16 +74,19 @@ const asJson = (body, signal) => ({
   signal,
 });
 
+/** Remove fields without a value. */
+export const withoutEmpty = (request) => Object.fromEntries(Object.entries(request).filter(([, value]) => value !== null));
+
 /** Request streamed speech. Returns `{headers, events}`, the server's events in order. Aborting `signal` also stops the server. */
 export async function speakStreamed(request, signal) {
-  const body = { ...request, response_format: "pcm", stream_format: "sse", timestamps: true };
+  const body = { ...withoutEmpty(request), response_format: "pcm", stream_format: "sse", timestamps: "word" };
   const response = await call("v1/audio/speech", asJson(body, signal));
   return { headers: response.headers, events: serverEvents(response) };
 }
 
 /** Request speech as one complete file. */
 export async function speakFile(request, signal) {
-  const response = await call("v1/audio/speech", asJson(request, signal));
+  const response = await call("v1/audio/speech", asJson(withoutEmpty(request), signal));
   return translated(response.blob());
 }
 

@@ -1,36 +1,43 @@
 // The page: connects its parts and handles Speak, Stop, downloads and errors.
 //
-// Speak sends one streamed request (server-sent events with 24 kHz samples) and plays the audio as it arrives. A download sends the request again,
-// with the same seed, for a complete file in the chosen format: the same samples, with the exact header and tags of a complete file.
+// Speak sends a streamed request (server-sent events with 24 kHz samples) and plays the audio as it arrives.
 //
 // `window.sesame` is for tests: `player` (its `analyser` receives what is played), `take` (the last one) and `takes` (how many there were).
 
-import { apiKey, GONE, speakFile, speakStreamed } from "./api.js";
+import { apiKey, call, GONE } from "./api.js";
 import { byId, clock, make, showAlert } from "./dom.js";
+import { filesOf, FILES, save } from "./files.js";
 import { KeyDialog } from "./key_dialog.js";
+import { Menu, Popup } from "./menu.js";
 import { Player } from "./player.js";
-import { figuresOf, Results } from "./results.js";
-import { ServerState } from "./server_state.js";
+import { Previews } from "./previews.js";
+import { figuresOf, Recent } from "./recent.js";
+import { neverWords, ServerState } from "./server_state.js";
 import { newSeed, SettingsForm } from "./settings.js";
-import { curlCode, pythonCode } from "./snippets.js";
-import { Take } from "./take.js";
+import { FORMS } from "./share.js";
+import { Speech } from "./speech.js";
+import { MOST_CHARACTERS, Stage } from "./stage.js";
 import { VoiceDialog } from "./voice_dialog.js";
 import { VoiceList } from "./voices.js";
 import { Waveform } from "./waveform.js";
 
+const DEFAULT_LIMIT = 4096; // the server's, until it has told its own
+
 const text = byId("text");
+const stage = new Stage();
 const player = new Player();
+const speech = new Speech(player);
 const settings = new SettingsForm();
-const voices = new VoiceList(byId("voices"), (id) => server.health?.models?.[id]);
+const previews = new Previews(player, () => server.health?.version ?? "");
+const voices = new VoiceList((id) => server.health?.models?.[id], previews, tryAgain);
 const waveform = new Waveform(byId("wave"), byId("canvas"), (seconds) => player.seek(seconds));
 const server = new ServerState({ dot: document.querySelector("#server-button .dot"), word: byId("server-word"), models: byId("models"), queue: byId("queue"), fallback: byId("fallback") });
 const keyDialog = new KeyDialog(() => begin());
-const voiceDialog = new VoiceDialog((voice) => useNewVoice(voice));
-const results = new Results(byId("recent"), byId("results"), { play: replay, download, restore });
+const voiceDialog = new VoiceDialog(previews, csmReady, (voice) => useNewVoice(voice));
+const recent = new Recent({ play: replay, restore });
 
 const SPEAK_KEY = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl ↵";
 
-let speaking = null; // the AbortController of the current request
 let wanted = "curl";
 let listed = true;
 let shownError = null;
@@ -41,67 +48,63 @@ window.sesame = { player, take: null, takes: 0 };
 
 /** The request as currently set on the page; its seed is null if it should be random. */
 function currentRequest() {
-  return { model: voices.voice?.model ?? "csm-1b", input: text.value, voice: voices.chosen ?? "alloy", ...settings.values };
+  return { model: voices.voice?.model ?? "csm-1b", input: text.value, voice: voices.voice?.id ?? "alloy", ...settings.values };
 }
 
-async function speak() {
+/** What is missing for a request, as `[element, message]`, or null. */
+function missing() {
+  if (!text.value.trim()) return [text, "Type a text first."];
+  if (stage.length > MOST_CHARACTERS) return [text, `The text is too long for this page by ${(stage.length - MOST_CHARACTERS).toLocaleString("en")} characters. The command line, say.py, reads texts of any length.`];
+  return settings.fault;
+}
+
+function speak() {
   stop();
-  const fault = text.value.trim() ? settings.fault : "Type a text first.";
-  report(fault && { message: fault });
-  if (fault) return (text.value.trim() ? byId("seed") : text).focus();
+  previews.stop();
+  const fault = missing();
+  report(fault && { message: fault[1] });
+  if (fault) {
+    if (fault[0].closest("details")) fault[0].closest("details").open = true;
+    return fault[0].focus();
+  }
   const request = currentRequest();
-  const take = new Take({ ...request, seed: request.seed ?? newSeed() }, voices.voice?.name ?? request.voice);
-  const controller = new AbortController();
-  speaking = controller;
+  const limit = server.health?.max_input_length ?? DEFAULT_LIMIT;
+  return speech.start({ ...request, seed: request.seed ?? newSeed() }, voices.voice?.display_name ?? request.voice, limit, { begun, heard, ended });
+}
+
+function begun(take) {
   window.sesame.take = take;
   player.start(take);
-  render();
   say("Waiting for audio");
   server.hurry = true;
   server.ask();
-  try {
-    await receive(take, controller.signal);
-    take.end("complete");
-  } catch (error) {
-    take.end(controller.signal.aborted ? "stopped" : "failed");
-    if (take.state === "failed") fail(error, speak);
-  }
-  if (speaking === controller) speaking = null;
-  server.hurry = speaking !== null;
-  finishTake(take);
 }
 
-async function receive(take, signal) {
-  const { headers, events } = await speakStreamed(take.request, signal);
+function heard(take, spokenBy) {
+  const other = spokenBy && spokenBy !== take.request.voice;
+  say(other ? `Speaking with the voice ${spokenBy}` : "Speaking");
+  byId("dock").hidden = false;
   server.ask();
-  take.queued = Number(headers.get("X-Queue-Time")) || 0;
-  const spokenBy = headers.get("X-Voice");
-  for await (const event of events) {
-    if (event.type === "speech.audio.delta") {
-      if (!take.length) say(spokenBy && spokenBy !== take.request.voice ? `Speaking with the voice ${spokenBy}` : "Speaking");
-      player.push(take, take.append(event.audio));
-    } else if (event.type === "speech.audio.timestamps") {
-      take.sentences[event.group] = event;
-    }
-  }
+  render();
 }
 
-function finishTake(take) {
+function ended(take, error) {
   window.sesame.takes += 1;
-  if (take.length) results.add(take);
+  server.hurry = speech.busy;
+  if (take.length) recent.add(take);
   if (take === window.sesame.take) {
     player.arrived(take);
     if (take.state === "failed" && !take.length) player.pause();
     render();
   }
+  if (error) fail(error, speak);
   server.ask();
 }
 
-/** Stop the request, which frees the server's queue, and the playback. */
+/** Stop the request and the playback. */
 function stop() {
-  const busy = speaking || player.playing;
-  speaking?.abort();
-  speaking = null;
+  const busy = speech.busy || player.playing;
+  speech.stop();
   player.pause();
   if (busy) say("Stopped");
 }
@@ -123,19 +126,16 @@ const say = (words) => (byId("status").textContent = words);
 // -- The player -------------------------------------------------------------------------------------------------------------------------
 
 let frame = 0;
-let transcribed = null;
 
 function render() {
-  const active = Boolean(speaking) || player.playing;
+  const active = speech.busy || player.playing;
   byId("speak").classList.toggle("active", active);
   byId("speak-word").textContent = active ? "Stop" : "Speak";
   byId("speak-key").textContent = active ? "Esc" : SPEAK_KEY;
   byId("play").classList.toggle("active", player.playing);
   byId("play").setAttribute("aria-label", player.playing ? "Pause" : "Play");
-  byId("play").disabled = !player.take?.length;
-  byId("download").hidden = !player.take?.length || player.take.state === "arriving";
-  byId("download").textContent = `Download ${settings.values.response_format.toUpperCase()}`;
-  results.mark(player.playing ? player.take : null);
+  byId("download").disabled = !player.take?.length || player.take.state === "arriving";
+  recent.mark(player.playing ? player.take : null);
   cancelAnimationFrame(frame);
   animate();
 }
@@ -145,112 +145,103 @@ function animate() {
   const moving = waveform.draw(take, position);
   byId("now").textContent = clock(position);
   byId("length").textContent = clock(take?.duration ?? 0);
-  showSentences(take, position);
+  const same = take && take.request.input === text.value;
+  stage.highlight(same && (player.playing || position > 0) && position < take.duration ? take.spokenAt(position) : null);
   showFigures(take);
-  if (byId("play").disabled && take?.length) byId("play").disabled = false;
-  if (moving || player.playing || speaking) frame = requestAnimationFrame(animate);
-}
-
-function showSentences(take, position) {
-  const line = byId("transcript");
-  const known = take?.sentences.filter(Boolean) ?? [];
-  if (transcribed !== take) line.replaceChildren();
-  transcribed = take;
-  const first = line.hidden && known.length > 0;
-  line.hidden = known.length === 0;
-  for (const { text: words, start } of known.slice(line.querySelectorAll("span").length)) {
-    const span = make("span", {}, words);
-    span.addEventListener("click", () => player.seek(start));
-    line.append(span, " ");
-  }
-  if (first && speaking) line.closest(".player").scrollIntoView({ block: "nearest" }); // on a phone, a long text may have pushed it off the screen
-  const current = player.playing ? take.sentenceAt(position) : -1;
-  for (const [index, span] of line.querySelectorAll("span").entries()) {
-    if (span.hasAttribute("aria-current") === (index === current)) continue;
-    span.toggleAttribute("aria-current", index === current);
-    if (index === current) {
-      span.setAttribute("aria-current", "true");
-      // Scroll the transcript only, never the page.
-      line.scrollTop = span.offsetTop - line.offsetTop - line.clientHeight / 3;
-    }
-  }
+  if (moving || player.playing || speech.busy) frame = requestAnimationFrame(animate);
 }
 
 let shownFigures = "";
 
 function showFigures(take) {
   const figures = take ? figuresOf(take) : [];
-  const now = JSON.stringify(figures);
+  const now = JSON.stringify([take?.voiceName, figures]);
   if (now === shownFigures) return;
   shownFigures = now;
-  const list = byId("figures");
-  list.hidden = figures.length === 0;
-  list.replaceChildren(...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  byId("playing-voice").textContent = take?.voiceName ?? "";
+  byId("figures").replaceChildren(...figures.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 }
 
 /** Play or pause a take of the list. */
 function replay(take) {
   if (player.playing && player.take === take) return player.pause();
   stop();
+  previews.stop();
   say("");
+  byId("dock").hidden = false;
   return player.start(take);
 }
 
-async function download(take, button) {
-  const format = settings.values.response_format;
-  const request = { ...take.request, response_format: button.id === "download" ? format : take.request.response_format };
-  const before = [...button.childNodes];
-  button.disabled = true;
-  button.textContent = "Preparing…";
+async function download(kind) {
+  const { take } = player;
+  const button = byId("download");
+  button.setAttribute("aria-busy", "true");
+  say("Preparing the file");
   try {
-    save(await speakFile(request), `speech.${request.response_format}`);
-    say(`Saved as speech.${request.response_format}`);
+    const files = await filesOf(take, kind);
+    for (const [name, blob] of files) save(name, blob);
+    say(files.length === 1 ? `Saved as ${files[0][0]}` : `Saved as ${files.length} files, ${files[0][0]} to ${files.at(-1)[0]}`);
+    if (!["vtt", "srt"].includes(kind)) settings.setFormat(kind);
+    showChoice();
   } catch (error) {
     fail(error);
   }
-  button.disabled = false;
-  button.replaceChildren(...before);
-}
-
-function save(blob, name) {
-  const address = URL.createObjectURL(blob);
-  make("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+  button.removeAttribute("aria-busy");
 }
 
 function restore(take) {
-  text.value = take.request.input;
+  stage.value = take.request.input;
   settings.restore(take.request); // also calls edited()
   if (voices.voices.some(({ id }) => id === take.request.voice)) voices.choose(take.request.voice);
   stop();
-  player.show(take);
+  say("");
   text.focus();
   showChoice();
+}
+
+/** A click on a word while it is played moves the playback there. */
+function seekToWord() {
+  if (!player.playing || player.take.request.input !== text.value || text.selectionStart !== text.selectionEnd) return;
+  const word = player.take.at(text.selectionStart);
+  if (word) player.seek(word.start);
 }
 
 player.addEventListener("change", render);
 player.addEventListener("over", () => {
   if (player.take.state === "complete") say("Finished");
 });
+previews.addEventListener("start", () => {
+  if (player.playing) player.pause();
+});
+previews.addEventListener("fault", ({ detail }) => fail(detail));
 
 // -- Current choices --------------------------------------------------------------------------------------------------------------------
 
 function showChoice() {
   const request = currentRequest();
-  const length = [...text.value].length;
-  const limit = server.health?.max_input_length ?? Infinity;
-  const most = length > limit ? ` of ${limit.toLocaleString("en")}` : "";
-  byId("count").textContent = `${length.toLocaleString("en")}${most} ${length === 1 ? "character" : "characters"}`;
-  byId("count").classList.toggle("over", length > limit);
-  byId("chosen").textContent = `${voices.voice?.name ?? request.voice}, ${request.speed.toFixed(2)}×`;
-  byId("code").textContent = (wanted === "curl" ? curlCode : pythonCode)(request);
-  byId("download").textContent = `Download ${request.response_format.toUpperCase()}`;
+  settings.setModel(voices.voice?.model ?? "");
+  byId("count").textContent = countWords();
+  byId("count").classList.toggle("over", stage.length > MOST_CHARACTERS);
+  byId("chosen").textContent = `${voices.voice?.display_name ?? "No voice"}, ${request.speed.toFixed(2)}×`;
+  const [code, note] = FORMS[wanted];
+  byId("code").textContent = code(request);
+  byId("code-note").textContent = note;
+}
+
+/** The length of the text, and how much of it is too much: for one request, or for this page. */
+function countWords() {
+  const { length } = stage;
+  const shown = (number) => number.toLocaleString("en");
+  const limit = server.health?.max_input_length ?? DEFAULT_LIMIT;
+  const words = `${shown(length)} ${length === 1 ? "character" : "characters"}`;
+  if (length > MOST_CHARACTERS) return `${words}, ${shown(length - MOST_CHARACTERS)} too many`;
+  return length > limit ? `${words}, ${shown(length - limit)} over the limit of a request: spoken in parts` : words;
 }
 
 /** After a change by the user, clear the error and the status, except an error about an unreachable server. */
 function edited() {
   if (server.health) report(null);
-  if (!speaking && !player.playing) say("");
+  if (!speech.busy && !player.playing) say("");
   showChoice();
 }
 
@@ -267,29 +258,55 @@ async function copyCode() {
   setTimeout(() => (button.textContent = "Copy"), 1500);
 }
 
-function useNewVoice(voice) {
-  voices.refresh().then(() => {
+// -- Voices -----------------------------------------------------------------------------------------------------------------------------
+
+async function useNewVoice(voice) {
+  try {
+    await voices.refresh();
     voices.choose(voice.id);
-    say(`Voice ${voice.name} saved and selected`);
-    byId("voices").querySelector("input:checked")?.focus();
-  }, report);
+    say(`Voice ${voice.name} saved${voices.voice?.id === voice.id ? " and selected" : ""}`);
+  } catch (error) {
+    report(error);
+  }
 }
 
-/** A note for users whose server does not run CSM, which speaks added voices; empty if it does. */
+function csmReady() {
+  return ["ready", "unloaded"].includes(server.health?.models?.["csm-1b"]?.state);
+}
+
+/** Where CSM can never run, no voice can be added, and the page says why. */
+function showAdding() {
+  const csm = server.health?.models?.["csm-1b"];
+  const never = csm?.state === "disabled";
+  const why = never ? `${neverWords(csm)}: CSM-1B, which speaks added voices, does not run on this server.` : "";
+  byId("add-voice").disabled = never;
+  byId("add-note").hidden = !never;
+  if (byId("add-note").textContent !== why) byId("add-note").textContent = why;
+}
+
+/** A note for users whose server does not run CSM yet; empty if it does. */
 function noteOnOwnVoices() {
   const csm = server.health?.models?.["csm-1b"];
-  if (!csm || ["ready", "unloaded"].includes(csm.state)) return "";
-  const why = { loading: "is still loading", failed: "could not be loaded", disabled: "is switched off on this server" }[csm.state];
-  return `Added voices use CSM-1B, which ${why}. You can save a voice now and use it when CSM-1B is ready.`;
+  if (!csm || csmReady()) return "";
+  return `Added voices use CSM-1B, which ${csm.state === "failed" ? "could not be loaded" : "is still loading"}. You can save a voice now and use it when CSM-1B is ready.`;
+}
+
+/** Load failed models again. */
+async function tryAgain() {
+  try {
+    await call("admin/reload", { method: "POST" });
+  } catch (error) {
+    fail(error);
+  }
+  server.ask();
 }
 
 // -- Start ------------------------------------------------------------------------------------------------------------------------------
 
 async function begin() {
   byId("key-button").hidden = !apiKey.value;
-  server.ask();
-  await listVoices();
-  showChoice();
+  await Promise.all([server.ask(), listVoices()]);
+  voices.update();
 }
 
 /** @param unasked Whether this happens without an action of the user; then no dialog opens. */
@@ -305,21 +322,20 @@ async function listVoices(unasked = false) {
   }
 }
 
-byId("speak").addEventListener("click", () => (speaking || player.playing ? stop() : speak()));
+byId("speak").addEventListener("click", () => (speech.busy || player.playing ? stop() : speak()));
 byId("play").addEventListener("click", () => player.toggle());
-byId("download").addEventListener("click", ({ currentTarget }) => download(player.take, currentTarget));
 byId("copy").addEventListener("click", copyCode);
 byId("add-voice").addEventListener("click", () => voiceDialog.open(noteOnOwnVoices()));
 byId("chosen").addEventListener("click", (event) => {
   event.preventDefault();
   byId("settings").scrollIntoView();
-  byId("voices").querySelector("input:checked")?.focus({ preventScroll: true });
+  voices.focus({ preventScroll: true });
 });
 byId("server-button").addEventListener("click", ({ currentTarget }) => {
   if (server.locked) return keyDialog.open();
   const open = byId("server-panel").toggleAttribute("hidden") === false;
   currentTarget.setAttribute("aria-expanded", String(open));
-  server.ask();
+  return server.ask();
 });
 for (const radio of document.querySelectorAll("[name=language]")) {
   radio.addEventListener("change", () => {
@@ -334,17 +350,26 @@ document.addEventListener("keydown", (event) => {
     speak();
   } else if (event.key === "Escape") {
     stop();
+    previews.stop();
   }
 });
-text.addEventListener("input", edited);
+text.addEventListener("click", seekToWord);
+stage.addEventListener("change", edited);
+stage.addEventListener("done", ({ detail }) => say(detail));
+stage.addEventListener("fault", ({ detail }) => report({ message: detail }));
 settings.addEventListener("change", edited);
 byId("voices").addEventListener("change", edited);
 voices.addEventListener("change", showChoice);
 voices.addEventListener("deleted", ({ detail: name }) => say(`Voice ${name} deleted`));
-server.addEventListener("change", () => {
-  if (shownError?.code === GONE) report(null);
-  listVoices(true);
+server.addEventListener("change", () => listVoices(true));
+server.addEventListener("asked", () => {
+  if (server.health && shownError?.code === GONE) report(null);
+  if (server.health && !listed && !server.locked) listVoices(true);
+  showAdding();
+  if (voices.voices.length) voices.update();
 });
-text.setSelectionRange(text.value.length, text.value.length);
+new Popup(byId("details-button"), byId("details"));
+new Menu(byId("download"), byId("download-menu"), FILES, download);
 render();
+recent.load();
 begin();

@@ -3,13 +3,17 @@
 import { SAMPLE_RATE } from "./take.js";
 
 const LEAD = 0.06; // seconds; starts slightly in the future, so that the first buffer is never late
+const AHEAD = 20; // seconds that are scheduled in advance: browsers call timers of hidden pages once a second
+const CHUNK = 5 * SAMPLE_RATE; // the longest buffer
 
 export class Player extends EventTarget {
   #context = null;
   #sources = new Set();
   #spans = []; // scheduled pieces: {at, from, length}; a late arrival leaves silence between them
   #next = 0;
+  #sent = 0; // samples up to here are scheduled
   #place = 0; // position in samples while not playing
+  #timer = 0;
 
   take = null;
   playing = false;
@@ -27,25 +31,29 @@ export class Player extends EventTarget {
     this.#context.resume();
   }
 
-  /** Play a take from `seconds`; later samples are passed to `push`. */
+  /** Play a take from `seconds`; call `more` when it has got further samples. */
   start(take, seconds = 0) {
     this.#silence();
     this.wake();
     this.take = take;
     this.playing = true;
-    this.#schedule(Math.round(seconds * SAMPLE_RATE), take.from(Math.round(seconds * SAMPLE_RATE)));
+    this.#sent = Math.round(seconds * SAMPLE_RATE);
+    this.#place = this.#sent;
+    this.#fill();
+    this.#timer = setInterval(() => this.#fill(), 500);
     this.#notify();
     this.arrived(take);
   }
 
-  /** Schedule `samples` that were appended to the take. */
-  push(take, samples) {
-    if (take === this.take && this.playing) this.#schedule(take.length - samples.length, samples);
+  /** Play what a take has got. */
+  more(take) {
+    if (take === this.take) this.#fill();
   }
 
   /** Finish if the take is complete and all of it was played. */
   arrived(take) {
-    if (take === this.take && this.playing && take.state !== "arriving" && this.#sources.size === 0) this.#finish();
+    if (take !== this.take || !this.playing || take.state === "arriving") return;
+    if (this.#sources.size === 0 && this.#sent >= take.length) this.#finish();
   }
 
   pause() {
@@ -78,6 +86,19 @@ export class Player extends EventTarget {
     this.#notify();
   }
 
+  /** Play an encoded sound beside the take; returns a function that ends it. @param ended Called at its end. */
+  async clip(encoded, ended) {
+    const buffer = await this.#context.decodeAudioData(encoded);
+    const source = new AudioBufferSourceNode(this.#context, { buffer });
+    source.connect(this.analyser);
+    source.onended = ended;
+    source.start();
+    return () => {
+      source.onended = null;
+      source.stop();
+    };
+  }
+
   /** The playback position in seconds. */
   get position() {
     if (!this.playing) return this.#place / SAMPLE_RATE;
@@ -89,19 +110,29 @@ export class Player extends EventTarget {
     return place / SAMPLE_RATE;
   }
 
+  #fill() {
+    if (!this.playing) return;
+    while (this.#sent < this.take.length && this.#next < this.#context.currentTime + AHEAD) {
+      const end = Math.min(this.take.length, this.#sent + CHUNK);
+      this.#schedule(this.#sent, this.take.slice(this.#sent, end));
+      this.#sent = end;
+    }
+  }
+
   #schedule(from, samples) {
-    if (!samples.length) return;
     const buffer = this.#context.createBuffer(1, samples.length, SAMPLE_RATE);
     buffer.copyToChannel(samples, 0);
     const source = new AudioBufferSourceNode(this.#context, { buffer });
     source.connect(this.analyser);
-    const at = Math.max(this.#next, this.#context.currentTime + LEAD);
+    const now = this.#context.currentTime;
+    const at = Math.max(this.#next, now + LEAD);
     source.start(at);
     this.#next = at + samples.length / SAMPLE_RATE;
-    this.#spans.push({ at, from, length: samples.length });
+    this.#spans = [...this.#spans.filter((span, i, all) => i === all.length - 1 || span.at + span.length / SAMPLE_RATE > now - 1), { at, from, length: samples.length }];
     this.#sources.add(source);
     source.onended = () => {
       this.#sources.delete(source);
+      this.#fill();
       this.arrived(this.take);
     };
   }
@@ -115,6 +146,7 @@ export class Player extends EventTarget {
   }
 
   #silence() {
+    clearInterval(this.#timer);
     for (const source of this.#sources) {
       source.onended = null;
       source.stop();

@@ -1,52 +1,92 @@
-// The settings form: format, speed and seed. Format and speed are stored in this browser between visits.
+// The settings form: speed, and under Advanced seed, temperature and top-k. Speed and the last format are stored in this browser.
 
 import { byId, memory } from "./dom.js";
 
-const LARGEST_SEED = 2 ** 32 - 1;
+// The bounds of the server's request, each with its message.
+const FIELDS = {
+  seed: { id: "seed", pattern: /^\d*$/, least: 0, most: 2 ** 32 - 1, fault: `A whole number, 0 to ${2 ** 32 - 1}`, hint: "Empty: random" },
+  temperature: { id: "temperature", pattern: /^(\d+([.,]\d*)?|[.,]\d+)?$/, least: 0, most: 2, fault: "A number, 0 to 2", hint: "Higher is livelier" },
+  top_k: { id: "top-k", pattern: /^\d*$/, least: 1, most: 2051, fault: "A whole number, 1 to 2051", hint: "Lower is steadier" },
+};
 
 export class SettingsForm extends EventTarget {
   #speed = byId("speed");
-  #seed = byId("seed");
-  #formats = [...document.querySelectorAll("[name=format]")];
+  #model = "";
 
   constructor() {
     super();
-    this.restore({ speed: Number(memory.read("speed")) || 1, response_format: memory.read("format") ?? "mp3", seed: null });
-    for (const input of [this.#speed, this.#seed, ...this.#formats]) input.addEventListener("input", () => this.#changed());
+    this.format = memory.read("format") ?? "mp3";
+    this.restore({ speed: Number(memory.read("speed")) || 1 });
+    for (const { id } of [{ id: "speed" }, ...Object.values(FIELDS)]) byId(id).addEventListener("input", () => this.#changed());
   }
 
   get values() {
-    const text = this.#seed.value.trim();
-    const seed = text && !this.fault ? Number(text) : null;
-    return { response_format: this.#formats.find(({ checked }) => checked).value, speed: Number(this.#speed.value), seed };
+    const fields = Object.fromEntries(Object.keys(FIELDS).map((name) => [name, this.#valueOf(name)]));
+    return { response_format: this.format, speed: Number(this.#speed.value), ...fields };
   }
 
-  /** Why the seed is invalid, or null if it is valid. */
+  /** The first invalid field as `[element, message]`, or null. */
   get fault() {
-    const text = this.#seed.value.trim();
-    const usable = /^\d*$/.test(text) && Number(text) <= LARGEST_SEED;
-    return usable ? null : `The seed must be a whole number from 0 to ${LARGEST_SEED}, or empty.`;
+    const name = Object.keys(FIELDS).find((each) => this.#faulty(each));
+    return name ? [byId(FIELDS[name].id), `${byId(FIELDS[name].id).labels[0].textContent}: ${FIELDS[name].fault.toLowerCase()}, or empty.`] : null;
   }
 
-  restore({ speed, response_format: format, seed }) {
+  restore({ speed, ...values }) {
     this.#speed.value = speed;
-    this.#seed.value = seed ?? "";
-    const radio = this.#formats.find(({ value }) => value === format) ?? this.#formats[0];
-    radio.checked = true;
+    for (const [name, { id }] of Object.entries(FIELDS)) byId(id).value = values[name] ?? "";
     this.#changed();
   }
 
+  /** Set the format that the last download had; the code under Share uses it. */
+  setFormat(format) {
+    this.format = format;
+    memory.write("format", format);
+  }
+
+  /** Only CSM has a sampler: the built-in voices ignore temperature and top-k. */
+  setModel(model) {
+    if (model === this.#model) return;
+    this.#model = model;
+    this.#changed();
+  }
+
+  #text(name) {
+    return byId(FIELDS[name].id).value.trim().replace(",", ".");
+  }
+
+  #faulty(name) {
+    const { pattern, least, most } = FIELDS[name];
+    const text = this.#text(name);
+    return text !== "" && (!pattern.test(text) || Number(text) < least || Number(text) > most);
+  }
+
+  #unused(name) {
+    return name !== "seed" && this.#model === "hibari";
+  }
+
+  #valueOf(name) {
+    const text = this.#text(name);
+    return text === "" || this.#faulty(name) || this.#unused(name) ? null : Number(text);
+  }
+
   #changed() {
-    const { speed, response_format: format } = this.values;
+    const speed = Number(this.#speed.value);
     byId("speed-shown").textContent = `${speed.toFixed(2)}×`;
     this.#speed.setAttribute("aria-valuetext", `${speed.toFixed(2)} times`);
     memory.write("speed", String(speed));
-    memory.write("format", format);
-    const { fault } = this;
-    this.#seed.setAttribute("aria-invalid", String(fault !== null));
-    byId("seed-hint").textContent = fault ? `A whole number, 0 to ${LARGEST_SEED}` : "Empty: random";
-    byId("seed-hint").classList.toggle("fault", fault !== null);
+    for (const name of Object.keys(FIELDS)) this.#showHint(name);
     this.dispatchEvent(new Event("change"));
+  }
+
+  #showHint(name) {
+    const { id, fault, hint } = FIELDS[name];
+    const faulty = this.#faulty(name);
+    byId(id).disabled = this.#unused(name);
+    byId(id).setAttribute("aria-invalid", String(faulty));
+    const words = this.#unused(name) ? "For CSM voices only" : faulty ? fault : hint;
+    const element = byId(`${id}-hint`);
+    if (element.textContent !== words) element.textContent = words;
+    element.classList.toggle("fault", faulty);
   }
 }
 

@@ -147,7 +147,7 @@ class Visit:
         """Return all samples of the last take, float32, shape (n,), at 24 kHz."""
         encoded = self.page.evaluate(
             """async () => {
-                const blob = new Blob([sesame.take.from(0)]);
+                const blob = new Blob([sesame.take.slice(0)]);
                 const reader = new FileReader();
                 reader.readAsDataURL(blob);
                 await new Promise((resolve) => (reader.onload = resolve));

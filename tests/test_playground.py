@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import httpx
@@ -56,7 +59,9 @@ def test_what_is_typed_is_heard(guest: Guest) -> None:
         samples = seen.samples()
         assert float(np.sqrt(np.mean(samples**2))) > 0.01
         assert word_error_rate(SENTENCE, transcribe(samples, 24_000)) == 0
-        figures = seen.page.locator("#figures").inner_text()
+        seen.page.click("#details-button")
+        figures = seen.page.locator("#details").inner_text()
+        assert "Heart" in figures
         assert "First audio" in figures
         assert "Real-time factor" in figures
         assert f"{len(samples) / 24_000:.1f} s" in figures
@@ -66,7 +71,7 @@ def test_what_is_typed_is_heard(guest: Guest) -> None:
         row = seen.page.locator("#results li")
         expect(row).to_have_count(1)
         assert SENTENCE in row.inner_text()
-        assert "heart" in row.inner_text()
+        assert "Heart" in row.inner_text()
 
 
 def test_playback_starts_while_the_rest_still_arrives(guest: Guest) -> None:
@@ -81,22 +86,58 @@ def test_playback_starts_while_the_rest_still_arrives(guest: Guest) -> None:
         seen.wait("sesame.player.position > 0.5")
         assert seen.pixels("--wave-rest") > early
         assert seen.pixels("--accent") > 0
+        assert seen.page.evaluate("sesame.take.duration") > 60
         expect(seen.page.locator("#results .meta")).to_contain_text(re.compile(r"· [1-9]:\d\d ·"))
 
 
-def test_the_sentence_being_spoken_is_highlighted_and_a_click_goes_to_another(guest: Guest) -> None:
+def test_the_spoken_word_is_highlighted_in_the_text_box_and_a_click_goes_to_another(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
-        seen.speak(f"{STORY[:400]} {SENTENCE}")
-        current = seen.page.locator("#transcript [aria-current=true]")
-        expect(current).to_contain_text("On day 1")
+        typed = f"{STORY[:400]} 🙂 {SENTENCE}"
+        seen.speak(typed)
+        mark = seen.page.locator("#spoken mark")
+        expect(mark).to_have_text(re.compile("On|day|1"))
         seen.wait_complete()
-        last = seen.page.locator("#transcript span").last
-        expect(last).to_contain_text("lazy dog")
-        last.click()
-        expect(current).to_contain_text("lazy dog")
-        start = seen.page.evaluate("sesame.take.sentences.at(-1).start")
-        assert seen.page.evaluate("sesame.player.position") >= start - 0.01
+        word = seen.page.evaluate("sesame.take.words.at(-1)")
+        assert typed.encode("utf-16-le")[2 * word["from"] : 2 * word["to"]].decode("utf-16-le") == "dog"  # offsets after an emoji
+        assert seen.page.evaluate("sesame.take.words.length") >= 50
+        seen.page.evaluate(
+            "document.getElementById('text').setSelectionRange(sesame.take.words.at(-2).from + 1, sesame.take.words.at(-2).from + 1)"
+        )
+        seen.page.locator("#text").dispatch_event("click")
+        expect(mark).to_have_text(re.compile("lazy|dog"))
+        assert seen.page.evaluate("sesame.player.position") >= seen.page.evaluate("sesame.take.words.at(-2).start") - 0.01
+
+
+def test_the_highlight_lies_exactly_under_the_text(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.page.fill("#text", f"{STORY}\n\nThe end.\n")
+        box = (
+            "(id) => { const { x, y, width, height } = document.getElementById(id).getBoundingClientRect(); return [x, y, width, height]; }"
+        )
+        assert seen.page.evaluate(box, "spoken") == seen.page.evaluate(box, "text")
+        assert seen.page.evaluate("(e => e.scrollHeight - e.clientHeight)(document.getElementById('text'))") == 0
+        styles = """() => ['spoken', 'text'].map((id) => getComputedStyle(document.getElementById(id))).map((s) =>
+            [s.font, s.letterSpacing, s.padding, s.whiteSpace, s.overflowWrap, s.wordSpacing, s.tabSize, s.textIndent])"""
+        layer, text = seen.page.evaluate(styles)
+        assert layer == text
+        seen.speak(f"{STORY}\n\n{SENTENCE}")
+        seen.wait_complete()
+        seen.page.evaluate("sesame.player.seek(sesame.take.words.at(-3).start)")
+        seen.wait("document.getElementById('sheet').scrollTop > 100")  # the text follows the spoken word
+        assert seen.page.evaluate("scrollY") == 0
+
+
+def test_the_highlight_ends_where_the_text_is_changed(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.speak(STORY)
+        expect(seen.page.locator("#spoken mark")).to_have_count(1)
+        seen.page.locator("#text").press("End")
+        seen.page.keyboard.type("!")
+        expect(seen.page.locator("#spoken mark")).to_have_count(0)
+        assert seen.page.evaluate("sesame.player.playing")
 
 
 def test_stop_ends_playback_and_frees_the_server(guest: Guest, server: RunningServer) -> None:
@@ -122,28 +163,36 @@ def _cancelled(server: RunningServer) -> float:
 def test_a_download_has_the_same_samples_as_the_playback(guest: Guest, tmp_path: Path) -> None:
     with guest() as seen:
         seen.open()
-        seen.page.get_by_label("WAV", exact=True).check()
         seen.speak(SENTENCE)
         seen.wait_complete()
         heard = seen.samples()
         seen.page.keyboard.press("Escape")
-        for fmt, button in (("wav", "#download"), ("wav", "#results li .acts button >> nth=0")):
-            with seen.page.expect_download() as waiting:
-                seen.page.click(button)
-            assert waiting.value.suggested_filename == "speech.wav"
-            path = tmp_path / f"saved.{fmt}"
-            waiting.value.save_as(path)
-            samples, rate = decode(path.read_bytes(), fmt)
-            assert rate == 24_000
-            np.testing.assert_allclose(samples, heard, atol=1e-4)
+        path = download(seen, "wav", tmp_path)
+        samples, rate = decode(path.read_bytes(), "wav")
+        assert rate == 24_000
+        np.testing.assert_allclose(samples, heard, atol=1e-4)
         expect(seen.page.locator("#status")).to_have_text("Saved as speech.wav")
+        captions = download(seen, "srt", tmp_path).read_text()
+        assert re.fullmatch(rf"1\n00:00:00,\d\d\d --> 00:00:0\d,\d\d\d\n{SENTENCE}\n", captions)
+        assert download(seen, "vtt", tmp_path).read_text().startswith("WEBVTT\n\n00:00:00.")
         seen.page.get_by_text("Use again").click()
         expect(seen.page.locator("#status")).to_be_empty()
+
+
+def download(seen: Visit, kind: str, folder: Path) -> Path:
+    """Choose an entry of the download menu and return the saved file."""
+    seen.page.click("#download")
+    with seen.page.expect_download() as waiting:
+        seen.page.click(f"#download-menu [data-value={kind}]")
+    assert waiting.value.suggested_filename == f"speech.{kind}"
+    waiting.value.save_as(folder / f"saved.{kind}")
+    return folder / f"saved.{kind}"
 
 
 def test_speed_and_seed_are_applied_and_can_be_restored(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
+        seen.page.click("#advanced summary")
         seen.page.fill("#seed", "7")
         seen.speak(SENTENCE)
         seen.wait_complete()
@@ -161,49 +210,187 @@ def test_speed_and_seed_are_applied_and_can_be_restored(guest: Guest) -> None:
             expect(seen.page.locator("#seed-hint")).to_have_text("A whole number, 0 to 4294967295")
             assert "seed" not in seen.page.inner_text("#code")
         seen.page.click("#speak")
-        expect(seen.page.locator("#error")).to_contain_text("whole number from 0 to 4294967295")
+        expect(seen.page.locator("#error")).to_contain_text("a whole number, 0 to 4294967295")
+        expect(seen.page.locator("#seed")).to_be_focused()
+        expect(seen.page.locator("#temperature")).to_be_disabled()
+        expect(seen.page.locator("#temperature-hint")).to_have_text("For CSM voices only")
 
 
 def test_a_refusal_shows_the_servers_message(guest: Guest) -> None:
     with guest() as seen:
         seen.expect_refusals = True
         seen.open()
-        seen.speak("x " * 3000)
-        expect(seen.page.locator("#error")).to_contain_text("characters; at most 4096 are allowed")
+        seen.speak("Привет, мир.")
+        expect(seen.page.locator("#error")).to_contain_text("heart")
         expect(seen.page.locator("#error")).to_contain_text("Request ")
         expect(seen.page.locator("#speak-word")).to_have_text("Speak")
         seen.page.fill("#text", "   ")
         seen.page.click("#speak")
         expect(seen.page.locator("#error")).to_have_text("Type a text first.")
+        expect(seen.page.locator("#text")).to_be_focused()
         seen.page.fill("#text", SENTENCE)
         expect(seen.page.locator("#error")).to_be_hidden()
-        assert seen.page.locator(".voice b").all_inner_texts() == [
-            "heart",
-            "conversational",
-            "conversational_b",
-            "emma",
-            "fenrir",
-            "hibari-fable",
-            "kore",
-        ]
-        card = seen.page.locator(".voice", has_text="conversational_b")
-        expect(card.locator(".ready")).to_have_text("Off")
-        card.locator("input").check()
-        expect(card).to_contain_text("Switched off by a setting (CSM=off).")
-        seen.speak(SENTENCE)
-        expect(seen.page.locator("#error")).to_contain_text("heart")
-        expect(seen.page.locator("#error")).to_contain_text("csm-1b")
-        seen.page.get_by_label("heart").check()
-        expect(seen.page.locator("#error")).to_be_hidden()
 
 
-def test_a_text_over_the_servers_limit_is_counted_against_it(guest: Guest) -> None:
+def test_voices_that_cannot_speak_are_folded_with_their_reason(guest: Guest) -> None:
+    with guest() as seen:
+        seen.page.add_init_script("localStorage.setItem('sesame.voice', 'conversational_b')")
+        seen.open()
+        assert seen.page.locator(".voice b").all_inner_texts() == ["Heart"]
+        expect(seen.page.get_by_label("Heart", exact=True)).to_be_checked()
+        expect(seen.page.locator("#meanwhile")).to_have_text("Conversational B cannot speak now. Heart is selected until it can.")
+        csm, missing = seen.page.locator(".resting").all()
+        expect(csm.locator("summary")).to_have_text("Conversational, Conversational BSwitched off")
+        expect(csm.locator(".reason")).to_be_hidden()
+        csm.locator("summary").click()
+        expect(csm.locator(".reason")).to_have_text("Switched off by a setting (CSM=off).")
+        expect(missing.locator("summary")).to_have_text("Emma, Fenrir, Fable, KoreNot downloaded (HF_HUB_OFFLINE)")
+        csm.get_by_role("button", name="Use Heart meanwhile").click()
+        expect(seen.page.get_by_label("Heart", exact=True)).to_be_focused()
+        expect(seen.page.locator("#meanwhile")).to_be_hidden()
+        expect(seen.page.locator("#add-voice")).to_be_disabled()
+        expect(seen.page.locator("#add-note")).to_contain_text("Switched off: CSM-1B")
+
+
+def test_a_preview_is_requested_once_and_kept(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
-        seen.page.fill("#text", "x" * 5000)
-        expect(seen.page.locator("#count.over")).to_have_text("5,000 of 4,096 characters")
-        seen.page.fill("#text", "x" * 4096)
-        expect(seen.page.locator("#count:not(.over)")).to_have_text("4,096 characters")
+        seen.page.get_by_role("button", name="Hear Heart").click()
+        assert seen.loudest_heard() > 0.02
+        expect(seen.page.get_by_role("button", name="Stop Heart")).to_have_class(re.compile("active"))
+        seen.page.get_by_role("button", name="Stop Heart").click()
+        assert len([url for url in seen.requested if url.endswith("/v1/audio/speech")]) == 1
+        seen.page.reload()
+        seen.page.get_by_role("button", name="Hear Heart").click()
+        assert seen.loudest_heard() > 0.02
+        assert len([url for url in seen.requested if url.endswith("/v1/audio/speech")]) == 1
+        seen.speak(STORY)  # ends the preview
+        expect(seen.page.get_by_role("button", name="Hear Heart")).to_be_visible()
+
+
+def test_a_text_over_the_servers_limit_is_spoken_in_parts(guest: Guest, make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    own = make_server(MAX_INPUT_LENGTH=60)
+    with guest(f"{own.url}/") as seen:
+        seen.open()
+        seen.page.fill("#text", "x" * 60)
+        expect(seen.page.locator("#count")).to_have_text("60 characters")
+        seen.speak(f"{SENTENCE} {SENTENCE}")
+        expect(seen.page.locator("#count")).to_have_text("89 characters, 29 over the limit of a request: spoken in parts")
+        seen.wait_complete()
+        assert seen.page.evaluate("sesame.take.parts.map(({ start }) => start)") == [0, 45]
+        samples = seen.samples()
+        assert word_error_rate(f"{SENTENCE} {SENTENCE}", transcribe(samples, 24_000)) == 0
+        starts = seen.page.evaluate("sesame.take.words.map(({ start }) => start)")
+        assert starts == sorted(starts)
+        assert seen.page.evaluate("sesame.take.words.slice(-1)[0].to") == 88
+        seen.page.keyboard.press("Escape")
+        joined, _ = decode(download(seen, "wav", tmp_path).read_bytes(), "wav")
+        np.testing.assert_allclose(joined, samples, atol=1e-4)
+        seen.page.fill("#text", "x " * 25_100)
+        expect(seen.page.locator("#count.over")).to_have_text("50,200 characters, 200 too many")
+        seen.page.click("#speak")
+        expect(seen.page.locator("#error")).to_contain_text("too long for this page by 200 characters")
+
+
+def test_samples_files_and_clear_replace_the_text_and_can_be_undone(guest: Guest, tmp_path: Path) -> None:
+    notes, picture, latin = tmp_path / "notes.md", tmp_path / "cat.png", tmp_path / "old.txt"
+    notes.write_text("# Notes\n\nBuy *milk*.")
+    picture.write_bytes(b"\x89PNG")
+    latin.write_bytes("Müller".encode("latin-1"))
+    with guest() as seen:
+        seen.open()
+        page = seen.page
+        page.get_by_role("button", name="Story").click()
+        assert page.input_value("#text").startswith("The lighthouse keeper")
+        expect(page.locator("#undo")).to_be_hidden()
+        page.fill("#text", "My own words.")
+        page.get_by_role("button", name="News").click()
+        page.click("#undo")
+        assert page.input_value("#text") == "My own words."
+        page.click("#clear")
+        assert page.input_value("#text") == ""
+        expect(page.locator("#text")).to_be_focused()
+        page.set_input_files("#text-file", notes)
+        expect(page.locator("#status")).to_have_text("Opened notes.md")
+        assert page.input_value("#text") == "# Notes\n\nBuy *milk*."
+        for file, fault in ((picture, "“cat.png” is not a .txt or .md file"), (latin, "“old.txt” is not a text in UTF-8")):
+            page.set_input_files("#text-file", file)
+            expect(page.locator("#error")).to_contain_text(fault)
+        page.evaluate(
+            """() => {
+                const data = new DataTransfer();
+                data.items.add(new File(["Dropped words."], "dropped.txt", { type: "text/plain" }));
+                const stage = document.getElementById("stage");
+                for (const kind of ["dragenter", "dragover", "drop"]) stage.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+            }"""
+        )
+        expect(page.locator("#status")).to_have_text("Opened dropped.txt")
+        assert page.input_value("#text") == "Dropped words."
+
+
+def test_recent_takes_survive_a_reload_until_they_are_cleared(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        for words in ("One.", "Two."):
+            seen.speak(words)
+            seen.wait(f"sesame.take?.request.input === '{words}' && sesame.take.state === 'complete'")
+        expect(seen.page.locator("#results li")).to_have_count(2)
+        seen.page.reload()
+        expect(seen.page.locator("#results .said")).to_have_text(["Two.", "One."])
+        expect(seen.page.locator("#dock")).to_be_hidden()
+        requests = len(seen.requested)
+        seen.page.get_by_role("button", name="Play: One.").click()
+        assert seen.loudest_heard() > 0.02
+        assert not [url for url in seen.requested[requests:] if url.endswith("speech")]
+        expect(seen.page.locator("#dock")).to_be_visible()
+        seen.page.get_by_role("button", name="Delete: Two.").click()
+        expect(seen.page.locator("#results .said")).to_have_text(["One."])
+        expect(seen.page.get_by_role("button", name="Delete: One.")).to_be_focused()
+        seen.page.click("#recent-clear")
+        expect(seen.page.locator("#recent")).to_be_hidden()
+        expect(seen.page.locator("#text")).to_be_focused()
+        seen.page.reload()
+        seen.page.locator(".voice").first.wait_for()
+        expect(seen.page.locator("#recent")).to_be_hidden()
+
+
+def test_the_page_is_small_and_asks_for_nothing_but_itself(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.wait("document.getElementById('server-word').textContent === 'Ready'")
+        sizes = seen.page.evaluate(
+            "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')].map((e) => [new URL(e.name).pathname, e.transferSize])"
+        )
+        assert sum(size for _, size in sizes) < 100_000
+        others = sorted(path for path, _ in sizes if not path.startswith("/playground/"))
+        assert others == ["/", "/health", "/v1/audio/voices"]
+
+
+def test_the_page_can_be_installed(server: RunningServer) -> None:
+    with server.client(headers={"Accept-Encoding": "identity"}) as client:
+        manifest = client.get("/playground/manifest.webmanifest")
+        assert manifest.headers["content-type"] == "application/manifest+json"
+        start = httpx.URL(f"{server.url}/playground/manifest.webmanifest").join(manifest.json()["start_url"])
+        assert "manifest.webmanifest" in client.get(start).text
+        for icon in manifest.json()["icons"]:
+            answer = client.get(f"/playground/{icon['src']}")
+            assert answer.headers["content-type"] == icon["type"]
+            if icon["type"] == "image/png":
+                width = int.from_bytes(answer.content[16:20], "big")
+                assert icon["sizes"] == f"{width}x{width}"
+
+
+def test_the_pages_files_are_compressed_for_clients_that_accept_it(server: RunningServer) -> None:
+    with server.client() as client:
+        plain = client.get("/playground/app.js", headers={"Accept-Encoding": "identity"})
+        zipped = client.get("/playground/app.js", headers={"Accept-Encoding": "gzip"})
+        assert plain.content == zipped.content  # httpx unpacks it
+        assert "content-encoding" not in plain.headers
+        assert int(zipped.headers["content-length"]) < len(plain.content) / 2
+        assert zipped.headers["etag"] != plain.headers["etag"]
+        for answer in (plain, zipped):
+            again = {"Accept-Encoding": answer.headers.get("content-encoding", "identity"), "If-None-Match": answer.headers["etag"]}
+            assert client.get("/playground/app.js", headers=again).status_code == 304
 
 
 def test_the_error_disappears_when_the_server_is_reachable_again(guest: Guest) -> None:
@@ -231,7 +418,10 @@ def test_loading_shows_a_progress_bar_while_the_built_in_voice_speaks(guest: Gue
             seen.page.click("#server-button")
             expect(seen.page.get_by_role("progressbar", name="Loading csm-1b")).to_be_visible()
             assert seen.page.evaluate("document.getAnimations().length") == 0
-            expect(seen.page.locator(".voice", has_text="conversational_b").locator(".ready")).to_have_text("Loading")
+            group = seen.page.locator(".resting", has_text="Conversational B")
+            expect(group.locator(".line")).to_have_text("Loading")
+            expect(seen.page.locator("#chosen")).to_contain_text("Heart")
+            expect(seen.page.locator("#add-voice")).to_be_enabled()
             seen.speak(SENTENCE)
             assert seen.loudest_heard() > 0.02
 
@@ -249,9 +439,14 @@ def test_a_failed_load_and_an_unreachable_server_are_shown_with_their_reason(
         seen.page.click("#server-button")
         reason = own.health()["models"]["csm-1b"]["error"]
         expect(seen.page.locator("#models li", has_text="csm-1b")).to_contain_text(reason)
-        card = seen.page.locator(".voice", has_text="conversational_b")
-        expect(card.locator(".ready")).to_have_text("Failed")
-        expect(card.locator(".ready")).to_have_attribute("title", reason)
+        group = seen.page.locator(".resting", has_text="Conversational B")
+        expect(group.locator(".line")).to_have_text(re.compile(r"Could not be loaded, next try in \d+ (s|min)"))
+        group.locator("summary").click()
+        assert group.locator(".reason").inner_text().casefold() == reason.casefold()
+        before = own.log_text().count("loading")
+        group.get_by_role("button", name="Try again now").click()
+        own.wait_for(lambda _: own.log_text().count("loading") > before, 20)
+        expect(group.get_by_role("button", name="Try again now")).to_be_visible()  # it has failed again
         own.stop()
         seen.speak(SENTENCE)
         expect(seen.page.locator("#error")).to_contain_text("cannot be reached")
@@ -310,22 +505,40 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_the_browser(guest: Guest, mak
         assert "open-sesame-7" not in page.evaluate("JSON.stringify([localStorage, sessionStorage])")
 
 
-@pytest.mark.parametrize("language", ["curl", "Python"])
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
 def test_the_copied_code_runs_and_speaks(language: str, guest: Guest, tmp_path: Path) -> None:
     with guest(permissions=["clipboard-read", "clipboard-write"]) as seen:
         seen.open()
+        seen.page.evaluate("localStorage.setItem('sesame.format', 'flac')")  # the format of the last download
+        seen.open()
         seen.page.fill("#text", HOSTILE)
+        seen.page.click("#advanced summary")
         seen.page.fill("#seed", "11")
-        seen.page.get_by_label("FLAC", exact=True).check()
         seen.page.get_by_label(language, exact=True).check()
         seen.page.click("#copy")
         expect(seen.page.locator("#copy")).to_have_text("Copied")
         code = seen.page.evaluate("navigator.clipboard.readText()")
-    command = ["bash", "-euc", code] if language == "curl" else [sys.executable, "-c", code]
+    if language == "JavaScript":
+        (tmp_path / "speak.mjs").write_text(code)
+    node = which("node") or "node"
+    if language == "JavaScript" and not which("node"):
+        pytest.skip("no Node on this machine")
+    command = {"curl": ["bash", "-euc", code], "Python": [sys.executable, "-c", code], "JavaScript": [node, "speak.mjs"]}[language]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, env=os.environ | {"HOME": str(tmp_path)})
     samples, rate = decode((tmp_path / "speech.flac").read_bytes(), "flac")
     assert rate == 24_000
     assert len(samples) > 2 * rate
+
+
+def test_openclaws_configuration_names_the_chosen_voice(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.page.get_by_label("OpenClaw", exact=True).check()
+        command = shlex.split(seen.page.locator("#code").inner_text())
+        assert command[:4] == ["openclaw", "config", "set", "tts"]
+        assert command[5:] == ["--strict-json", "--merge"]
+        openai = json.loads(command[4])["providers"]["openai"]
+        assert openai == {"apiKey": "local", "baseUrl": f"{seen.url}v1", "model": "hibari", "speakerVoice": "heart"}
 
 
 def test_a_take_can_be_heard_again_and_searched(guest: Guest) -> None:

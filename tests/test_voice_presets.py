@@ -55,7 +55,7 @@ def test_openai_names_reach_the_default_voice_unless_a_preset_claims_them(tmp_pa
     (GOOD | {"name": "mine"}, "already the name"),
     ({"voice_key": "conversational_a"}, "name is missing"),
     (GOOD | {"name": "../etc"}, "name: '../etc'"),
-    (GOOD | {"name": "x", "tempreature": 1}, "tempreature: unknown key; known keys: name, model"),
+    (GOOD | {"name": "x", "tempreature": 1}, "tempreature: unknown key; known keys: name, display_name, model"),
     (GOOD | {"name": "x", "temperature": "warm"}, "temperature: 'warm'"),
     (GOOD | {"name": "x", "top_k": 0}, "top_k: 0"),
     (GOOD | {"name": "x", "model": "gpt"}, "known models: csm-1b, hibari"),
@@ -143,3 +143,10 @@ def test_no_content_of_a_file_breaks_the_others(tmp_path_factory: pytest.TempPat
     (folder / "any.json").write_bytes(content)
     assert presets.refresh().names() == ["mine"]
     assert len(presets.catalog.skipped) == 1
+
+
+def test_people_see_a_presets_display_name_or_one_made_from_its_name(tmp_path: Path) -> None:
+    write(tmp_path, "a.json", GOOD | {"name": "my_voice-two"})
+    write(tmp_path, "b.json", GOOD | {"name": "b", "display_name": "Grandmother"})
+    catalog = VoicePresetManager(tmp_path, "b").catalog
+    assert [voice.display_name for voice in catalog.voices] == ["Grandmother", "My voice two"]

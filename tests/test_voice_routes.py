@@ -100,6 +100,7 @@ def test_a_voice_is_added_listed_used_by_three_names_and_deleted_and_outlives_a_
         (listed,) = [each for each in client.get("/v1/audio/voices").json()["voices"] if each["uploaded"]]
         assert listed["id"] == voice["id"] != "José"
         assert (listed["name"], listed["model"], listed["ready"], listed["aliases"]) == ("José", "csm-1b", False, [])
+        assert listed["display_name"] == "José"
         told = client.get(f"/v1/audio/voices/{voice['id']}").json()
         assert (told["object"], told["id"], told["created_at"]) == ("audio.voice", voice["id"], voice["created_at"])
         for name in (voice["id"], {"id": voice["id"]}, "José"):
@@ -146,9 +147,22 @@ def test_presets_can_be_asked_for_but_not_deleted(running: RunningServer) -> Non
     ({"consent": "0"}, 400, "invalid_consent", "consent"),
     ({"consent": "x" * 201}, 400, "invalid_consent", "consent"),
     ({"ref_text": "x" * 2001}, 400, "invalid_ref_text", "ref_text"),
+    ({"ref_text": "word " * 200}, 400, "invalid_ref_text", "ref_text"),
 ])  # fmt: skip
 def test_fields_that_will_not_do_are_named(running: RunningServer, fields: dict[str, Any], status: int, code: str, param: str) -> None:
     refusal(add(running, **fields), status, code, param)
+    assert left_behind(running) == []
+
+
+def test_words_that_cannot_be_those_of_the_recording_are_refused(running: RunningServer) -> None:
+    words = (
+        "Every evening the old ferry crosses the bay, and I like to watch it from the window. Some people wave, a dog barks at the gulls, and then "
+        "it is quiet again. Why does such a small thing make the whole day feel finished?"
+    )
+    sample = wav(0.3 * np.sin(np.arange(int(3.6 * RATE)) / 20))
+    assert "44 words, too many for a recording of 3.6 s" in refusal(
+        add(running, sample=sample, ref_text=words), 400, "invalid_ref_text", "ref_text"
+    )
     assert left_behind(running) == []
 
 
