@@ -58,7 +58,7 @@ class KvCache:
         if end > self._buffer.shape[3]:
             self._grow(added[0][1], end)
         for place, values in added:
-            self._buffer[place, ..., self.offset : end, :] = values
+            self._buffer[place, :, :, self.offset : end] = values
         self.offset = end
         both = self._buffer.flatten(0, 1)
         rows = both.shape[0] // 2
@@ -98,16 +98,16 @@ class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has
         super().__init__()
         self.qkv_proj = join([original.q_proj, original.k_proj, original.v_proj])
         self.o_proj = original.o_proj
+        self._qkv, self._output = product(self.qkv_proj), product(self.o_proj)
         self._heads, self._kv_heads = original.n_heads, original.n_kv_heads
         self._size, self._scale = original.head_dim, original.scale
         self._frequencies = _frequencies(original.rope)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KvCache) -> mx.array:
         """Map shape (rows, positions, hidden), or (rows, hidden) for one position, to the same; `cache` gets the positions."""
-        queries, keys, values = (self._one if x.ndim == 2 else self._several)(self.qkv_proj(x), cache)
+        queries, keys, values = (self._one if x.ndim == 2 else self._several)(self._qkv(x), cache)
         output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
-        result: mx.array = self.o_proj((output if x.ndim == 2 else output.swapaxes(1, 2)).reshape(*x.shape[:-1], -1))
-        return result
+        return self._output((output if x.ndim == 2 else output.swapaxes(1, 2)).reshape(*x.shape[:-1], -1))
 
     def _one(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
         """Rotate all heads of one position in one kernel: the values' at position 0, which leaves them as they are."""
@@ -115,7 +115,7 @@ class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has
         offsets = _offsets(rows, heads - self._kv_heads, self._kv_heads, cache.offset)
         rotated = self._rotate(joined.reshape(rows * heads, 1, 1, size), offsets).reshape(rows, heads, 1, size)
         queries, rest = mx.split(rotated, [self._heads], axis=1)
-        pair = rest.reshape(rows, 2, self._kv_heads, 1, size).swapaxes(0, 1)
+        pair = rest.reshape(rows, 2, self._kv_heads, 1, size).swapaxes(0, 1) if rows > 1 else rest.reshape(2, 1, self._kv_heads, 1, size)
         return queries, *cache.append([(slice(None), pair)], 1)
 
     def _several(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
@@ -148,12 +148,12 @@ class JoinedMlp(nn.Module):  # type: ignore[misc, name-defined]
         super().__init__()
         self.gate_up_proj = join([original.gate_proj, original.up_proj])
         self.down_proj = original.down_proj
+        self._gate_up, self._down = product(self.gate_up_proj), product(self.down_proj)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map shape (…, hidden) to the same."""
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        result: mx.array = self.down_proj(swiglu(gate, up))
-        return result
+        gate, up = mx.split(self._gate_up(x), 2, axis=-1)
+        return self._down(swiglu(gate, up))
 
 
 def join(layers: Sequence[nn.Linear | nn.QuantizedLinear]) -> nn.Linear | nn.QuantizedLinear:  # type: ignore[name-defined]
@@ -171,6 +171,16 @@ def join(layers: Sequence[nn.Linear | nn.QuantizedLinear]) -> nn.Linear | nn.Qua
     return first
 
 
+def product(layer: nn.Linear | nn.QuantizedLinear) -> Callable[[mx.array], mx.array]:  # type: ignore[name-defined]
+    """Return what `layer` computes. A plain layer's weights are transposed once, as a view, not in each frame."""
+    if hasattr(layer, "bits") or "bias" in layer:
+        call: Callable[[mx.array], mx.array] = layer
+        return call
+    transposed: mx.array = layer.weight.T
+    mx.eval(transposed)
+    return lambda x: x @ transposed
+
+
 class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
     """mlx-audio's network, which makes frames with few kernels after `join_layers`.
 
@@ -182,6 +192,7 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
     def __init__(self, config: dict[str, Any], *, compiled: bool = False) -> None:
         super().__init__(config)
         self._compiled = compiled
+        self._heads: list[mx.array] = []
         self._draw_compiled = lru_cache(_COMPILED_SAMPLERS)(lambda top_k: mx.compile(partial(self._draw_frame, top_k)))
 
     def join_layers(self) -> None:
@@ -190,6 +201,9 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
             layer.self_attn = JoinedAttention(layer.self_attn)
             layer.mlp = JoinedMlp(layer.mlp)
             mx.clear_cache()
+        # Views of the codebooks' heads. An index inside the frame would copy each head in each frame.
+        self._heads = [head.squeeze(0) for head in mx.split(self.audio_head, len(self.audio_head))]
+        mx.eval(self._heads)
 
     def new_caches(self, padding: Sequence[int], prefix: Sequence[mx.array] | None = None) -> list[KvCache]:
         """Return caches for the backbone.
@@ -232,23 +246,22 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
         count = self.args.audio_num_codebooks
         uniform, keys = (None, keys) if top_k == 1 else uniform_numbers(keys, count)
         caches = [KvCache(growth=count + 1) for _ in self.decoder.layers]
-        heads = mx.split(self.audio_head, count - 1)
         # Computed in the graph: a constant would become part of a compiled kernel, one for each codebook.
         offsets = mx.arange(count, dtype=mx.int32) * self.args.audio_vocab_size
-        places = mx.split(offsets, count)
+        first = mx.split(offsets, count)
         logits: mx.array = self.codebook0_head(hidden)
-        tokens: list[mx.array] = []
+        tokens: list[mx.array] = []  # as rows of the table of embeddings, which has all codebooks one after the other
         for codebook in range(count):
             if codebook:
-                embedded = self.audio_embeddings(tokens[-1] + places[codebook - 1])
+                embedded = self.audio_embeddings(tokens[-1])
                 # The depth decoder's first input is two positions: the backbone's output, and the first token.
                 read = embedded if codebook > 1 else mx.stack([hidden, embedded], axis=1)
-                logits = _last(_run(self.decoder, self.projection(read), caches)) @ heads[codebook - 1][0]
-            tokens.append(draw(logits, None if uniform is None else uniform[codebook], scale, top_k))
+                logits = _last(_run(self.decoder, self.projection(read), caches)) @ self._heads[codebook - 1]
+            tokens.append(draw(logits, None if uniform is None else uniform[codebook], scale, top_k) + first[codebook])
             if seen is not None:
                 seen.append(logits)
         frame = mx.stack(tokens, axis=1)
-        return frame, self.audio_embeddings(frame + offsets).sum(axis=1), keys
+        return frame - offsets, self.audio_embeddings(frame).sum(axis=1), keys
 
 
 def draw(logits: mx.array, uniform: mx.array | None, scale: mx.array, top_k: int) -> mx.array:
@@ -296,12 +309,11 @@ def uniform_numbers(keys: mx.array, count: int) -> tuple[list[mx.array], mx.arra
     MLX splits its global key in two at each draw, keeps the first half and draws with the second (measured on 0.32.4); so does each row.
     """
     split = mx.vmap(mx.random.split)
-    halves: list[mx.array] = []
+    pairs: list[mx.array] = []
     for _ in range(count):
-        pair = split(keys)
-        keys = pair[:, 0]
-        halves.append(pair[:, 1])
-    numbers = mx.vmap(mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key)))(mx.stack(halves, axis=1))
+        pairs.append(split(keys))
+        keys = pairs[-1][:, 0]
+    numbers = mx.vmap(mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key)))(mx.concatenate(pairs, axis=1)[:, 1::2])
     return list(mx.split(numbers[..., 0], count, axis=1)), keys
 
 

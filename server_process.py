@@ -49,6 +49,7 @@ _LINGER_BYTES = 1 << 20
 _LOCAL_ADDRESSES = ("127.0.0.0/8", "::1", "::ffff:127.0.0.0/104")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with HOST
 _MAX_PID_FILE_BYTES = 1024
+_LISTENING_NUMBER = 1000  # file numbers of the listening sockets; each process that is started copies a table of this size
 _MAX_OPEN_FILES = 10_240  # the most that macOS allows a process; launchd starts a process with 256
 
 logger = logging.getLogger(__name__)
@@ -553,7 +554,7 @@ def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop:
         on_stop: Called in the event loop when the shutdown begins.
     """
     open_files = _raise_open_file_limit()
-
+    bound = [_with_high_number(each, open_files) for each in bound]
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -586,6 +587,18 @@ def _raise_open_file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     return 1 << 16 if soft == resource.RLIM_INFINITY else soft
+
+
+def _with_high_number(bound: socket.socket, open_files: int) -> socket.socket:
+    """Return the socket under a file number above those of connections.
+
+    The files of a killed process are closed one by one, the highest number first (measured on Linux). If its connections were closed before
+    the listening socket, a proxy could connect again in between, and would lose its next request, too.
+    """
+    number = fcntl.fcntl(bound, fcntl.F_DUPFD_CLOEXEC, min(_LISTENING_NUMBER, open_files // 2))
+    moved = socket.socket(bound.family, bound.type, bound.proto, fileno=number)
+    bound.close()
+    return moved
 
 
 def _bind_failure(settings: Settings, error: OSError) -> str:

@@ -1,6 +1,6 @@
 """Compare CSM here with stock mlx-audio: one process, the same weights, a voice prompt of 1 s; with a tiny codec and with full-size Mimi.
 
-    make bench-csm                                     all of it, some minutes on two cores
+    make bench-csm                                     all of it, five minutes on two cores
     python benchmarks/csm.py --requests 3 --frames 4   quicker
 
 Stock gets its prompt as `context=[Segment(...)]`, without the two requests to the hub that `voice=` makes each time. Compare the ratios:
@@ -118,8 +118,8 @@ class Engines:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20, help="requests to each engine for the same short line")
-    parser.add_argument("--frames", type=int, default=8, help="frames for each segment of the long text")
+    parser.add_argument("--requests", type=int, default=12, help="requests to each engine for the same short line")
+    parser.add_argument("--frames", type=int, default=4, help="frames for each segment of the long text")
     options = parser.parse_args()
     print("Seconds of processor time." if ON_CPU else "Seconds.")
     for codec in ("tiny codec", "full-size Mimi"):

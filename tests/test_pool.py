@@ -208,10 +208,6 @@ def test_disconnected_clients_leave_the_queue(pool: Pool) -> None:
     assert sum(int(pool.statistics(name)["stot"]) for name in NAMES) == before, "no server has generated speech for a disconnected client"
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="open defect, as old as version 1.0: in about half of the runs a second request gets 502 too; its cause is not known yet",
-)
 def test_a_server_killed_under_load_fails_only_its_request_in_progress(pool: Pool) -> None:
     load = Load(pool, clients=3, sentences=4)
     until(lambda: len(load.answers) >= 4)
