@@ -38,6 +38,7 @@ def test_every_check_runs_and_passes(finished: subprocess.CompletedProcess[str],
     assert list(rows) == list(acceptance.CHECKS), finished.stderr
     assert [row for check in rows for row in rows[check] if "no error" in row.goal] == []
     assert [row for check in rows.keys() - TIMED for row in rows[check] if row.verdict == FAIL] == []
+    assert [row.measured.count(",") for row in rows["errors"]] == [7], "all eight errors of the requirements' table"
     built_in = [row for check in rows for row in rows[check] if row.check.endswith(", heart")]
     assert len(built_in) >= 7
     assert all(row.verdict in (PASS, FAIL) for row in built_in)
