@@ -21,7 +21,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clients bench bench-reading bench-csm acceptance soak audit clean help
+.PHONY: run setup test check clients bench bench-reading bench-csm bench-guard acceptance soak audit clean help
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
@@ -49,6 +49,9 @@ bench-reading: .venv/.dev-stamp ## measure how much of written text is heard rig
 
 bench-csm: .venv/.dev-stamp ## measure CSM's generation with a small random model
 	$(PY) benchmarks/csm.py
+
+bench-guard: .venv/.dev-stamp ## measure which failures of CSM's speech the quality checks find
+	$(PY) benchmarks/guard.py $(ARGS)
 
 acceptance: .venv/.dev-stamp ## check the requirements on this machine: speed, memory, words, recovery; prints a table
 	$(PY) benchmarks/acceptance.py $(ARGS)

@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(8, ge=1, le=32)
     guard: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"
     max_retries: int = Field(2, ge=0, le=10)
-    verify: Annotated[Literal["off", "whisper"], BeforeValidator(_lower)] = "off"
+    verify: Annotated[Literal["auto", "off", "whisper"], BeforeValidator(_lower)] = "auto"
     generation_timeout: float = Field(120.0, gt=0, le=3600)
     idle_unload_seconds: float = Field(0.0, ge=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,16 +27,19 @@ from csm_decoding import (
     memory_errors,
 )
 from csm_prompts import PromptStore
-from csm_quality import FRAME_MS, Attempt, Fault, PauseLimiter, best, frame_budget, judge, repaired, silent
+from csm_quality import FRAME_MS, Attempt, Fault, Pace, PauseLimiter, best, frame_budget, judge, repaired, silent
 from errors import InputTooLongError, InternalError
 from speech_model import SegmentChunk, SpeechOptions
-from transcription import MOST_WORD_ERRORS, Recognizer
+from transcription import Hearing, Recognizer, installed_recognizer
 from voice_presets import Voice
 
 logger = logging.getLogger(__name__)
 
 # Samples. A streamed segment that is still silent after this is retried: nothing of it was sent yet.
 _LONGEST_SILENT_START = 2 * SAMPLE_RATE
+# With VERIFY=auto, this share of the segments that the guard finds right is transcribed, too.
+_SAMPLED = 10
+SAMPLE_SEED = 1 << 32  # an attempt's number that no attempt has
 _WARM_UP_FRAMES = 2
 _CHECKED_FRAMES = 50  # of all rows together
 _WARM_UP_TEXT = "Hi."
@@ -65,6 +69,8 @@ class Segment:
     text: str
     prompt: PromptTokens
     budget: int  # the most frames
+    pace: Pace  # of the voice in this request
+    sampled: bool  # transcribed even if nothing is wrong with it
     prefix: list[mx.array] | None  # the beginning of the prompt that was already read (PrefixCache)
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -152,11 +158,17 @@ class LiveSegment:
 class CsmSpeaker:
     """Speaks with a loaded CSM. Use it only on the thread that loaded the model.
 
+    Args:
+        model: The loaded CSM.
+        prompts: The voices' prompts.
+        settings: The limits and the quality checks.
+        faults: Counts each fault of an attempt, by its label.
+
     Raises:
-        ModelLoadError: VERIFY needs a recogniser and there is none.
+        ModelLoadError: VERIFY=whisper needs a recogniser and there is none.
     """
 
-    def __init__(self, model: Model, prompts: PromptStore, settings: Settings) -> None:
+    def __init__(self, model: Model, prompts: PromptStore, settings: Settings, faults: Counter[str] | None = None) -> None:
         self._model = model
         self._prompts = prompts
         self._guarded = settings.guard == "on"
@@ -165,6 +177,8 @@ class CsmSpeaker:
         self._max_pause_ms = settings.max_pause_ms
         self._prefixes = PrefixCache(model.model)
         self._decoder = CodecDecoder(model)
+        self._faults = Counter() if faults is None else faults
+        self._verify = settings.verify
         self._recognizer = Recognizer() if settings.verify == "whisper" else None
 
     def fits(self, text: str, voice: Voice) -> bool:
@@ -230,10 +244,12 @@ class CsmSpeaker:
         temperature = preset.temperature if options.temperature is None else options.temperature
         sampling = Sampling(options.seed, temperature, preset.top_k if options.top_k is None else options.top_k)
         order = TextOrder()
+        pace = Pace(*self._prompts.reading(voice)) if self._guarded else Pace()
         pending = []
         for index, text in enumerate(texts):
             if text.strip():
-                pending.append(self._segment(index, text.strip(), voice))
+                sampled = attempt_seed(options.seed, index, SAMPLE_SEED) % _SAMPLED == 0
+                pending.append(self._segment(index, text.strip(), voice, pace, sampled=sampled))
             else:
                 order.add(SegmentChunk(index, np.empty(0, np.float32), last=True))
         yield from order.release()
@@ -253,7 +269,7 @@ class CsmSpeaker:
                     order.add(chunk)
                     yield from order.release()
 
-    def _segment(self, index: int, text: str, voice: Voice) -> Segment:
+    def _segment(self, index: int, text: str, voice: Voice, pace: Pace, *, sampled: bool = False) -> Segment:
         prompt = self._prompts.tokens(voice, text)
         longest_ms = voice.preset.max_audio_length_ms
         budget = frame_budget(text, longest_ms) if self._guarded else max(1, int(longest_ms / FRAME_MS))
@@ -262,7 +278,7 @@ class CsmSpeaker:
             raise InputTooLongError(
                 "A part of the text is too long for the model together with this voice's prompt: split it into sentences.", param="input"
             )
-        return Segment(index, text, prompt, min(budget, room), self._prefix(voice))
+        return Segment(index, text, prompt, min(budget, room), pace, sampled, self._prefix(voice))
 
     def _prefix(self, voice: Voice) -> list[mx.array] | None:
         alone = self._prompts.alone(voice)
@@ -320,26 +336,33 @@ class CsmSpeaker:
         return self._settled(row.segment, self._judged(row.segment, self._decode(row.frames, check), row.ended))
 
     def _judged(self, segment: Segment, samples: Samples, ended: bool) -> Attempt:
-        faults = judge(segment.text, samples, ended)
+        faults = judge(segment.text, samples, ended, segment.pace)
         if not self._guarded:
             faults = tuple(fault for fault in faults if fault is Fault.NOT_FINITE)
-        if self._recognizer is None or any(fault.unusable for fault in faults):
-            return Attempt(samples, ended, faults)
-        rate = self._recognizer.word_error_rate(segment.text, samples)
-        if self._guarded and rate is not None and rate > MOST_WORD_ERRORS:
+        hearing = None if any(fault.unusable for fault in faults) else self._hear(segment, samples, faults)
+        if self._guarded and hearing and hearing.wrong:
             faults = (*faults, Fault.WRONG_WORDS)
-        return Attempt(samples, ended, faults, rate)
+        return Attempt(samples, ended, faults, hearing)
+
+    def _hear(self, segment: Segment, samples: Samples, faults: Sequence[Fault]) -> Hearing | None:
+        """Transcribe an attempt if VERIFY says so."""
+        if self._verify == "auto":
+            if not self._guarded or not (faults or segment.sampled or segment.pace.doubtful(segment.text, samples)):
+                return None
+            if self._recognizer is None:
+                self._recognizer = installed_recognizer()
+                self._verify = "auto" if self._recognizer else "off"
+        return self._recognizer.hear(segment.text, samples, times=Fault.UNENDED in faults) if self._recognizer else None
 
     def _settled(self, segment: Segment, attempt: Attempt) -> SegmentChunk | None:
         """Record an attempt; return the best one, repaired, or None to retry. Raise InternalError if no attempt is usable."""
-        segment.attempts.append(attempt)
-        _report(segment, attempt)
+        self._record(segment, attempt)
         if attempt.faults and len(segment.attempts) < self._most_attempts:
             return None
         chosen = best(segment.attempts)
         if not chosen.usable:
             raise _unplayable(segment)
-        samples = self._decoder.watermarked(repaired(segment.text, chosen))
+        samples = self._decoder.watermarked(repaired(segment.text, chosen, segment.pace))
         if self._guarded:
             limiter = PauseLimiter(self._max_pause_ms)
             samples = np.concatenate([limiter.feed(samples), limiter.flush()])
@@ -364,8 +387,7 @@ class CsmSpeaker:
                     yield SegmentChunk(segment.index, self._decoder.watermarked(heard), last=False)
             attempt = self._judged(segment, live.samples(), row.ended)
             if live.heard:
-                segment.attempts.append(attempt)
-                _report(segment, attempt)
+                self._record(segment, attempt)
                 rest = self._decoder.watermarked(live.flush())
                 yield SegmentChunk(segment.index, rest, True, len(segment.attempts) - 1, attempt.word_error_rate)
                 return
@@ -374,13 +396,21 @@ class CsmSpeaker:
                 yield chunk
                 return
 
+    def _record(self, segment: Segment, attempt: Attempt) -> None:
+        """Keep an attempt, count its faults, and learn the voice's pace from one without."""
+        segment.attempts.append(attempt)
+        self._faults.update(fault.label for fault in attempt.faults)
+        if not attempt.faults:
+            segment.pace.learn(segment.text, attempt.samples)
+        _report(segment, attempt)
+
 
 def _report(segment: Segment, attempt: Attempt) -> None:
     """Log the faults and the word error rate of an attempt, never its text."""
     if attempt.faults:
-        faults = ", ".join(fault.name.lower().replace("_", " ") for fault in attempt.faults)
+        faults = ", ".join(fault.label for fault in attempt.faults)
         seconds = len(attempt.samples) / SAMPLE_RATE
-        logger.warning("segment %d, attempt %d, %.1f s: %s", segment.index + 1, max(1, len(segment.attempts)), seconds, faults)
+        logger.warning("segment %d, attempt %d, %.1f s: %s", segment.index + 1, len(segment.attempts), seconds, faults)
     if attempt.word_error_rate is not None:
         logger.info("segment %d: word error rate %.2f", segment.index + 1, attempt.word_error_rate)
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class CsmModel:
         self._files: ModelFiles | None = None
         self._release: Callable[[], None] = lambda: None
         self._info: dict[str, Any] = {}
+        self._faults: Counter[str] = Counter()
         self._memory: Callable[[], dict[str, float]] = dict
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
@@ -73,7 +75,7 @@ class CsmModel:
         from csm_prompts import PromptStore
 
         network = csm_network.build(files, dtype, self._settings.model_compile, report)
-        self._speaker = CsmSpeaker(network, PromptStore(network, self._settings, files.prompts), self._settings)
+        self._speaker = CsmSpeaker(network, PromptStore(network, self._settings, files.prompts), self._settings, self._faults)
         self._release = csm_network.reserve_memory()
         info: dict[str, Any] = {
             "source": files.source,
@@ -115,9 +117,15 @@ class CsmModel:
         return self._loaded().speak(segments, voice, options, cancelled)
 
     def info(self) -> dict[str, Any]:
-        """Return the model's part of `/health`; memory in GB (1e9 bytes), all that MLX holds."""
+        """Return the model's part of `/health`; memory in GB (1e9 bytes), all that MLX holds. The faults of its speech are for the metrics."""
         info = self._info
-        base = {"loaded": bool(info), "model_id": self._settings.model_id, "sample_rate": self.sample_rate, "watermark": False}
+        base = {
+            "loaded": bool(info),
+            "model_id": self._settings.model_id,
+            "sample_rate": self.sample_rate,
+            "watermark": False,
+            "faults": dict(self._faults),
+        }
         return base | info | (self._memory() if info else {})
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _PROMPTS_IN_MEMORY = 64  # of at most 750 frames x 32 codebooks x 2 bytes = 48 KB each
 _DIGEST_BYTES = 32
+_FRAMES_A_SECOND = 12.5
 _ENCODER_PARTS = ("encoder.", "encoder_transformer.", "downsample.", "quantizer.")
 
 # The transcripts of the two prompts that come with CSM's weights, as in mlx-audio 0.6.2 (which has them inside a method that asks the hub
@@ -101,6 +102,11 @@ class PromptStore:
             return None
         recording = self._recording(voice)
         return _joined(self._text(recording.transcript, voice.preset.speaker_id), self._audio(self._codes(recording), ends=True))
+
+    def reading(self, voice: Voice) -> tuple[str, float]:
+        """Return the words of the voice's recording, and its length in seconds."""
+        recording = self._recording(voice)
+        return recording.transcript, len(self._codes(recording)) / _FRAMES_A_SECOND
 
     def prepare(self, voice: Voice) -> None:
         """Load the voice's prompt into memory; raise as `tokens` does."""

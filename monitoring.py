@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from model_host import ModelHost
 
@@ -42,6 +45,7 @@ class Metrics:
             ["model", "format", "outcome"],
             registry=self._registry,
         )
+        self._registry.register(_Faults(hosts))
 
     def observe(
         self,
@@ -76,6 +80,22 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"sesame_tts_{name}", text, ["model"], buckets=buckets, registry=self._registry)
+
+
+class _Faults(Collector):
+    """Counts the faults that the quality checks found in the models' speech, by kind. The models count; a reload begins at 0."""
+
+    def __init__(self, hosts: dict[str, ModelHost]) -> None:
+        self._hosts = hosts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counter."""
+        text = "Faults of generated segments, each attempt counted"
+        counter = CounterMetricFamily("sesame_tts_segment_faults", text, labels=["model", "fault"])
+        for name, host in self._hosts.items():
+            for fault, count in host.info().get("faults", {}).items():
+                counter.add_metric([name, fault], count)
+        yield counter
 
 
 class _LogFile(RotatingFileHandler):

@@ -57,7 +57,14 @@ def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:
     """The environment of a server under test: none of our settings from outside, no hub, no key."""
     dropped = {name.upper() for name in Settings.model_fields} | {"PYTHONDONTWRITEBYTECODE"}  # every start would compile every module
     inherited = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("HF_")}
-    defaults = {"HOST": "127.0.0.1", "CACHE_DIR": str(cache_dir), "CSM": "off", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    defaults = {
+        "HOST": "127.0.0.1",
+        "CACHE_DIR": str(cache_dir),
+        "CSM": "off",
+        "VERIFY": "off",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return inherited | defaults | {name: str(value) for name, value in settings.items()}
 
 

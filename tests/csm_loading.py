@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +86,8 @@ def prompt_folder(cache: Path) -> Path:
 
 
 def settings(folder: Path, **values: object) -> Settings:
-    """Return settings with `folder` as the cache."""
-    return Settings(cache_dir=folder, **values)  # type: ignore[arg-type]
+    """Return settings with `folder` as the cache, and without a recogniser, which takes seconds to load, unless `values` say otherwise."""
+    return Settings(**({"cache_dir": folder, "verify": "off"} | values))  # type: ignore[arg-type]
 
 
 def voice(folder: Path = Path(), **fields: object) -> Voice:
@@ -95,7 +96,7 @@ def voice(folder: Path = Path(), **fields: object) -> Voice:
     return Voice(VoicePreset.model_validate(values), folder)
 
 
-def speaker(model: Model, prompts: Path, folder: Path, **values: object) -> CsmSpeaker:
+def speaker(model: Model, prompts: Path, folder: Path, faults: Counter[str] | None = None, **values: object) -> CsmSpeaker:
     """Return a speaker for a model, with the built-in voice prompts in `prompts`, its cache in `folder`, and these settings."""
     chosen = settings(folder, **values)
-    return CsmSpeaker(model, PromptStore(model, chosen, prompts), chosen)
+    return CsmSpeaker(model, PromptStore(model, chosen, prompts), chosen, faults)

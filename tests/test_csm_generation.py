@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from csm_decoding import (
     memory_errors,
     use_numpy_convolutions,
 )
+from csm_generation import SAMPLE_SEED
 from csm_layers import draw, uniform_numbers
 from csm_prompts import PromptStore
+from csm_quality import Pace
 from errors import InputTooLongError, InsufficientMemoryError, InternalError
 from speech_model import SegmentChunk, SpeechOptions
 
@@ -48,14 +51,14 @@ SCRIPT = {
     "X": ["n~"],
     "Y": [NOT_A_NUMBER],
     "B": [AT_ONCE, ends_after(1)],
-    "P": ["s_____s."],
+    "P": ["s_____s_."],
 }
 # Faults of which the best attempt is played, and a choice between two beginnings.
 FAULTY = {
     "": [ends_after(1)],
     "U": ["s______sss~"],
-    "T": ["s____" + "t" * 24 + "."],
-    "D": ["s" + "_" * 30 + "s."],
+    "T": ["s____" + "t" * 24 + "_."],
+    "D": ["s" + "_" * 30 + "s_."],
     "G": [ends_after(1), ends_after(2)],
 }
 FRAME = 1920
@@ -124,7 +127,7 @@ def say(
     ms: int = 160,
     streamed: bool = False,
     seed: int = 3,
-    **values: object,
+    **values: Any,
 ) -> list[SegmentChunk]:
     speaker = csm_loading.speaker(model, recordings, folder, **values)
     options = SpeechOptions(seed, streamed=streamed)
@@ -228,10 +231,10 @@ def test_the_same_seed_gives_the_same_samples_at_every_request_and_leaves_the_co
 def test_segments_come_in_the_texts_order_though_rows_end_when_they_end(scripted: Model, recordings: Path, folder: Path) -> None:
     chunks = say(scripted, recordings, folder, ["L.", "one.", "  ", "two."], ms=800)
     assert [(chunk.segment, len(chunk.samples) // FRAME, chunk.last, chunk.retries) for chunk in chunks] == [
-        (0, 3, True, 0),
-        (1, 1, True, 0),
+        (0, 4, True, 0),
+        (1, 2, True, 0),
         (2, 0, True, 0),
-        (3, 1, True, 0),
+        (3, 2, True, 0),
     ]
     assert {chunk.samples.dtype for chunk in chunks} == {np.dtype(np.float32)}
 
@@ -241,9 +244,9 @@ def test_streaming_begins_with_a_small_chunk_and_holds_the_same_samples(scripted
     streamed = say(scripted, recordings, folder, ["L.", "one."], ms=800, streamed=True)
     assert [(chunk.segment, len(chunk.samples) // FRAME, chunk.last) for chunk in streamed] == [
         (0, 2, False),
-        (0, 1, False),
+        (0, 2, False),
         (0, 0, True),
-        (1, 1, True),
+        (1, 2, True),
     ]
     np.testing.assert_array_equal(np.concatenate([chunk.samples for chunk in streamed[:3]]), complete[0].samples)
     np.testing.assert_array_equal(streamed[3].samples, complete[1].samples)
@@ -334,7 +337,7 @@ def test_a_batch_holds_no_more_than_it_may(recordings: Path, model: Model, folde
 def test_batches_stay_within_the_context(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
     speaker = csm_loading.speaker(model, recordings, folder, guard="off", max_batch=32)
     voice = csm_loading.voice(max_audio_length_ms=90_000)
-    segment = speaker._segment(0, "Hi.", voice)
+    segment = speaker._segment(0, "Hi.", voice, Pace())
     positions = len(segment.prompt[0]) + segment.budget
     assert len(speaker._next_batch([segment] * 32)) == BATCH_POSITIONS // positions < 32
     long = "word " * 280
@@ -342,7 +345,7 @@ def test_batches_stay_within_the_context(recordings: Path, model: Model, folder:
     assert speaker.fits("Hi.", voice)
     with pytest.raises(InputTooLongError):
         list(speaker.speak(["word " * 500], voice, SpeechOptions(1), lambda: False))
-    tight = speaker._segment(0, long, voice)
+    tight = speaker._segment(0, long, voice, Pace())
     assert len(tight.prompt[0]) + tight.budget == CONTEXT
 
 
@@ -363,7 +366,7 @@ def test_a_segment_that_never_ends_is_said_again_and_then_used_as_it_is(
 def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, recordings: Path, folder: Path, streamed: bool) -> None:
     for seed in range(25, 65):  # one in six ends at once
         chunks = say(scripted, recordings, folder, ["B."], seed=seed, max_retries=10, streamed=streamed)
-        assert sum(len(chunk.samples) for chunk in chunks) == FRAME
+        assert sum(len(chunk.samples) for chunk in chunks) == 2 * FRAME
         if chunks[-1].retries:
             break
     assert chunks[-1].retries > 0
@@ -372,10 +375,10 @@ def test_a_retry_with_another_seed_succeeds_and_is_counted(scripted: Model, reco
 @pytest.mark.parametrize(
     ("text", "ms", "retries", "fault", "least", "most"),
     [
-        ("U.", 800, 1, "unended", 1.5, 4),  # back to its pause: the codec needs almost two frames to fall silent
+        ("U.", 800, 1, "unended", 1.5, 4),  # back to its pause
         ("T.", 2800, 0, "stuck", 2, 7),  # without the tone
         ("D.", 2800, 0, "dead", 3, 8),  # two frames and what is left of the pause
-        ("One word after another, and on, and on, and on it went.", 800, 1, "too short", 1, 1),
+        ("One word after another, and on, and on, and on it went.", 800, 1, "too short", 2, 2),
     ],
 )
 def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
@@ -398,6 +401,25 @@ def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
     assert np.abs(chunk.samples).max() > 0.01
 
 
+def test_with_verify_auto_doubtful_segments_and_one_in_ten_others_are_transcribed(scripted: Model, recordings: Path, folder: Path) -> None:
+    def heard(text: str, seed: int) -> bool:
+        (chunk,) = say(scripted, recordings, folder, [text], ms=800, seed=seed, max_retries=0, verify="auto")
+        return chunk.word_error_rate is not None
+
+    usual = "Let it go."  # as long as the noise that stands for it
+    sampled = next(seed for seed in range(100) if attempt_seed(seed, 0, SAMPLE_SEED) % 10 == 0)
+    assert heard(usual, sampled)
+    assert not heard(usual, sampled + 1)
+    assert heard("Let me tell you about the long day that we had.", sampled + 1)
+
+
+def test_the_faults_of_all_attempts_are_counted_by_kind(scripted: Model, recordings: Path, folder: Path) -> None:
+    faults: Counter[str] = Counter()
+    speaker = csm_loading.speaker(scripted, recordings, folder, max_retries=1, faults=faults)
+    list(speaker.speak(["Never.", "Let it go."], csm_loading.voice(max_audio_length_ms=400), SpeechOptions(3), lambda: False))
+    assert faults == {"unended": 2}
+
+
 def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Model, recordings: Path, folder: Path) -> None:
     speaker = csm_loading.speaker(faulty, recordings, folder)
 
@@ -405,10 +427,10 @@ def test_the_presets_sampler_is_used_and_the_requests_goes_before_it(faulty: Mod
         chunks = speaker.speak(["G."] * 4, csm_loading.voice(**preset), options, lambda: False)
         return {len(chunk.samples) // FRAME for chunk in chunks}
 
-    assert lengths(SpeechOptions(4), temperature=0) == {1}
-    assert lengths(SpeechOptions(4, temperature=2.0), temperature=0) == {1, 2}
-    assert lengths(SpeechOptions(4), temperature=2.0, top_k=1) == {1}
-    assert lengths(SpeechOptions(4, top_k=9), temperature=2.0, top_k=1) == {1, 2}
+    assert lengths(SpeechOptions(4), temperature=0) == {2}
+    assert lengths(SpeechOptions(4, temperature=2.0), temperature=0) == {2, 3}
+    assert lengths(SpeechOptions(4), temperature=2.0, top_k=1) == {2}
+    assert lengths(SpeechOptions(4, top_k=9), temperature=2.0, top_k=1) == {2, 3}
 
 
 @pytest.mark.parametrize(("text", "attempts"), [("A.", 3), ("S.", 1), ("X.", 1)])

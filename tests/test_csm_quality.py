@@ -10,14 +10,15 @@ from csm_quality import (
     FRAME_MS,
     Attempt,
     Fault,
+    Pace,
     PauseLimiter,
     best,
     frame_budget,
     judge,
     repaired,
-    shortest_seconds,
     silent,
 )
+from transcription import Hearing
 
 LONG = (
     "The harbour was quiet that morning, and nobody spoke. Then a boat came in, slowly, with all its lamps lit, as if it were still night."
@@ -57,7 +58,7 @@ def noise(seconds: float) -> Samples:
 def test_real_speech_has_no_fault_and_fits_its_budget(speech: dict[str, Samples], text: str) -> None:
     assert judge(text, speech[text], ended=True) == ()
     assert len(speech[text]) / SAMPLE_RATE * 1000 < frame_budget(text, 90_000) * FRAME_MS
-    assert shortest_seconds(text) < len(speech[text]) / SAMPLE_RATE
+    assert Pace().shortest(text) < len(speech[text]) / SAMPLE_RATE < Pace().longest(text)
 
 
 def test_the_budget_follows_the_text_and_never_exceeds_the_presets_limit() -> None:
@@ -97,6 +98,58 @@ def test_what_the_budget_ended_did_not_end() -> None:
     assert judge("Ah.", np.concatenate([tone(0.3), noise(0.3)]), ended=False) == (Fault.UNENDED,)
 
 
+@pytest.mark.parametrize("missing", [0.2, 0.3, 0.5])
+def test_speech_that_stops_in_a_word_is_cut_off(speech: dict[str, Samples], missing: float) -> None:
+    end = int(np.flatnonzero(np.abs(speech[LONG]) > 0.01)[-1])
+    assert judge(LONG, speech[LONG][: end - round(missing * SAMPLE_RATE)], ended=True) == (Fault.CUT_OFF,)
+
+
+def notes(seconds: float, *frequencies: float) -> Samples:
+    """Plucked chords, each of `frequencies` times the next step of a scale, two a second, and the last one fades out."""
+    time = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
+    fade = np.exp(-3 * time) * np.minimum(1, time / 0.01)
+    steps = (1, 1.122, 1.26, 1.335, 1.498)
+    chords = [
+        sum(
+            np.sin(2 * np.pi * frequency * steps[number % 5] * partial * time) / partial
+            for frequency in frequencies
+            for partial in (1, 2, 3)
+        )
+        * fade
+        for number in range(round(2 * seconds))
+    ]
+    samples = 0.1 * np.concatenate(chords)
+    samples[-4800:] *= np.linspace(1, 0, 4800) ** 2
+    return samples.astype(np.float32)
+
+
+@pytest.mark.parametrize("frequencies", [(220.0,), (130.0, 164.0, 196.0)])
+def test_music_is_not_speech(frequencies: tuple[float, ...]) -> None:
+    assert judge(LONG, notes(7, *frequencies), ended=True) == (Fault.NOT_SPEECH,)
+
+
+def test_a_second_text_behind_the_first_is_too_long(speech: dict[str, Samples]) -> None:
+    assert judge(LONG, np.concatenate([speech[LONG], quiet(0.3), speech[LONG]]), ended=True) == (Fault.TOO_LONG,)
+
+
+def test_the_pace_of_the_prompt_decides_what_is_too_short(speech: dict[str, Samples]) -> None:
+    """The same reading is right for a voice that speaks as fast, and doubtful for one that speaks slowly."""
+    seconds = len(speech[LONG]) / SAMPLE_RATE
+    text = f"{LONG} And then it left again."
+    slow = Pace(LONG, 1.45 * seconds)
+    assert Pace().shortest(text) < slow.shortest(text) < slow.longest(text)
+    assert not Pace().doubtful(LONG, speech[LONG])
+    assert slow.doubtful(LONG, speech[LONG])
+    for _ in range(4):
+        slow.learn(LONG, speech[LONG])
+    assert not slow.doubtful(LONG, speech[LONG])
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.24, 90.0])
+def test_a_prompt_whose_length_does_not_fit_its_words_says_nothing_about_the_pace(seconds: float) -> None:
+    assert Pace(LONG, seconds).shortest(LONG) == Pace().shortest(LONG)
+
+
 def test_a_long_gap_inside_is_dead_but_silence_at_the_edges_is_not(speech: dict[str, Samples]) -> None:
     samples = speech[LONG]
     assert Fault.DEAD in judge(LONG, np.concatenate([samples, quiet(3), samples]), ended=True)
@@ -108,7 +161,7 @@ def test_a_sound_that_does_not_change_is_stuck_and_is_cut_off(speech: dict[str, 
     tail: Samples = sound(2.5)  # type: ignore[operator]
     samples = np.concatenate([speech[LONG], tail])
     faults = judge(LONG, samples, ended=True)
-    assert faults == (Fault.STUCK,)
+    assert faults == (Fault.CUT_OFF, Fault.STUCK)
     kept = repaired(LONG, Attempt(samples, True, faults))
     assert abs(len(kept) - len(speech[LONG])) < 0.2 * SAMPLE_RATE
 
@@ -118,12 +171,20 @@ def test_a_stuck_sound_in_the_middle_takes_nothing_that_follows_with_it(speech: 
     assert len(repaired(LONG, Attempt(samples, True, (Fault.STUCK,)))) == len(samples)
 
 
-def test_a_runaway_goes_back_to_its_last_pause(speech: dict[str, Samples]) -> None:
+def test_a_runaway_ends_at_the_first_pause_after_its_words(speech: dict[str, Samples]) -> None:
     said = speech[LONG]
-    samples = np.concatenate([said, quiet(0.4), noise(0.7)])
+    samples = np.concatenate([said, quiet(0.4), noise(0.7), quiet(0.4), noise(0.7)])
     kept = repaired(LONG, Attempt(samples, False, (Fault.UNENDED,)))
     assert len(said) - 0.5 * SAMPLE_RATE < len(kept) < len(said) + 0.2 * SAMPLE_RATE
     np.testing.assert_array_equal(kept, samples[: len(kept)])
+
+
+def test_a_runaway_whose_words_were_heard_ends_after_the_last_right_one(speech: dict[str, Samples]) -> None:
+    said = speech[LONG]
+    end = int(np.flatnonzero(np.abs(said) > 0.01)[-1])
+    samples = np.concatenate([said[:end], noise(3)])
+    kept = repaired(LONG, Attempt(samples, False, (Fault.UNENDED,), Hearing(0.5, wrong=True, end=end / SAMPLE_RATE)))
+    assert abs(len(kept) - end) <= 0.2 * SAMPLE_RATE
 
 
 def test_a_runaway_without_a_pause_stays_whole() -> None:
@@ -135,7 +196,8 @@ def test_the_best_attempt_is_the_one_with_the_least_wrong() -> None:
     attempts = [Attempt(quiet(1), True, faults) for faults in ((Fault.NOT_FINITE,), (Fault.TOO_SHORT,), (Fault.UNENDED,), (Fault.UNENDED,))]
     assert best(attempts) is attempts[2]
     assert not attempts[0].usable
-    assert best([Attempt(quiet(1), True, (), 0.3), better := Attempt(quiet(1), True, (), 0.1)]) is better
+    heard = [Attempt(quiet(1), True, (), Hearing(rate, wrong=False)) for rate in (0.3, 0.1)]
+    assert best(heard) is heard[1]
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 50])
@@ -155,6 +217,17 @@ def test_pauses_are_shortened_to_the_setting_however_the_samples_arrive(speech: 
 def test_pauses_within_the_setting_are_left_alone(speech: dict[str, Samples]) -> None:
     limiter = PauseLimiter(1000)
     np.testing.assert_array_equal(np.concatenate([limiter.feed(speech[LONG]), limiter.flush()]), speech[LONG])
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize(("text", "longest_ms"), [(TEXTS[2], 300), (LONG, 1000)])
+def test_quiet_speech_behind_a_loud_burst_is_kept(speech: dict[str, Samples], text: str, longest_ms: int, gap: float) -> None:
+    limiter = PauseLimiter(longest_ms)
+    burst = np.sign(noise(0.2))
+    whispered = speech[text] * np.float32(0.03 / np.abs(speech[text]).max())  # its loudest block is 40 dB below the burst
+    kept = np.concatenate([limiter.feed(np.concatenate([burst, quiet(gap), whispered])), limiter.flush()])
+    heard, wanted = (samples[np.abs(samples) > 0.005] for samples in (kept[len(burst) :], whispered))
+    np.testing.assert_array_equal(heard, wanted)
 
 
 def test_a_shortened_pause_has_no_click() -> None:

@@ -13,7 +13,7 @@ import tiny_csm
 import tiny_whisper
 
 from speech_model import ModelLoadError
-from transcription import Recognizer
+from transcription import HeardWord, Recognizer, compare, installed_recognizer
 
 HEARD = "the rain has stopped"
 
@@ -46,13 +46,64 @@ def test_the_word_error_rate_of_real_speech() -> None:
     text = "In 1984, seventy-seven thousand people came; the harbour wasn't ready."
     samples = np.asarray(Hibari()(text, seed=1), np.float32).reshape(-1)
     check = Recognizer()
-    right, wrong = check.word_error_rate(text, samples), check.word_error_rate("Something that nobody has said at all today.", samples)
+    right, wrong = check.hear(text, samples), check.hear("Something that nobody has said at all today.", samples)
     assert right is not None
-    assert right <= 0.2
+    assert right.word_error_rate <= 0.2
+    assert not right.wrong
     assert wrong is not None
-    assert wrong > 0.8
-    assert check.word_error_rate("我们今天早上去了港口。", samples) is None
-    assert check.word_error_rate("…", samples) is None
+    assert wrong.word_error_rate > 0.8
+    assert wrong.wrong
+    for unchecked in ("我们今天早上去了港口。", "…", "Hello there."):
+        assert check.hear(unchecked, samples) is None
+
+
+def test_an_endless_reading_ends_after_its_last_right_word_and_its_words_have_times() -> None:
+    from hibari import Hibari
+
+    text = "The rain has stopped, and the harbour is quiet again."
+    voice = Hibari()
+    said, more = (np.asarray(voice(words, seed=1), np.float32) for words in (text, "is quiet again, is quiet again, is quiet"))
+    hearing = Recognizer().hear(text, np.concatenate([said, more]), times=True)
+    assert hearing is not None
+    assert hearing.wrong
+    assert hearing.end == pytest.approx(len(said) / 24_000, abs=0.4)
+    assert [text[word.start_char : word.end_char] for word in hearing.words] == text.replace(",", "").rstrip(".").split()
+    times = [moment for word in hearing.words for moment in (word.start, word.end)]
+    assert times == sorted(times)
+    assert times[-1] == hearing.end
+
+
+LONG = "One morning the boy went down to the river to look for his friend but found nobody there"
+
+
+@pytest.mark.parametrize(
+    ("heard", "wrong"),
+    [
+        (LONG, False),
+        (LONG.replace("river", "liver").replace("boy", "buoy"), False),  # a recogniser's own errors
+        (LONG.replace("to look for his friend ", ""), True),  # a part is missing
+        (LONG.replace("nobody there", ""), False),
+        (LONG.replace("but found nobody there", ""), True),
+        (f"{LONG} but found nobody there", True),
+        (LONG.replace("the boy went", "the the the the boy went"), True),
+        ("Something else that nobody has ever asked for in this place on any day", True),
+        ("", True),
+    ],
+)
+def test_missing_repeated_and_other_words_are_wrong_and_a_recognisers_own_errors_are_not(heard: str, wrong: bool) -> None:
+    assert compare(LONG, [HeardWord(heard)]).wrong == wrong
+
+
+def test_written_forms_equal_their_words() -> None:
+    text = "In nineteen eighty four, seventy-seven thousand and five people paid twelve dollars and fifty cents, or twenty percent more."
+    hearing = compare(text, [HeardWord(" In 1984, 77,005 people paid $12.50, or 20% more.")])
+    assert hearing.word_error_rate <= 0.1
+    assert not hearing.wrong
+
+
+def test_words_that_were_not_heard_are_between_their_neighbours() -> None:
+    hearing = compare("A cat sleeps here", [HeardWord(" A", 0.1, 0.4), HeardWord(" here.", 1.0, 1.5)], times=True)
+    assert [(round(word.start, 2), round(word.end, 2)) for word in hearing.words] == [(0.1, 0.4), (0.4, 0.7), (0.7, 1.0), (1.0, 1.5)]
 
 
 def test_on_a_mac_mlx_audios_own_whisper_listens(
@@ -65,8 +116,12 @@ def test_on_a_mac_mlx_audios_own_whisper_listens(
     with tiny_csm.activated(tiny_whisper.build(tmp_path, HEARD)):
         check = Recognizer()
         assert check.transcribe(noise) == HEARD
-        assert check.word_error_rate("The rain has stopped.", noise) == 0
-        assert check.word_error_rate("The rain had not stopped.", noise) == 2 / 5
+        right, wrong = check.hear("The rain has stopped.", noise), check.hear("The rain had not stopped.", noise)
+        assert right is not None
+        assert right.word_error_rate == 0
+        assert wrong is not None
+        assert wrong.word_error_rate == 2 / 5
+        assert installed_recognizer() is not None
     assert asked == []
     assert capfd.readouterr() == ("", "")
 
@@ -83,3 +138,9 @@ def test_without_any_recogniser_it_is_said_how_to_get_one(no_faster_whisper: Non
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(ModelLoadError, match="--extra verify"):
         Recognizer()
+    assert installed_recognizer() is None
+
+
+def test_where_the_weights_are_missing_nothing_is_downloaded(mac: None, tmp_path: Path) -> None:
+    with tiny_csm.activated(tmp_path):
+        assert installed_recognizer() is None

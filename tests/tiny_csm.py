@@ -42,8 +42,8 @@ NOT_A_NUMBER = "ssn~"
 
 
 def ends_after(frames: int) -> str:
-    """Return an outcome: `frames` frames of sound, then the end."""
-    return "s" * frames + "."
+    """Return an outcome: `frames` frames of sound, one in which it fades out as speech does, then the end."""
+    return "s" * frames + "_."
 
 
 def build(

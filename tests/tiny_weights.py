@@ -314,9 +314,11 @@ def _mimi_weight(random: np.random.Generator, name: str, shape: tuple[int, ...])
     # Numbers of about 1e38 overflow between these two, which is what the NaN tokens need; ordinary ones come out at a speaking level.
     if name == "decoder.init_conv1d.conv.conv.weight":
         weight *= 1000
-        weight[:, :-2] = 0  # no memory beyond a frame: silence after sound is silence at once
+        weight[:, :-1] = 0  # no memory of earlier frames: silence after sound is silence at once
     if name == "decoder.final_conv1d.conv.conv.weight":
         weight *= 0.1
+    if name == "upsample.convtr.convtr.convtr.weight":
+        weight[:, weight.shape[1] // 2 :] = 0
     if name.endswith(".convtr.weight"):
         return weight.transpose(0, 2, 1) if shape[2] == 1 else weight.transpose(2, 0, 1)
     return weight.swapaxes(-1, -2) if name.endswith((".conv.weight", "put_proj.weight")) and len(shape) == 3 else weight
