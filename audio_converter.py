@@ -1,18 +1,19 @@
-"""Convert speech samples to audio files: complete with exact headers, or streamed while they are generated."""
+"""Encode speech samples while they are generated: to complete files with exact headers, or to streams."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, LengthMeter, Samples, SyntheticTag, tag_arguments
+from audio_formats import SAMPLE_RATE, AudioFormat, LengthMeter, Samples, SyntheticTag, tag_arguments, wav_header
 from errors import ConversionError
-from ffmpeg import STALL_TIMEOUT, ByteQueue, FfmpegProcess, temporary_folder
+from ffmpeg import STALL_TIMEOUT, ByteQueue, FfmpegProcess, muxer_name, temporary_folder
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0  # OpenAI's range
 
@@ -20,6 +21,7 @@ MIN_SPEED, MAX_SPEED = 0.25, 4.0  # OpenAI's range
 # 24 kHz that is 85 ms, so CSM's first frame of 80 ms would wait for the second. We declare a quarter of the rate, which makes the blocks
 # 21 ms, and correct it with `asetrate`. The samples stay the same (measured: the encoded bytes are identical).
 _RATE_DIVISOR = 4
+_BLOCK_SAMPLES = 512  # such a block at 24 kHz; ffmpeg's FLAC encoder makes a frame of each block that it gets
 
 _LENGTH_TOLERANCE = 0.05  # seconds; the encoders add padding, and take nothing away
 
@@ -62,63 +64,40 @@ def encoder_arguments(
     target: str,
     *,
     streamed: bool = False,
+    counted: bool = False,
     output_rate: int = SAMPLE_RATE,
 ) -> list[str]:
     """Return ffmpeg's arguments that encode signed 16-bit samples from standard input as `fmt` into the file or pipe `target`.
+
+    With `counted`, standard output gets the encoder's input as signed 16-bit samples.
 
     Raises:
         ValueError: `speed` is out of range.
     """
     source = ["-f", "s16le", "-ar", str(sample_rate // _RATE_DIVISOR), "-ac", "1", "-i", "pipe:0"]
-    filters = ["-af", ",".join([f"asetrate={sample_rate}", *_tempo(speed)])]
-    result = ["-ar", str(output_rate), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *tag_arguments(fmt, tag)]
-    return [*source, *filters, *result, target]
+    filters = ",".join([f"asetrate={sample_rate}", *_tempo(speed)])
+    result = ["-ar", str(output_rate), "-ac", "1", *fmt.encoder, *(fmt.streaming if streamed else ()), *tag_arguments(fmt, tag), target]
+    if not counted:
+        return [*source, "-af", filters, *result]
+    graph = f"[0]{filters},aresample={output_rate},asetnsamples=n={_BLOCK_SAMPLES}:p=0,asplit[file][count]"
+    return [*source, "-filter_complex", graph, "-map", "[file]", *result, "-map", "[count]", "-f", "s16le", "pipe:1"]
 
 
-async def convert(
-    samples: Samples,
-    sample_rate: int,
-    fmt: AudioFormat,
-    *,
-    speed: float = 1.0,
-    tag: SyntheticTag | None = None,
-    output_rate: int = SAMPLE_RATE,
-    stall_timeout: float = STALL_TIMEOUT,
-) -> Converted:
-    """Return a complete file with exact headers. If cancelled, it leaves no process and no file.
+class Encoder:
+    """Encode one answer: takes samples as they are generated, gives a stream of bytes or a complete file.
+
+    An async context manager. One task calls `write`. For a stream it calls `finish` at the end, and another task iterates over the bytes;
+    for a complete file it calls `file`. ffmpeg starts on entry, so that it is ready before the first samples. `aclose` may be called at any
+    time, from any task, more than once; it leaves no process and no file.
 
     Args:
-        samples: float32, shape (n,), n > 0.
-        sample_rate: The rate of `samples`, in Hz.
         fmt: The format to encode to.
+        sample_rate: The rate of the samples, in Hz.
+        streamed: Give bytes as soon as they exist. A complete file has exact headers instead.
         speed: From 0.25 to 4.0; the pitch stays.
         tag: Written into the file's metadata if the format has any.
-        output_rate: The file's sample rate, in Hz.
+        output_rate: The sample rate of the result, in Hz.
         stall_timeout: Seconds without progress after which ffmpeg counts as hung.
-
-    Raises:
-        ConversionError: There are no samples, or ffmpeg is missing, failed or hung.
-        ValueError: `speed` is out of range.
-    """
-    pcm = await asyncio.to_thread(to_int16, samples)
-    if not pcm:
-        raise ConversionError(_NO_AUDIO)
-    if needs_ffmpeg(FORMATS["pcm"], sample_rate, speed, output_rate):
-        # A separate run before the encoding, so that the length of what is encoded is known.
-        pcm = await _resampled(pcm, sample_rate, speed, output_rate, stall_timeout)
-    duration = len(pcm) / 2 / output_rate
-    if fmt.name == "pcm":
-        return Converted(pcm, duration)
-    return Converted(await _encode(pcm, fmt, tag, output_rate, stall_timeout), duration)
-
-
-class StreamEncoder:
-    """Encode one streamed response: takes samples as they are generated, gives bytes as soon as they exist.
-
-    An async context manager. One task calls `write` and at the end `finish`; another one iterates over the bytes. ffmpeg starts on entry, so
-    that it is ready before the first samples. `aclose` may be called at any time, from any task, more than once.
-
-    The arguments are those of `convert`.
 
     Raises:
         ValueError: `speed` is out of range.
@@ -129,31 +108,48 @@ class StreamEncoder:
         fmt: AudioFormat,
         sample_rate: int,
         *,
+        streamed: bool,
         speed: float = 1.0,
         tag: SyntheticTag | None = None,
         output_rate: int = SAMPLE_RATE,
         stall_timeout: float = STALL_TIMEOUT,
     ) -> None:
-        self._format = fmt
-        self._arguments = encoder_arguments(fmt, sample_rate, speed, tag, "pipe:1", streamed=True, output_rate=output_rate)
-        self._needs_ffmpeg = needs_ffmpeg(fmt, sample_rate, speed, output_rate)
+        self._format, self._tag, self._streamed = fmt, tag, streamed
+        self._sample_rate, self._output_rate, self._speed = sample_rate, output_rate, speed
         self._stall_timeout = stall_timeout
+        self._unchanged = speed == 1.0 and sample_rate == output_rate
+        self._piped = streamed or fmt.name == "pcm"
+        self._arguments = encoder_arguments(
+            fmt,
+            sample_rate,
+            speed,
+            tag,
+            "pipe:1" if self._piped else _file_name(fmt),
+            streamed=streamed,
+            counted=not self._piped and not self._unchanged,
+            output_rate=output_rate,
+        )
         self._process: FfmpegProcess | None = None
         self._output = ByteQueue()
-        self._meter = LengthMeter(fmt, output_rate)
-        self._input_rate = sample_rate * speed  # input samples for each second of the output
-        self._exact = speed == 1.0
+        self._folder: Path | None = None
+        self._cleanup = ExitStack()
+        self._wav_writer: str | None = None
         self._input_bytes = 0
 
-    async def __aenter__(self) -> StreamEncoder:
-        """Start ffmpeg.
+    async def __aenter__(self) -> Encoder:
+        """Start ffmpeg, unless the format is raw samples or a header before them.
 
         Raises:
-            ConversionError: ffmpeg is missing or cannot be started.
+            ConversionError: ffmpeg is missing or cannot be started, or there is no room for a temporary file.
         """
-        if self._needs_ffmpeg:
-            self._process = await FfmpegProcess.start(self._arguments, stall_timeout=self._stall_timeout)
-            self._output = self._process.output
+        if self._unchanged and self._format.name == "wav":
+            self._wav_writer = muxer_name()
+        if not self._wav_writer and needs_ffmpeg(self._format, self._sample_rate, self._speed, self._output_rate):
+            try:
+                await self._start_ffmpeg()
+            except BaseException:
+                await self.aclose()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -172,11 +168,13 @@ class StreamEncoder:
         """
         try:
             data = to_int16(samples)
-            self._input_bytes += len(data)
             if self._process is not None:
                 await self._process.write(data)
             elif data:
+                if self._streamed and not self._input_bytes:
+                    self._output.put(self._wav_head(None))
                 self._output.put(data)
+            self._input_bytes += len(data)
         except ConversionError as error:
             self._output.end(error)  # or the reader would wait for ever
             raise
@@ -190,26 +188,93 @@ class StreamEncoder:
         else:
             self._output.end()
 
+    async def file(self) -> Converted:
+        """End the input and return the complete file.
+
+        Raises:
+            ConversionError: There were no samples; or ffmpeg failed, hung, or produced another format or length.
+        """
+        await self.finish()
+        pieces = []
+        while piece := await self._output.get():
+            pieces.append(piece)
+        duration = self._encoded_seconds()
+        return await asyncio.to_thread(self._whole_file, b"".join(pieces), duration)
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the encoded bytes as soon as they are ready, at most 64 KiB at once.
 
         Raises:
             ConversionError: ffmpeg failed, hung, produced another format or too little, or `aclose` was called before the end.
         """
+        meter = LengthMeter(self._format, self._output_rate)
         data = await self._output.get()
         if not self._format.begins(data):
             raise ConversionError(_WRONG.format(name=self._format.name))
         while data:
-            self._meter.feed(data)
+            meter.feed(data)
             yield data
             data = await self._output.get()
-        _check_length(self._meter, self._input_bytes / 2 / self._input_rate, exact=self._exact)
+        expected = self._input_seconds / self._speed
+        _check_length(meter, expected, _LENGTH_TOLERANCE if self._speed == 1.0 else _tempo_tolerance(expected))
 
     async def aclose(self) -> None:
-        """Stop encoding; no process is left when this returns."""
-        if self._process is not None:
-            await self._process.aclose()
-        self._output.end(ConversionError("The conversion was cancelled."))
+        """Stop encoding; no process and no file is left when this returns."""
+        try:
+            if self._process is not None:
+                await self._process.aclose()
+        finally:
+            self._cleanup.close()
+            self._output.end(ConversionError("The conversion was cancelled."))
+
+    @property
+    def _input_seconds(self) -> float:
+        return self._input_bytes / 2 / self._sample_rate
+
+    async def _start_ffmpeg(self) -> None:
+        if not self._piped:
+            self._folder = self._cleanup.enter_context(temporary_folder())
+        self._process = await FfmpegProcess.start(
+            self._arguments, folder=self._folder, keep_output=self._piped, stall_timeout=self._stall_timeout
+        )
+        self._output = self._process.output
+
+    def _wav_head(self, size: int | None) -> bytes:
+        return wav_header(self._output_rate, self._tag, self._wav_writer, size) if self._wav_writer else b""
+
+    def _encoded_seconds(self) -> float:
+        """Return the length of what was encoded: counted, where a filter has changed it.
+
+        Raises:
+            ConversionError: It is not the input's, at the requested speed.
+        """
+        if self._unchanged or self._process is None:
+            return self._input_seconds
+        expected, size = self._input_seconds / self._speed, self._process.received
+        seconds = size / 2 / self._output_rate
+        if size % 2 or abs(seconds - expected) > _tempo_tolerance(expected):
+            raise ConversionError(_WRONG.format(name="the same speech at the requested speed and sample rate"))
+        return seconds
+
+    def _whole_file(self, data: bytes, duration: float) -> Converted:
+        """Read what ffmpeg has written, or put the header before `data`; check it."""
+        if self._folder is not None:
+            try:
+                data = (self._folder / _file_name(self._format)).read_bytes()
+            except OSError:
+                data = b""
+        elif self._wav_writer:
+            data = self._wav_head(len(data)) + data
+        if not self._format.begins(data):
+            raise ConversionError(_WRONG.format(name=self._format.name))
+        meter = LengthMeter(self._format, self._output_rate)
+        meter.feed(data)
+        _check_length(meter, duration, _LENGTH_TOLERANCE)
+        return Converted(data, duration)
+
+
+def _file_name(fmt: AudioFormat) -> str:
+    return f"speech.{fmt.name}"
 
 
 def _tempo(speed: float) -> list[str]:
@@ -230,56 +295,17 @@ def needs_ffmpeg(fmt: AudioFormat, sample_rate: int, speed: float, output_rate: 
     return fmt.name != "pcm" or speed != 1.0 or sample_rate != output_rate
 
 
-async def _run(arguments: list[str], data: bytes, folder: Path | None, stall_timeout: float) -> bytes:
-    """Feed `data` to one ffmpeg and return its standard output."""
-    process = await FfmpegProcess.start(arguments, folder=folder, stall_timeout=stall_timeout)
-    try:
-        await process.write(data)
-        process.close_input()
-        pieces = []
-        while piece := await process.output.get():
-            pieces.append(piece)
-        return b"".join(pieces)
-    finally:
-        await process.aclose()
+def _tempo_tolerance(expected: float) -> float:
+    """Return by how many seconds atempo may miss `expected`: it meets a speed to one percent only."""
+    return 0.2 + 0.05 * expected
 
 
-async def _resampled(pcm: bytes, sample_rate: int, speed: float, output_rate: int, stall_timeout: float) -> bytes:
-    arguments = encoder_arguments(FORMATS["pcm"], sample_rate, speed, None, "pipe:1", output_rate=output_rate)
-    changed = await _run(arguments, pcm, None, stall_timeout)
-    expected = len(pcm) / 2 / sample_rate / speed
-    if len(changed) % 2 or abs(len(changed) / 2 / output_rate - expected) > 0.2 + 0.05 * expected:
-        raise ConversionError(_WRONG.format(name="the same speech at the requested speed and sample rate"))
-    return changed
-
-
-async def _encode(pcm: bytes, fmt: AudioFormat, tag: SyntheticTag | None, rate: int, stall_timeout: float) -> bytes:
-    """Encode into a file, not a pipe: ffmpeg must seek back to write the length into the header."""
-    with temporary_folder() as folder:
-        file = folder / f"speech.{fmt.name}"
-        await _run(encoder_arguments(fmt, rate, 1.0, tag, file.name, output_rate=rate), pcm, folder, stall_timeout)
-        try:
-            data = await asyncio.to_thread(file.read_bytes)
-        except OSError:
-            data = b""
-    if not fmt.begins(data):
-        raise ConversionError(_WRONG.format(name=fmt.name))
-    await asyncio.to_thread(_check_file, data, fmt, len(pcm) / 2 / rate)
-    return data
-
-
-def _check_file(data: bytes, fmt: AudioFormat, expected: float) -> None:
-    meter = LengthMeter(fmt, SAMPLE_RATE)
-    meter.feed(data)
-    _check_length(meter, expected)
-
-
-def _check_length(meter: LengthMeter, expected: float, *, exact: bool = True) -> None:
-    """Compare the audio that came out with what went in. atempo meets a speed to one percent only.
+def _check_length(meter: LengthMeter, expected: float, tolerance: float) -> None:
+    """Compare the audio that came out with what went in.
 
     Raises:
         ConversionError: Some is missing.
     """
     got = meter.seconds()
-    if got < expected - (_LENGTH_TOLERANCE if exact else 0.2 + 0.05 * expected):
+    if got < expected - tolerance:
         raise ConversionError(_TOO_SHORT.format(got=got, expected=expected))

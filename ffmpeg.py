@@ -38,7 +38,8 @@ _CANCELLED = "was cancelled"
 
 _Result = TypeVar("_Result")
 
-_versions: dict[tuple[str, FileSignature | None], str | None] = {}  # of the latest program, by path and signature
+_found: dict[str | None, str] = {}  # the program that was found, by the PATH that was searched
+_versions: dict[tuple[str, FileSignature | None], tuple[str, str] | None] = {}  # of the latest program and its writer of files
 
 
 class FfmpegFailedError(Exception):
@@ -96,19 +97,24 @@ class ByteQueue:
 
 
 class FfmpegProcess:
-    """A running ffmpeg that reads from its standard input; `output` receives its standard output.
+    """A running ffmpeg that reads from its standard input.
 
     Create it with `start`, and always call `aclose` in the end: it kills and reaps a process that still runs.
+
+    Attributes:
+        output: Its standard output.
+        received: Number of bytes on its standard output so far.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, stall_timeout: float) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, stall_timeout: float, *, keep_output: bool = True) -> None:
         self.output = ByteQueue()
+        self.received = 0
+        self._keep_output = keep_output
         self._process = process
         self._stall_timeout = stall_timeout
         self._input_closed = False
         self._killed: str | None = None
         self._error: ConversionError | None = None
-        self._progress = 0
         # All three are pipes (see `start`).
         self._stdin = cast(asyncio.StreamWriter, process.stdin)
         self._stdout = cast(asyncio.StreamReader, process.stdout)
@@ -118,8 +124,16 @@ class FfmpegProcess:
         self._watch: asyncio.Future[None] | None = None
 
     @classmethod
-    async def start(cls, arguments: Sequence[str], *, folder: Path | None = None, stall_timeout: float = STALL_TIMEOUT) -> FfmpegProcess:
+    async def start(
+        cls, arguments: Sequence[str], *, folder: Path | None = None, keep_output: bool = True, stall_timeout: float = STALL_TIMEOUT
+    ) -> FfmpegProcess:
         """Start ffmpeg with `arguments` in `folder`.
+
+        Args:
+            arguments: ffmpeg's arguments, without the program.
+            folder: The working directory.
+            keep_output: Put its standard output into `output`; else it is only counted.
+            stall_timeout: Seconds without progress after which it counts as hung.
 
         Raises:
             ConversionError: ffmpeg is missing or cannot be started.
@@ -137,7 +151,7 @@ class FfmpegProcess:
             )
         )
         try:
-            return cls(await _to_the_end(spawning), stall_timeout)
+            return cls(await _to_the_end(spawning), stall_timeout, keep_output=keep_output)
         except OSError as error:
             raise _not_started(error) from None
         except asyncio.CancelledError:
@@ -179,8 +193,9 @@ class FfmpegProcess:
         errors = asyncio.ensure_future(_read_tail(self._stderr))
         try:
             while data := await self._stdout.read(_PIECE):
-                self._progress += 1
-                self.output.put(data)
+                self.received += len(data)
+                if self._keep_output:
+                    self.output.put(data)
             stderr = await errors
             status = await self._process.wait()
         except BaseException as error:
@@ -213,8 +228,8 @@ class FfmpegProcess:
 
     async def _kill_when_stalled(self) -> None:
         seen = -1
-        while seen != self._progress:
-            seen = self._progress
+        while seen != self.received:
+            seen = self.received
             await asyncio.wait({self._ended}, timeout=self._stall_timeout)
             if self._ended.done():
                 return
@@ -229,10 +244,17 @@ class FfmpegProcess:
 def find_ffmpeg() -> str | None:
     """Return the path of the ffmpeg to use: the one on PATH, else imageio-ffmpeg's, else None.
 
-    Every call searches again (some microseconds), so an ffmpeg that is installed or removed while the server runs is noticed.
+    It is searched for once, and again when it is gone. So one that is removed is noticed at once; one that is installed, if there was none.
     """
-    found = shutil.which("ffmpeg") or shutil.which(_bundled_ffmpeg() or "")
-    return str(Path(found).absolute()) if found else None
+    path = os.environ.get("PATH")
+    program = _found.get(path)
+    if program is None or not os.access(program, os.X_OK):
+        _found.clear()
+        searched = shutil.which("ffmpeg") or shutil.which(_bundled_ffmpeg() or "")
+        program = str(Path(searched).absolute()) if searched else None
+        if program is not None:
+            _found[path] = program
+    return program
 
 
 def require_ffmpeg() -> str:
@@ -252,16 +274,28 @@ def ffmpeg_version() -> str | None:
 
     Does not wait: a thread asks the program, once for each version of its file, because a program that hangs must not stop its caller.
     """
-    program = find_ffmpeg()
-    if program is None:
+    key = _version_key()
+    if key is None:
         return None
-    key = (program, file_signature(Path(program)))
     if key not in _versions:
         _versions.clear()
         with suppress(RuntimeError):  # no memory for a thread: ask again next time
             threading.Thread(target=_ask_version, args=(key,), name="ffmpeg-version", daemon=True).start()
             _versions[key] = None
-    return _versions.get(key)
+    known = _versions.get(key)
+    return known and known[0]
+
+
+def muxer_name() -> str | None:
+    """Return the name under which ffmpeg writes files ("Lavf" and libavformat's version), or None if `ffmpeg_version` does not know it yet."""
+    key = _version_key()
+    known = _versions.get(key) if key else None
+    return (known and known[1]) or None
+
+
+def _version_key() -> tuple[str, FileSignature | None] | None:
+    program = find_ffmpeg()
+    return None if program is None else (program, file_signature(Path(program)))
 
 
 def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> bytes:
@@ -334,9 +368,12 @@ def _bundled_ffmpeg() -> str | None:
 
 def _ask_version(key: tuple[str, FileSignature | None]) -> None:
     with suppress(OSError, FfmpegFailedError):
-        named = re.match(rb"ffmpeg version (\S+)", _run([key[0], "-version"], None, _VERSION_SECONDS))
+        answer = _run([key[0], "-version"], None, _VERSION_SECONDS)
+        named = re.match(rb"ffmpeg version (\S+)", answer)
+        writer = re.search(rb"^libavformat .*/([ .\d]+)$", answer, re.MULTILINE)
         if named and key in _versions:
-            _versions[key] = named[1].decode("ascii", "replace")
+            muxer = "Lavf" + writer[1].decode().replace(" ", "") if writer else ""
+            _versions[key] = named[1].decode("ascii", "replace"), muxer
 
 
 def _run(command: Sequence[str], folder: Path | None, timeout: float) -> bytes:

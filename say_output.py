@@ -19,7 +19,7 @@ from typing import Protocol
 from anyio import to_thread
 from tqdm import tqdm
 
-from audio_converter import StreamEncoder, encoder_arguments, to_int16
+from audio_converter import Encoder, encoder_arguments, to_int16
 from audio_formats import SAMPLE_RATE, AudioFormat, Samples, SyntheticTag
 from captions import Caption
 from errors import ConversionError
@@ -138,7 +138,7 @@ class AudioFile:
 class AudioStream:
     """Encodes audio while it arrives, and sends the bytes on as fast as the target accepts them. Create it with `open`."""
 
-    def __init__(self, encoder: StreamEncoder, target: ByteTarget) -> None:
+    def __init__(self, encoder: Encoder, target: ByteTarget) -> None:
         self._encoder = encoder
         self._target = target
         self._idle = asyncio.Event()  # all encoded bytes have been sent
@@ -152,7 +152,7 @@ class AudioStream:
         Raises:
             ConversionError: ffmpeg is missing or cannot be started.
         """
-        encoder = StreamEncoder(fmt, sample_rate, speed=speed, tag=tag)
+        encoder = Encoder(fmt, sample_rate, streamed=True, speed=speed, tag=tag)
         await encoder.__aenter__()
         return cls(encoder, target)
 

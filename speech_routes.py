@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from audio_converter import StreamEncoder, convert
+from audio_converter import Converted, Encoder
 from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
@@ -164,30 +164,23 @@ class SpeechEndpoint:
             raise
 
     async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
-        async def work() -> tuple[bytes, float]:
-            samples = await utterance.samples()
-            converted = await convert(
-                samples, utterance.sample_rate, plan.format, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
-            )
-            return converted.data, converted.duration
-
-        data, duration = await run_until_gone(work(), request.receive)
+        file = await run_until_gone(_encoded_file(plan, utterance), request.receive)
         headers = _headers(plan, utterance) | {
             "X-Generation-Time": f"{utterance.generation_time:.3f}",
-            "X-Audio-Duration": f"{duration:.3f}",
+            "X-Audio-Duration": f"{file.duration:.3f}",
             "X-Retries": str(utterance.retries),
         }
         if utterance.word_error_rate is not None:
             headers["X-Word-Error-Rate"] = f"{utterance.word_error_rate:.3f}"
         if plan.request.timestamps:
             # The measured speed: ffmpeg's atempo filter meets the requested speed to one percent only.
-            speed = utterance.audio_seconds / duration
+            speed = utterance.audio_seconds / file.duration
             key = new_key()
-            self.captions.keep(key, _captions(plan, utterance, speed, duration))
+            self.captions.keep(key, _captions(plan, utterance, speed, file.duration))
             headers["X-Timestamps"] = _timestamps_path(key)
         unread = Unread(self.unread, client_address(request))
-        unread.check(len(data))
-        return SpeechFile(data, unread, headers=headers, media_type=plan.format.content_type)
+        unread.check(len(file.data))
+        return SpeechFile(file.data, unread, headers=headers, media_type=plan.format.content_type)
 
     def _stream(self, plan: _Plan, utterance: Utterance, body: AsyncIterator[bytes], ending: AsyncExitStack) -> SpeechStream:
         headers = _headers(plan, utterance)
@@ -310,9 +303,7 @@ class _EncodedUtterance:
     def __init__(self, plan: _Plan, utterance: Utterance, unread: Unread) -> None:
         self._utterance = utterance
         self._unread = unread
-        self._encoder = StreamEncoder(
-            plan.format, utterance.sample_rate, speed=plan.request.speed, tag=plan.tag, output_rate=plan.request.sample_rate
-        )
+        self._encoder = _encoder(plan, utterance)
         self._error: BaseException | None = None
         self._feeding: asyncio.Task[None] | None = None
 
@@ -349,6 +340,26 @@ class _EncodedUtterance:
         except Exception as error:
             self._error = error
             await self._encoder.aclose()
+
+
+def _encoder(plan: _Plan, utterance: Utterance) -> Encoder:
+    return Encoder(
+        plan.format,
+        utterance.sample_rate,
+        streamed=plan.options.streamed,
+        speed=plan.request.speed,
+        tag=plan.tag,
+        output_rate=plan.request.sample_rate,
+    )
+
+
+async def _encoded_file(plan: _Plan, utterance: Utterance) -> Converted:
+    """Encode an utterance while it is generated, and return the complete file."""
+    await utterance.begun()  # a request that waits in the queue needs no ffmpeg process yet
+    async with _encoder(plan, utterance) as encoder:
+        async for samples in utterance:
+            await encoder.write(samples)
+        return await encoder.file()
 
 
 def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:

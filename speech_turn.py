@@ -14,7 +14,7 @@ import anyio
 import regex
 from starlette.websockets import WebSocket
 
-from audio_converter import StreamEncoder, needs_ffmpeg, to_int16
+from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import WordCaption, WordFinder, captions_of
@@ -187,10 +187,10 @@ class _Sound:
 
     def __init__(self, start: SessionStart, audio_format: AudioFormat, rate: int, tag: SyntheticTag | None, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._encoder: StreamEncoder | None = None
+        self._encoder: Encoder | None = None
         self._sending: asyncio.Task[None] | None = None
         if needs_ffmpeg(audio_format, rate, start.speed, start.sample_rate):
-            self._encoder = StreamEncoder(audio_format, rate, speed=start.speed, tag=tag, output_rate=start.sample_rate)
+            self._encoder = Encoder(audio_format, rate, streamed=True, speed=start.speed, tag=tag, output_rate=start.sample_rate)
 
     async def write(self, samples: Samples) -> None:
         """Encode samples.
@@ -223,7 +223,7 @@ class _Sound:
             if not self._sending.cancelled():
                 self._sending.exception()  # retrieved, or asyncio would log it as lost
 
-    async def _send(self, encoder: StreamEncoder) -> None:
+    async def _send(self, encoder: Encoder) -> None:
         async for piece in encoder:
             self._outbox.put(piece)
 

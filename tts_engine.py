@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 import anyio
-import numpy as np
 
 from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
@@ -35,7 +34,7 @@ _DOWNLOAD_RETRY_AFTER = 30
 class Utterance:
     """One text being spoken: an async iterator of its samples, with its measurements.
 
-    The reader uses `begun`, iteration, `samples` and `aclose`. The engine uses `start`, `begin`, `push`, `finish_segment` and `end`.
+    The reader uses `begun`, iteration and `aclose`. The engine uses `start`, `begin`, `push`, `finish_segment` and `end`.
 
     Attributes:
         voice: The voice that speaks.
@@ -98,11 +97,6 @@ class Utterance:
             if isinstance(item, TTSError):
                 raise item
             yield item
-
-    async def samples(self) -> Samples:
-        """Return all samples, when the utterance is complete."""
-        parts = [part async for part in self]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     async def aclose(self) -> None:
         """Stop waiting or speaking, and return when the model is free for the next utterance."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -28,10 +29,10 @@ import soundfile
 from conftest import server_forker
 from mutagen.aac import AAC
 
-from audio_converter import StreamEncoder, convert, to_int16
-from audio_formats import FORMATS, AudioFormat, LengthMeter, SyntheticTag
+from audio_converter import Converted, Encoder, encoder_arguments, to_int16
+from audio_formats import FORMATS, AudioFormat, LengthMeter, SyntheticTag, tag_arguments
 from errors import ConversionError
-from ffmpeg import clean_temporary_files, find_ffmpeg
+from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, muxer_name
 
 RATE = 24_000
 SENTENCE = "She opened the window and looked at the quiet garden."
@@ -54,8 +55,15 @@ def tone(seconds: float, pitch: float = 220.0) -> listening.Samples:
     return (0.2 * np.sin(phase) + 0.1 * np.sin(2 * phase) + 0.07 * np.sin(3 * phase)).astype(np.float32)
 
 
+async def convert(samples: listening.Samples, rate: int, fmt: AudioFormat, step: int = 24_000, **options: Any) -> Converted:
+    async with Encoder(fmt, rate, streamed=False, **options) as encoder:
+        for start in range(0, len(samples), step):
+            await encoder.write(samples[start : start + step])
+        return await encoder.file()
+
+
 async def stream(samples: listening.Samples, fmt: AudioFormat, step: int = 2400, **options: Any) -> bytes:
-    async with StreamEncoder(fmt, RATE, **options) as encoder:
+    async with Encoder(fmt, RATE, streamed=True, **options) as encoder:
 
         async def feed() -> None:
             for start in range(0, len(samples), step):
@@ -164,7 +172,7 @@ def test_files_and_streams_are_transcribed_without_an_error(fmt: AudioFormat) ->
 @every_format
 def test_the_first_bytes_are_sent_while_generation_goes_on(fmt: AudioFormat) -> None:
     async def first() -> bytes:
-        async with StreamEncoder(fmt, RATE, tag=TAG) as encoder:
+        async with Encoder(fmt, RATE, streamed=True, tag=TAG) as encoder:
             pieces, data = aiter_of(encoder), b""
             await encoder.write(tone(0.24))
             while playable(data, fmt) < 0.08:
@@ -174,8 +182,76 @@ def test_the_first_bytes_are_sent_while_generation_goes_on(fmt: AudioFormat) -> 
     assert fmt.begins(asyncio.run(first()))
 
 
-def aiter_of(encoder: StreamEncoder) -> Any:
+def aiter_of(encoder: Encoder) -> Any:
     return encoder.__aiter__()
+
+
+def run_ffmpeg(arguments: list[str], data: bytes, folder: Path) -> bytes:
+    command = [listening.ffmpeg(), "-v", "error", "-y", *arguments]
+    return subprocess.run(command, cwd=folder, input=data, capture_output=True, check=True, timeout=60).stdout
+
+
+@pytest.fixture
+def known_ffmpeg() -> None:
+    """ffmpeg has told its version, as it has soon after the start of a server."""
+    end = time.monotonic() + 30
+    while not ffmpeg_version():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("known_ffmpeg")
+@pytest.mark.parametrize("tag", [None, TAG, SyntheticTag("m", "even")], ids=["untagged", "tagged", "another length"])
+@pytest.mark.parametrize("speed", [1.0, 0.8, 1.5])
+@pytest.mark.parametrize("name", ["mp3", "flac", "wav"])
+def test_a_file_is_what_ffmpeg_makes_of_all_samples_at_once(name: str, speed: float, tag: SyntheticTag | None, tmp_path: Path) -> None:
+    pcm = to_int16(speech())
+    if speed != 1.0:
+        changed = ["-af", f"atempo={speed}", "-f", "s16le", "pipe:1"]
+        pcm = run_ffmpeg(["-f", "s16le", "-ar", "24000", "-ac", "1", "-i", "pipe:0", *changed], pcm, tmp_path)
+    raw = ["-f", "s16le", "-ar", "6000", "-ac", "1", "-i", "pipe:0", "-af", "asetrate=24000", "-ar", "24000", "-ac", "1"]
+    run_ffmpeg([*raw, *FORMATS[name].encoder, *tag_arguments(FORMATS[name], tag), f"expected.{name}"], pcm, tmp_path)
+    converted = asyncio.run(convert(speech(), RATE, FORMATS[name], step=5000, speed=speed, tag=tag))
+    assert converted.data == (tmp_path / f"expected.{name}").read_bytes()
+    assert converted.duration == len(pcm) / 2 / RATE
+
+
+@pytest.mark.usefixtures("known_ffmpeg")
+@pytest.mark.parametrize("tag", [None, TAG], ids=["untagged", "tagged"])
+def test_a_wav_stream_is_ffmpegs_without_ffmpeg(tag: SyntheticTag | None, tmp_path: Path) -> None:
+    async def encode() -> bytes:
+        async with Encoder(FORMATS["wav"], RATE, streamed=True, tag=tag) as encoder:
+            await encoder.write(speech())
+            await encoder.finish()
+            assert not children()
+            return b"".join([piece async for piece in encoder])
+
+    arguments = encoder_arguments(FORMATS["wav"], RATE, 1.0, tag, "pipe:1", streamed=True)
+    assert asyncio.run(encode()) == run_ffmpeg(arguments, to_int16(speech()), tmp_path)
+
+
+def test_wav_needs_ffmpeg_as_long_as_its_name_is_unknown(fake_ffmpeg: Callable[[str], None]) -> None:
+    fake_ffmpeg("exit 1")
+    assert muxer_name() is None
+    with pytest.raises(ConversionError):
+        asyncio.run(convert(tone(0.2), RATE, FORMATS["wav"]))
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.5])
+def test_a_file_is_encoded_while_its_samples_arrive(speed: float, scratch: Path) -> None:
+    def written() -> int:
+        return sum(file.stat().st_size for file in scratch.glob("*/*"))
+
+    async def encode() -> Converted:
+        async with Encoder(FORMATS["mp3"], RATE, streamed=False, speed=speed) as encoder:
+            await encoder.write(tone(80))
+            end = time.monotonic() + 30
+            while not written():  # ffmpeg writes 256 KiB at once, 33 s of mp3
+                assert time.monotonic() < end, "nothing is encoded before the input ends"
+                await asyncio.sleep(0.01)
+            return await encoder.file()
+
+    assert asyncio.run(encode()).duration == pytest.approx(80 / speed, rel=0.01)
 
 
 def test_another_sample_rate_becomes_24_khz() -> None:
@@ -186,7 +262,7 @@ def test_another_sample_rate_becomes_24_khz() -> None:
 
 
 async def _stream_at(samples: listening.Samples, rate: int, fmt: AudioFormat) -> bytes:
-    async with StreamEncoder(fmt, rate) as encoder:
+    async with Encoder(fmt, rate, streamed=True) as encoder:
         await encoder.write(samples)
         await encoder.finish()
         return b"".join([piece async for piece in encoder])
@@ -215,7 +291,7 @@ def test_a_speed_out_of_range_never_reaches_ffmpeg(speed: float) -> None:
     with pytest.raises(ValueError, match=r"0\.25 to 4"):
         asyncio.run(convert(tone(0.1), RATE, FORMATS["mp3"], speed=speed))
     with pytest.raises(ValueError, match=r"0\.25 to 4"):
-        StreamEncoder(FORMATS["mp3"], RATE, speed=speed)
+        Encoder(FORMATS["mp3"], RATE, streamed=True, speed=speed)
 
 
 def test_loud_samples_are_clipped_and_quiet_ones_rounded() -> None:
@@ -291,7 +367,7 @@ def _at_24_khz(samples: listening.Samples, rate: int) -> listening.Samples:
 
 
 async def _broken_midway(harm: Callable[[psutil.Process], None], seconds: float, fmt: AudioFormat = FORMATS["mp3"]) -> None:
-    async with StreamEncoder(fmt, RATE, stall_timeout=0.5) as encoder:
+    async with Encoder(fmt, RATE, streamed=True, stall_timeout=0.5) as encoder:
         await encoder.write(tone(0.5))
         (child,) = [child for child in children() if child.status() != psutil.STATUS_ZOMBIE]
         harm(child)
@@ -301,7 +377,7 @@ async def _broken_midway(harm: Callable[[psutil.Process], None], seconds: float,
             pass
 
 
-@encoded_format
+@pytest.mark.parametrize("fmt", [FORMATS[name] for name in ("mp3", "opus", "aac", "flac")], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("seconds", [0.1, 60.0])
 def test_an_ffmpeg_killed_midway_breaks_the_stream(fmt: AudioFormat, seconds: float) -> None:
     with pytest.raises(ConversionError, match="killed by signal 9"):
@@ -357,22 +433,26 @@ def test_an_ffmpeg_that_vanishes_is_replaced_by_the_next_one(fake_ffmpeg: Callab
 def test_without_any_ffmpeg_only_pcm_is_there_until_one_is_installed(tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, time, numpy as np
-from audio_converter import convert
+from audio_converter import Encoder
 from audio_formats import FORMATS
 from ffmpeg import ffmpeg_version, find_ffmpeg
 from errors import ConversionError
 sound = np.ones(2400, np.float32) / 2
+async def encode(name):
+    async with Encoder(FORMATS[name], 24000, streamed=False) as encoder:
+        await encoder.write(sound)
+        return (await encoder.file()).data
 assert find_ffmpeg() is None and ffmpeg_version() is None
-assert len(asyncio.run(convert(sound, 24000, FORMATS["pcm"])).data) == 4800
+assert len(asyncio.run(encode("pcm"))) == 4800
 try:
-    asyncio.run(convert(sound, 24000, FORMATS["mp3"]))
+    asyncio.run(encode("mp3"))
 except ConversionError as error:
     print(error.message)
 os.symlink({listening.ffmpeg()!r}, {str(tmp_path / "ffmpeg")!r})
 end = time.monotonic() + 30
 while not ffmpeg_version():
     assert time.monotonic() < end
-assert asyncio.run(convert(sound, 24000, FORMATS["mp3"])).data
+assert asyncio.run(encode("mp3"))
 """
     environment = {"PATH": str(tmp_path), "IMAGEIO_FFMPEG_EXE": "/nowhere/ffmpeg", "PYTHONPATH": str(Path(__file__).parent.parent)}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -385,7 +465,7 @@ def test_a_full_disk_is_an_error() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(ConversionError):
-            asyncio.run(convert(tone(10), RATE, FORMATS["wav"]))
+            asyncio.run(convert(tone(10), RATE, FORMATS["flac"]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -418,7 +498,7 @@ def test_cancelled_at_any_moment_nothing_is_left(scratch: Path) -> None:
 
 def test_a_stream_closed_by_another_task_gives_the_reader_an_error() -> None:
     async def close_midway(fmt: AudioFormat) -> None:
-        async with StreamEncoder(fmt, RATE) as encoder:
+        async with Encoder(fmt, RATE, streamed=True) as encoder:
 
             async def read() -> None:
                 async for _ in encoder:
@@ -436,12 +516,12 @@ def test_a_stream_closed_by_another_task_gives_the_reader_an_error() -> None:
 
 
 def test_an_encoder_that_was_never_entered_can_be_closed() -> None:
-    asyncio.run(StreamEncoder(FORMATS["mp3"], RATE).aclose())
+    asyncio.run(Encoder(FORMATS["mp3"], RATE, streamed=True).aclose())
 
 
 def test_a_slow_reader_does_not_block_the_writer() -> None:
     async def write_all() -> None:
-        async with StreamEncoder(FORMATS["wav"], RATE) as encoder:
+        async with Encoder(FORMATS["wav"], RATE, streamed=True) as encoder:
             await encoder.write(tone(30))  # 1.4 MB, far more than any pipe holds
             await encoder.finish()
             while children():  # psutil's own wait would reap the process, and asyncio would lose its exit status
@@ -511,7 +591,7 @@ def test_an_encoder_that_swallows_its_input_and_succeeds_is_noticed(
     fake_ffmpeg(SWALLOWS.format(ffmpeg=listening.ffmpeg()))
 
     async def stream() -> None:
-        async with StreamEncoder(fmt, RATE, speed=speed) as encoder:
+        async with Encoder(fmt, RATE, streamed=True, speed=speed) as encoder:
             await encoder.write(tone(3.0))
             await encoder.finish()
             async for _ in encoder:

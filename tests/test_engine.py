@@ -16,6 +16,7 @@ import tiny_csm
 from conftest import RunningServer
 from listening import decode, transcribe, word_error_rate
 
+from audio_formats import Samples
 from config import Settings
 from errors import GenerationTimeoutError, InternalError, InvalidInputError
 from hibari_model import HibariModel
@@ -45,10 +46,14 @@ def with_engine(work: Callable[[TTSEngine, VoicePresetManager], Coroutine[Any, A
     return asyncio.run(scenario())
 
 
+async def spoken(utterance: Utterance) -> Samples:
+    return np.concatenate([samples async for samples in utterance])
+
+
 def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> Utterance:
         utterance = engine.speak(TEXT, presets.catalog.resolve("heart"), SpeechOptions(seed=1))
-        samples = await utterance.samples()
+        samples = await spoken(utterance)
         assert samples.dtype == np.float32
         assert samples.ndim == 1
         assert word_error_rate(TEXT, transcribe(samples, utterance.sample_rate)) == 0
@@ -64,10 +69,10 @@ def test_the_built_in_voice_says_the_text(tmp_path: Path) -> None:
 def test_one_seed_gives_the_same_samples_on_the_first_and_the_hundredth_time(tmp_path: Path) -> None:
     async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
         voice = presets.catalog.resolve("heart")
-        first = await engine.speak("Hello.", voice, SpeechOptions(seed=9)).samples()
+        first = await spoken(engine.speak("Hello.", voice, SpeechOptions(seed=9)))
         for seed in range(98):
-            await engine.speak("Something in between.", voice, SpeechOptions(seed=seed)).samples()
-        assert np.array_equal(await engine.speak("Hello.", voice, SpeechOptions(seed=9)).samples(), first)
+            await spoken(engine.speak("Something in between.", voice, SpeechOptions(seed=seed)))
+        assert np.array_equal(await spoken(engine.speak("Hello.", voice, SpeechOptions(seed=9))), first)
 
     with_engine(work, tmp_path)
 
@@ -85,7 +90,7 @@ def test_closing_an_utterance_frees_the_slot_for_the_next(tmp_path: Path) -> Non
         await running.aclose()
         assert (queue.active, queue.waiting) == (0, 0)
         assert running.audio_seconds < 60
-        assert (await engine.speak("Next.", voice, SpeechOptions(seed=1)).samples()).size > 0
+        assert (await spoken(engine.speak("Next.", voice, SpeechOptions(seed=1)))).size > 0
 
     with_engine(work, tmp_path)
 
@@ -131,11 +136,11 @@ def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: 
         voice = presets.catalog.resolve("heart")
         spoiled = engine.speak("A good sentence. A fault is here. And another.", voice, SpeechOptions(seed=1))
         with pytest.raises(expected):
-            await spoiled.samples()
+            await spoken(spoiled)
         await host.settled()
         assert (host.queue.active, host.queue.waiting) == (0, 0)
         assert host.ready
-        assert (await engine.speak("All is well again.", voice, SpeechOptions(seed=1)).samples()).size > 0
+        assert (await spoken(engine.speak("All is well again.", voice, SpeechOptions(seed=1)))).size > 0
 
     with_engine(work, tmp_path)
 

@@ -140,7 +140,7 @@ def test_a_full_disk_costs_files_and_log_lines_and_nothing_else(own: RunningServ
     resource.prlimit(pid, limit, (log.stat().st_size + 100, before[1]))
     try:
         for _ in range(5):
-            failed(speak(own, response_format="wav", input=BODY["input"] * 20), "conversion_failed")
+            failed(speak(own, response_format="flac", input=BODY["input"] * 20), "conversion_failed")
             assert speak(own, stream=True).status_code == 200
     finally:
         resource.prlimit(pid, limit, before)

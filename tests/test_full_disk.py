@@ -87,9 +87,9 @@ def test_a_full_disk_spoils_what_needs_room_and_nothing_after(tmp_path: Path, en
     log, filler = server.cache_dir / "server.log", server.cache_dir.parent / "filler"
     before = log.read_text()
     fill(filler)
-    refused(speak(server, response_format="wav"), "conversion_failed")
+    refused(speak(server, response_format="flac"), "conversion_failed")
     refused(add_voice(server, "Nobody"), "conversion_failed")  # a recording is a temporary file before it is a voice
-    for fields in ({"stream": True}, {"response_format": "pcm"}, {"stream_format": "sse"}):
+    for fields in ({"stream": True}, {"response_format": "pcm"}, {"response_format": "wav"}, {"stream_format": "sse"}):
         assert speak(server, **fields).status_code == 200
     for _ in range(40):  # more lines than fit into what is left of the log's last block
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
@@ -100,7 +100,7 @@ def test_a_full_disk_spoils_what_needs_room_and_nothing_after(tmp_path: Path, en
     assert "Traceback" not in server.log_text()
     filler.unlink()
     assert add_voice(server, "Somebody").status_code == 200
-    answer = speak(server, response_format="wav")
+    answer = speak(server, response_format="flac")
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] in log.read_text().splitlines()[-1], "the log goes on, on a line of its own"
     assert list((server.cache_dir.parent / "temporary").iterdir()) == []

@@ -177,12 +177,12 @@ def test_a_failure_midway_closes_the_connection(make_server: Callable[..., Runni
     long = BODY | {"input": " ".join([TEXT] * 8)}
     with server.client() as client:
         with pytest.raises(httpx.RemoteProtocolError):
-            client.post("/v1/audio/speech", json=long | {"response_format": "wav", "stream": True})
-        said_why, broken = events_until_broken(client, long | {"response_format": "wav", "stream_format": "sse"})
+            client.post("/v1/audio/speech", json=long | {"response_format": "flac", "stream": True})
+        said_why, broken = events_until_broken(client, long | {"response_format": "flac", "stream_format": "sse"})
         assert broken
         assert said_why["type"] == "speech.audio.error"
         assert said_why["error"]["code"] == "conversion_failed"
-        assert client.post("/v1/audio/speech", json=long | {"response_format": "wav"}).json()["error"]["code"] == "conversion_failed"
+        assert client.post("/v1/audio/speech", json=long | {"response_format": "flac"}).json()["error"]["code"] == "conversion_failed"
         assert client.post("/v1/audio/speech", json=BODY | {"response_format": "pcm"}).status_code == 200
 
 
