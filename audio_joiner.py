@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,8 @@ class SegmentJoiner:
 
     - Silence: up to 25 ms before and 70 ms after a segment's sound are kept. The pause includes them, so the gap between two sounds is
       `pause_ms`. A pause below 95 ms keeps less, but at least 10 and 20 ms, so that no soft ending is cut.
-    - Pauses: only between two segments with sound. A silent segment adds nothing.
+    - Pauses: only between two segments with sound. A silent segment adds nothing. A requested pause is as long as requested, also at the
+      start and at the end.
     - Fades: the first and last 5 ms of a segment follow a raised cosine from and to zero.
     - Chunks: their boundaries do not affect the result.
     - Delay: only the last 5 ms, an incomplete hop, and silence that may be the segment's end are held back.
@@ -63,12 +64,11 @@ class SegmentJoiner:
 
     def __init__(self, sample_rate: int, pause_ms: int) -> None:
         self._rate = sample_rate
+        self._requested: dict[int, float] = {}
         self._hop = max(1, round(sample_rate * _HOP_SECONDS))
         self._pause = round(sample_rate * pause_ms / 1000)
         self._fade_in = _raised_cosine(max(2, round(sample_rate * _FADE_SECONDS)))
-        scale = min(1.0, pause_ms / 1000 / (_HEAD_SECONDS + _TAIL_SECONDS))
-        self._head = int(sample_rate * max(_LEAST_HEAD_SECONDS, _HEAD_SECONDS * scale))
-        self._tail = int(sample_rate * max(_LEAST_TAIL_SECONDS, _TAIL_SECONDS * scale))
+        self._due: int | None = None  # of the requested silence before the next sound
         self._length = 0
         self._silence_kept = 0  # at the end of the previous segment
         self._segment = _Segment()
@@ -82,19 +82,46 @@ class SegmentJoiner:
     def push(self, chunk: SegmentChunk) -> Samples:
         """Return the samples that can be played after this chunk: float32, shape (n,), possibly empty."""
         segment = self._segment
+        if (pause := self._requested.pop(chunk.segment, None)) is not None:
+            self._due = (self._due or 0) + round(pause * self._rate)
         segment.append(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
         self._find_sound(segment, ended=chunk.last)
         if not segment.sound_end:
-            segment.forget(segment.measured - self._head)
+            segment.forget(segment.measured - self._head(None))
             ready = np.zeros(0, np.float32)
         elif segment.begun:
-            ready = self._take_final(segment, ended=chunk.last)
+            ready = self._take_final(segment, chunk)
         else:
-            ready = np.concatenate([self._begin(segment), self._take_final(segment, ended=chunk.last)])
+            ready = np.concatenate([self._begin(segment), self._take_final(segment, chunk)])
         self._length += len(ready)
         if chunk.last:
             self._finish(chunk, segment)
         return ready
+
+    def request(self, pauses: Mapping[int, float]) -> None:
+        """Take the pauses that the next text asks for.
+
+        Args:
+            pauses: Seconds of silence, by the index of the segment they come before; after the last segment, by the number of segments.
+        """
+        self._requested = dict(pauses)
+
+    def finish(self) -> Samples:
+        """Return the silence that the text asks for at its end: float32, shape (n,), possibly empty. Called after the last segment."""
+        due = (self._due or 0) + round(sum(self._requested.values()) * self._rate)
+        silence = np.zeros(max(0, due - self._silence_kept), np.float32)
+        self._requested, self._due = {}, None
+        self._length += len(silence)
+        self._silence_kept += len(silence)
+        return silence
+
+    def _head(self, gap: int | None) -> int:
+        """Return how many silent samples at most to keep before the sound of a segment; `gap`: to the sound before, if it was requested."""
+        return self._kept(_HEAD_SECONDS, _LEAST_HEAD_SECONDS, gap)
+
+    def _kept(self, most: float, least: float, gap: int | None) -> int:
+        scale = min(1.0, (self._pause if gap is None else gap) / self._rate / (_HEAD_SECONDS + _TAIL_SECONDS))
+        return int(self._rate * max(least, most * scale))
 
     def _find_sound(self, segment: _Segment, *, ended: bool) -> None:
         """Measure the complete hops (at the end also the incomplete one) and note where the sound begins and ends."""
@@ -117,16 +144,20 @@ class SegmentJoiner:
     def _begin(self, segment: _Segment) -> Samples:
         """Drop the segment's leading silence and return the pause before it. Called at its first sound."""
         segment.begun = True
-        segment.start = segment.returned = max(segment.base, segment.sound_start - self._head)
+        segment.start = segment.returned = max(segment.base, segment.sound_start - self._head(self._due))
         segment.forget(segment.start)
-        pause = 0 if not self.timestamps else max(0, self._pause - self._silence_kept - (segment.sound_start - segment.start))
+        wanted = self._due if self._due is not None else self._pause if self.timestamps else 0
+        pause = max(0, wanted - self._silence_kept - (segment.sound_start - segment.start))
+        self._due = None
         segment.position = self._length + pause
         return np.zeros(pause, np.float32)
 
-    def _take_final(self, segment: _Segment, *, ended: bool) -> Samples:
+    def _take_final(self, segment: _Segment, chunk: SegmentChunk) -> Samples:
         """Return what is final: all except silence that may be the end, and the samples that may have to be faded out."""
-        fade = len(self._fade_in)
-        end = min(segment.sound_end + self._tail, segment.received)
+        fade, ended = len(self._fade_in), chunk.last
+        gap = self._requested.get(chunk.segment + 1)
+        tail = self._kept(_TAIL_SECONDS, _LEAST_TAIL_SECONDS, None if gap is None else round(gap * self._rate))
+        end = min(segment.sound_end + tail, segment.received)
         until = end if ended else max(segment.returned, end - fade)
         ready = segment.pending[segment.returned - segment.base : until - segment.base].copy()
         offset = segment.returned - segment.start

@@ -12,6 +12,7 @@ from itertools import accumulate
 import regex
 
 from audio_joiner import SegmentTimestamp
+from text_markup import blanked
 from text_verbalizer import SpokenSegments
 
 _KEPT_ANSWERS = 64
@@ -66,11 +67,12 @@ class WordFinder:
 
     def __init__(self, source: str, segments: Sequence[str], spoken: SpokenSegments) -> None:
         self._source = source
+        readable = blanked(source)
         self._text = "".join(segments)
         self._starts = list(accumulate(map(len, segments), initial=0))
         self._spoken = spoken
         self._here = [match.span() for match in _WORD.finditer(self._text)]
-        self._there = _places(self._text, self._here, source)
+        self._there = _places(self._text, self._here, readable)
 
     def words(self, timestamps: Sequence[SegmentTimestamp], speed: float, end: float | None = None) -> list[WordCaption]:
         """Return the words of some segments, in order.
@@ -78,7 +80,7 @@ class WordFinder:
         Args:
             timestamps: At normal speed.
             speed: The speed of the audio.
-            end: The length of the audio in seconds, if these are the last words: the last one ends there.
+            end: The end of the speech in seconds, if these are the last words: the last one ends there.
         """
         words: list[WordCaption] = []
         for timestamp in timestamps:

@@ -189,7 +189,7 @@ def _say(text: str, args: argparse.Namespace, settings: Settings) -> None:
     from say_output import ProgressBar
     from say_reading import clean_text, sentences, speak_pieces, split_pieces
 
-    pieces = split_pieces(clean_text(text, normalize=settings.normalize_text), settings.max_input_length)
+    pieces = split_pieces(clean_text(text, normalize=settings.normalize_text, speed=args.speed), settings.max_input_length)
     server = _server(args, settings)
     if server is None:
         import tts_engine  # noqa: F401 - takes seconds; imported inside the event loop, it would delay Ctrl-C

@@ -23,6 +23,7 @@ from errors import InputTooLongError, InvalidInputError
 from files import write_output
 from say_output import AudioFile, AudioStream, Descriptor, Loudspeaker, ProgressBar, Sink
 from speech_model import SegmentLengths
+from text_markup import passages, prepare, stretch, with_voices, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 
@@ -91,31 +92,42 @@ class Output:
         return self.path is None
 
 
-def clean_text(text: str, *, normalize: bool) -> str:
+def clean_text(text: str, *, normalize: bool, speed: float = 1.0) -> str:
     """Return `text` as it will be spoken. Normalize the whole text before it is split, or a split could fall inside a table.
 
+    Args:
+        text: As it was given.
+        normalize: Remove Markdown, links and emoji.
+        speed: At which the audio is written or played in the end: the text's pauses are made longer by it.
+
     Raises:
-        InvalidInputError: It contains no letter and no digit.
+        InvalidInputError: It contains no letter and no digit, or a pause that is too long.
     """
     text = text.encode("utf-8", "ignore").decode("utf-8").strip()  # an argument that is not UTF-8 holds surrogates, which cannot be sent
-    if normalize:
-        text = normalize_text(text)
-    if not has_speech(text):
+    text = prepare(text, normalize_text if normalize else str)
+    if not has_speech(without_marks(text)):
         raise InvalidInputError("There is nothing to say: the text has no letter and no digit.")
-    return text
+    return stretch(text, speed)
 
 
 def split_pieces(text: str, limit: int) -> list[str]:
     """Split `text` into pieces of at most `limit` characters, at the ends of sentences and preferably of paragraphs.
 
-    Pieces without a letter or digit (a line of stars) are dropped: they cannot be spoken.
+    Pieces without a letter or digit (a line of stars) are dropped: they cannot be spoken. A piece begins with the voice tag of the one before.
     """
-    return [piece for piece in split_text(text, SegmentLengths(target=limit, maximum=limit, first=limit)) if has_speech(piece)]
+    pieces = split_text(text, SegmentLengths(target=limit, maximum=limit, first=limit))
+    return [piece for piece in with_voices(pieces) if has_speech(without_marks(piece))]
 
 
 def sentences(pieces: Sequence[str]) -> list[str]:
     """Return the sentences of all pieces in order."""
-    return [sentence for piece in pieces for sentence in split_text(piece, SegmentLengths(target=1, maximum=max(2, len(piece)), first=1))]
+    whole = [SegmentLengths(target=1, maximum=max(2, len(piece)), first=1) for piece in pieces]
+    return [
+        sentence
+        for piece, lengths in zip(pieces, whole, strict=True)
+        for part in passages(piece)
+        for sentence in split_text(part.text, lengths)
+    ]
 
 
 async def speak_pieces(

@@ -114,7 +114,8 @@ class SpeechRequest(SpeechFields):
     """OpenAI's speech request with some more fields."""
 
     input: Annotated[str, BeforeValidator(_clean_text)] = Field(
-        description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters.", min_length=1
+        description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters. `[pause:1.5s]` is silence, `[voice:NAME]` changes the voice.",
+        min_length=1,
     )
 
     def check_length(self, limit: int) -> None:

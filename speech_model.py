@@ -20,6 +20,7 @@ class SpeechOptions:
         top_k: Overrides the preset's top-k.
         streamed: The samples are sent while they are generated, so the first segment is returned in small chunks.
         verbalize: Numbers, symbols and abbreviations are read out as words; None is NORMALIZE_TEXT. Models get True or False.
+        speed: At which the audio is played later. The engine makes the pauses of the text longer by it, so that they are exact then.
     """
 
     seed: int
@@ -27,6 +28,7 @@ class SpeechOptions:
     top_k: int | None = None
     streamed: bool = False
     verbalize: bool | None = None
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)

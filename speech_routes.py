@@ -141,7 +141,7 @@ class SpeechEndpoint:
         audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
-        options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize)
+        options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize, speed=body.speed)
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
         fields = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
         request.state.log_fields.update(fields, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")
@@ -155,6 +155,7 @@ class SpeechEndpoint:
         Raises:
             ModelNotReadyError: Another voice speaks for the requested one, and cannot speak this text: the client can try again later.
             InvalidInputError: The voice cannot speak this text.
+            InvalidVoiceError: The text names a voice that cannot speak it.
         """
         try:
             return self._engine.speak(plan.text, plan.voice, plan.options)
@@ -176,7 +177,7 @@ class SpeechEndpoint:
             # The measured speed: ffmpeg's atempo filter meets the requested speed to one percent only.
             speed = utterance.audio_seconds / file.duration
             key = new_key()
-            self.captions.keep(key, _captions(plan, utterance, speed, file.duration))
+            self.captions.keep(key, _captions(plan, utterance, speed))
             headers["X-Timestamps"] = _timestamps_path(key)
         unread = Unread(self.unread, client_address(request))
         unread.check(len(file.data))
@@ -201,7 +202,7 @@ class SpeechEndpoint:
         async for piece in pieces:
             yield piece
         speed = plan.request.speed
-        self.captions.keep(key, _captions(plan, utterance, speed, utterance.audio_seconds / speed))
+        self.captions.keep(key, _captions(plan, utterance, speed))
 
     def _observe(self, plan: _Plan, utterance: Utterance, outcome: str) -> None:
         started = utterance.generation_time > 0
@@ -433,12 +434,13 @@ def _timestamp_events(plan: _Plan, utterance: Utterance, sent: int) -> Iterator[
         yield _event("speech.audio.timestamps", **fields)
 
 
-def _captions(plan: _Plan, utterance: Utterance, speed: float, duration: float) -> AnswerCaptions:
-    """Return the captions of a complete answer of `duration` seconds."""
+def _captions(plan: _Plan, utterance: Utterance, speed: float) -> AnswerCaptions:
+    """Return the captions of a complete answer."""
     captions = captions_of(utterance.segments, utterance.timestamps, speed)
     if plan.request.timestamps != "word":
         return AnswerCaptions(captions)
-    return AnswerCaptions(captions, _finder(plan, utterance).words(utterance.timestamps, speed, duration))
+    end = utterance.timestamps[-1].end / speed if utterance.timestamps else None
+    return AnswerCaptions(captions, _finder(plan, utterance).words(utterance.timestamps, speed, end))
 
 
 def _finder(plan: _Plan, utterance: Utterance) -> WordFinder:

@@ -169,6 +169,10 @@ class SpokenSegments(Sequence[str]):
             self._ahead[index + 1] = _reader().submit(verbalize, self._segments[index + 1], self._language or "")
         return text
 
+    def part(self, start: int, end: int) -> Sequence[str]:
+        """Return the words of the segments from `start` to before `end`, read when they are asked for."""
+        return _Part(self, start, end)
+
     def reading(self, index: int) -> SpokenText:
         """Return the words of segment `index` with the way back to the written ones."""
         if index in self._ahead:
@@ -177,6 +181,23 @@ class SpokenSegments(Sequence[str]):
 
     def _needs_reading(self, index: int) -> bool:
         return self._language in LANGUAGES and 0 < index < len(self) and index not in self._ahead and _is_written(self._segments[index])
+
+
+class _Part(Sequence[str]):
+    def __init__(self, whole: SpokenSegments, start: int, end: int) -> None:
+        self._whole = whole
+        self._places = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        places = self._places[index]
+        return self._whole[places] if isinstance(places, int) else [self._whole[place] for place in places]
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import anyio
 
@@ -15,10 +16,11 @@ from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
 from config import BUILT_IN_VOICE, Settings
 from csm_model import CsmModel
-from errors import InternalError, InvalidInputError, ModelNotReadyError, TTSError, no_memory
+from errors import InternalError, InvalidInputError, InvalidVoiceError, ModelNotReadyError, TTSError, no_memory, shorten
 from hibari_model import HibariModel, VoiceFiles
 from model_host import Heartbeat, ModelHost, RequestQueue
 from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
+from text_markup import Passage, passages, prepare, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length, warm_up
@@ -297,18 +299,19 @@ class TTSEngine:
         return next((voice for voice in candidates if self.ready(voice)), None)
 
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
-        """Return the text as it will be spoken. Safe to call from any thread.
+        """Return the text as it will be spoken, with its pauses and voice tags. Safe to call from any thread.
 
         Args:
             text: The text of the request.
             normalize: Overrides NORMALIZE_TEXT.
 
         Raises:
-            InvalidInputError: Nothing in it can be spoken.
+            InvalidInputError: Nothing in it can be spoken, or a pause in it is too long.
         """
-        if self._settings.normalize_text if normalize is None else normalize:
-            text = normalize_text(text)
-        if not has_speech(text):
+        cleaned = self._settings.normalize_text if normalize is None else normalize
+        text = prepare(text, normalize_text if cleaned else str)
+        passages(text)
+        if not has_speech(without_marks(text)):
             raise InvalidInputError(
                 "'input' has nothing to speak: without markup and symbols it contains no letter and no digit.", param="input"
             )
@@ -327,19 +330,25 @@ class TTSEngine:
 
         Raises:
             InvalidInputError: The voice's model cannot speak this text.
+            InvalidVoiceError: A voice tag names no voice of this model.
+            ModelNotReadyError: The voice of a tag is not ready.
         """
         host = self.host(voice)
+        parts = passages(text)
+        voices = self._voices_of(parts, voice)
+        text = without_marks(text)
         options = replace(options, verbalize=self._settings.normalize_text if options.verbalize is None else options.verbalize)
         transliterated = foreign_words(text) if options.verbalize and not mostly_foreign(text) else 0
         if not transliterated and (reason := host.model.refusal(text)) is not None:
             raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak all of 'input': {reason}", param="input")
+        script = [(part, voices[part.voice]) for part in parts]
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
         utterance.transliterated = transliterated
 
         async def work() -> None:
             async with host.queue.slot() as waited:
                 utterance.begin(waited)
-                await host.run(lambda model: self._speak_on_thread(text, utterance, model, options, joiner), utterance.heartbeat)
+                await host.run(lambda model: self._speak_on_thread(script, utterance, model, options, joiner), utterance.heartbeat)
 
         self._running.add(utterance)
         utterance.start(work).add_done_callback(lambda _: self._running.discard(utterance))
@@ -349,28 +358,47 @@ class TTSEngine:
         """Return what joins the segments of a text, or of several."""
         return SegmentJoiner(sample_rate, self._settings.pause_ms)
 
+    def _voices_of(self, parts: Sequence[Passage], voice: Voice) -> dict[str | None, Voice]:
+        """Return the voices of a text, by their names in its tags; None is the voice of the request."""
+        voices: dict[str | None, Voice] = {None: voice}
+        for name in {part.voice for part in parts if part.voice is not None}:
+            voices[name], _ = self.choose_voice(name)
+            if voices[name].preset.model != voice.preset.model:
+                raise InvalidVoiceError(
+                    f"[voice:{shorten(name)}] in 'input' is a voice of {voices[name].preset.model}, and voice '{voice.name}' is one of "
+                    f"{voice.preset.model}: all voices of a text must be of the same model.",
+                    param="input",
+                )
+        return voices
+
     def _speak_on_thread(
-        self, text: str, utterance: Utterance, model: SpeechModel, options: SpeechOptions, joiner: SegmentJoiner | None
+        self,
+        script: Sequence[tuple[Passage, Voice]],
+        utterance: Utterance,
+        model: SpeechModel,
+        options: SpeechOptions,
+        joiner: SegmentJoiner | None,
     ) -> None:
         """Split the text, speak the segments and join them. Runs on the model's thread."""
-        heartbeat, voice = utterance.heartbeat, utterance.voice
-        longest = model.segment_lengths.maximum
-        segments = split_text(text, model.segment_lengths, lambda segment: spoken_length(segment) <= longest and model.fits(segment, voice))
+        turns = _turns(script, model)
+        segments = [segment for turn in turns for segment in turn.segments]
         joiner = joiner or self.new_joiner(model.sample_rate)
+        joiner.request(_pauses(turns, options.speed))
         utterance.segments, utterance.timestamps = segments, joiner.timestamps
-        utterance.spoken = SpokenSegments(segments, voice.preset.language if options.verbalize else None)
+        utterance.spoken = SpokenSegments(segments, utterance.voice.preset.language if options.verbalize else None)
         finished = 0
-        for chunk in model.speak(utterance.spoken, voice, options, heartbeat.cancelled):
+        for chunk in _spoken(turns, utterance, model, options):
             utterance.push(joiner.push(chunk))
             if chunk.last:
                 finished += 1
                 utterance.finish_segment(chunk)
-        if heartbeat.stopped:
+        if utterance.heartbeat.stopped:
             return
         if finished != len(segments):
             raise InternalError(f"The model spoke {finished} of {len(segments)} segments.")
         if not utterance.audio_seconds:
-            raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak this text: the model produced no audio.", param="input")
+            raise InvalidInputError(f"Voice '{utterance.voice.name}' cannot speak this text: the model produced no audio.", param="input")
+        utterance.push(joiner.finish())
 
     def _other_voice(self) -> str:
         """Return a sentence that names a voice to use instead."""
@@ -406,6 +434,53 @@ class TTSEngine:
 
     def _new_queue(self) -> RequestQueue:
         return RequestQueue(self._settings.max_queue, self._settings.queue_timeout)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Segments that one voice speaks after a pause.
+
+    Attributes:
+        voice: The voice.
+        pause: Seconds of silence before it; None: as between two sentences.
+        segments: The text; none at the end of a text that ends with a pause.
+    """
+
+    voice: Voice
+    pause: float | None
+    segments: list[str]
+
+
+def _turns(script: Sequence[tuple[Passage, Voice]], model: SpeechModel) -> list[_Turn]:
+    lengths, longest = model.segment_lengths, model.segment_lengths.maximum
+    turns: list[_Turn] = []
+    for passage, voice in script:
+
+        def fits(segment: str, voice: Voice = voice) -> bool:
+            return spoken_length(segment) <= longest and model.fits(segment, voice)
+
+        turns.append(_Turn(voice, passage.pause, split_text(passage.text, lengths, fits)))
+        lengths = replace(lengths, first=lengths.target)  # only the very first segment is short
+    return turns
+
+
+def _pauses(turns: Sequence[_Turn], speed: float) -> dict[int, float]:
+    """Return the requested seconds of silence at normal speed, by the segment that follows."""
+    starts = accumulate((len(turn.segments) for turn in turns), initial=0)
+    return {start: turn.pause * speed for start, turn in zip(starts, turns, strict=False) if turn.pause is not None}
+
+
+def _spoken(turns: Sequence[_Turn], utterance: Utterance, model: SpeechModel, options: SpeechOptions) -> Iterator[SegmentChunk]:
+    """Have the model speak; consecutive turns of one voice together."""
+    start = 0
+    for _, group in groupby(turns, lambda turn: turn.voice.id):
+        same = list(group)
+        words = utterance.spoken.part(start, start + sum(len(turn.segments) for turn in same))
+        if words:
+            for chunk in model.speak(words, same[0].voice, options, utterance.heartbeat.cancelled):
+                yield replace(chunk, segment=chunk.segment + start) if start else chunk
+        start += len(words)
+        options = replace(options, streamed=False)
 
 
 def new_seed() -> int:

@@ -222,6 +222,7 @@ def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     presets = tmp_path_factory.mktemp("presets")
     tiny = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 240}
     (presets / "tiny.json").write_text(json.dumps(tiny))
+    (presets / "brief.json").write_text(json.dumps(tiny | {"name": "brief", "max_audio_length_ms": 80}))
     (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
     outcomes = [tiny_csm.ends_after(frames) for frames in (1, 2, 3)]
     environment = tiny_csm.environment(tiny_csm.build(script={"": outcomes}))
@@ -302,6 +303,24 @@ def test_csm_streams_what_it_would_have_sent_complete(csm_server: RunningServer)
     a, b = decode(streamed.content, "wav")[0], decode(complete.content, "wav")[0]
     assert a.size == b.size
     assert np.abs(a - b).max() <= 2 / 32768  # frames are decoded in other blocks: equal within float error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dialogue_is_spoken_by_its_voices(csm_server: RunningServer, stream: bool) -> None:
+    turns = [f"[voice:{voice}] " + "Sentence one is here. " * 40 for voice in ("brief", "tiny", "brief")]
+    answer = speak(csm_server, input=" ".join(turns), seed=3, timestamps=True, stream=stream)
+    captions = httpx.get(f"{csm_server.url}{answer.headers['x-timestamps']}").json()["captions"]
+    assert " ".join(caption["text"] for caption in captions) == " ".join(["Sentence one is here."] * 120)
+    frames = [round((caption["end"] - caption["start"]) / 0.08) for caption in captions]
+    size = len(frames) // 3
+    assert set(frames[:size]) | set(frames[-size:]) == {1}
+    assert max(frames[size:-size]) > 1
+
+
+def test_a_voice_of_another_model_cannot_take_part(csm_server: RunningServer) -> None:
+    body = {"model": "m", "voice": "tiny", "input": "Hello. [voice:heart] Hello."}
+    refused = httpx.post(f"{csm_server.url}/v1/audio/speech", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_voice")
 
 
 def test_the_two_models_speak_side_by_side(csm_server: RunningServer) -> None:
