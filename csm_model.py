@@ -33,6 +33,7 @@ class CsmModel:
 
     id = "csm-1b"
     sample_rate = SAMPLE_RATE
+    takes_phonemes = False
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

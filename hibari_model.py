@@ -35,7 +35,10 @@ _LONGEST_RETRY_SECONDS = 1800.0
 
 # hibari reads Greek and Cyrillic by the names of the letters, and skips those of other scripts.
 _UNKNOWN_LETTER = regex.compile(r"[\p{L}--[\p{Latin}\p{Common}μΩπ]]", regex.V1)
-_ACCENTED_WORD = regex.compile(r"[\p{Latin}\p{M}'’]*[[\p{Latin}]--[A-Za-z]][\p{Latin}\p{M}'’]*", regex.V1)
+# A word with its phonemes, as hibari takes it, is left as it is.
+_ACCENTED_WORD = regex.compile(
+    r"\[[^\]]*\]\(/[^)]*/\)(*SKIP)(*FAIL)|[\p{Latin}\p{M}'’]*[[\p{Latin}]--[A-Za-z]][\p{Latin}\p{M}'’]*", regex.V1
+)
 # Its table takes a word at a sentence's end for an abbreviation.
 _NO = re.compile(r"\b([Nn]os?)\.(?!\s?\d)")
 # Names that neither its lexicon nor its spelling rules get right, in its phonemes.
@@ -176,6 +179,7 @@ class HibariModel:
 
     id = "hibari"
     sample_rate = SAMPLE_RATE
+    takes_phonemes = True
     # One sentence a segment: hibari speaks sentence by sentence anyway, in about 50 ms each. It splits a sentence of more than 400
     # phonemes itself; splitting it earlier keeps our own pauses.
     segment_lengths = SegmentLengths(target=1, maximum=320, first=1)

@@ -116,6 +116,8 @@ class SpeechModel(Protocol):
 
     id: str
     sample_rate: int
+    takes_phonemes: bool
+    """A word may be written as `[word](/phonemes/)`."""
     segment_lengths: SegmentLengths
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:

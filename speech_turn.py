@@ -354,7 +354,7 @@ class Turn:
             return
         start = self._start
         seed = (self.seed + len(self._spoken)) % _SEEDS
-        options = SpeechOptions(seed, start.temperature, start.top_k, streamed=True, verbalize=start.normalize)
+        options = SpeechOptions(seed, start.temperature, start.top_k, streamed=True, verbalize=start.normalize, speed=start.speed)
         first = len(self._joiner.timestamps)
         self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
         outcome = "cancelled"

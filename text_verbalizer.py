@@ -20,6 +20,7 @@ import regex
 from anyascii import anyascii
 
 import text_english
+from pronunciations import Pronounce
 
 # Text without any of these is spoken as it is written. Measured: 1 µs a sentence.
 _WRITTEN = regex.compile(
@@ -122,16 +123,22 @@ class SpokenText:
         return piece.start if first else piece.end
 
 
-def verbalize(text: str, language: str = "en") -> SpokenText:
+def verbalize(text: str, language: str = "en", pronounce: Pronounce | None = None) -> SpokenText:
     """Return `text` as a person would read it out, with the written span of each piece.
 
     Sentence ends, punctuation and plain words stay. Deterministic; may be called from any thread. Texts in other languages than `LANGUAGES`
     come back as they are. Meant for a sentence or a few: the time is linear in the text, below 1 ms for a sentence of
     numbers and dates, and 5 to 100 ms more for each word that only the grammar can read (at most 12; the rest is read sign by sign).
+
+    Args:
+        text: As it is written.
+        language: Of the voice.
+        pronounce: The owner's pronunciations, which come before all rules; for all languages.
     """
+    owned = [Piece(spoken, start, end) for start, end, spoken in pronounce(text)] if pronounce else []
     if language not in LANGUAGES or not _is_written(text):
-        return SpokenText((Piece(text, 0, len(text)),))
-    return SpokenText(tuple(_pieces(text, _readings(text))))
+        return SpokenText(tuple(_pieces(text, owned) if owned else [Piece(text, 0, len(text))]))
+    return SpokenText(tuple(_pieces(text, _readings(text, owned))))
 
 
 def _is_written(text: str) -> bool:
@@ -146,11 +153,13 @@ class SpokenSegments(Sequence[str]):
     Args:
         segments: The written segments.
         language: See `verbalize`; None leaves them as they are.
+        pronounce: See `verbalize`.
     """
 
-    def __init__(self, segments: Sequence[str], language: str | None) -> None:
+    def __init__(self, segments: Sequence[str], language: str | None, pronounce: Pronounce | None = None) -> None:
         self._segments = segments
         self._language = language
+        self._pronounce = pronounce
         self._ahead: dict[int, Future[SpokenText]] = {}
 
     def __len__(self) -> int:
@@ -166,7 +175,7 @@ class SpokenSegments(Sequence[str]):
             return [self[place] for place in range(*index.indices(len(self)))]
         text = self.reading(index).text
         if self._needs_reading(index + 1):
-            self._ahead[index + 1] = _reader().submit(verbalize, self._segments[index + 1], self._language or "")
+            self._ahead[index + 1] = _reader().submit(self._read, index + 1)
         return text
 
     def part(self, start: int, end: int) -> Sequence[str]:
@@ -177,7 +186,13 @@ class SpokenSegments(Sequence[str]):
         """Return the words of segment `index` with the way back to the written ones."""
         if index in self._ahead:
             return self._ahead[index].result()
-        return verbalize(self._segments[index], self._language or "")
+        return self._read(index)
+
+    def _read(self, index: int) -> SpokenText:
+        text = self._segments[index]
+        if self._language is None:
+            return SpokenText((Piece(text, 0, len(text)),))
+        return verbalize(text, self._language, self._pronounce)
 
     def _needs_reading(self, index: int) -> bool:
         return self._language in LANGUAGES and 0 < index < len(self) and index not in self._ahead and _is_written(self._segments[index])
@@ -210,9 +225,10 @@ def warm_up() -> None:
     _reader().submit(verbalize, "a1b2c3")
 
 
-def spoken_length(text: str) -> int:
+def spoken_length(text: str, pronounce: Pronounce | None = None) -> int:
     """Return about how many characters `text` has once it is read out, without reading it."""
-    return len(text.strip()) + _DIGIT_CHARACTERS * len(_DIGIT.findall(text))
+    owned = sum(len(spoken) - (end - start) for start, end, spoken in pronounce(text)) if pronounce else 0
+    return len(text.strip()) + _DIGIT_CHARACTERS * len(_DIGIT.findall(text)) + owned
 
 
 def foreign_words(text: str) -> int:
@@ -253,10 +269,14 @@ class _Readings:
                     self.add(start, end, spoken)
 
 
-def _readings(text: str) -> list[Piece]:
+def _readings(text: str, owned: Sequence[Piece]) -> list[Piece]:
     readings = _Readings(text)
+    for piece in owned:
+        readings.add(piece.start, piece.end, piece.spoken)
     if not text.isascii():
         for match in _FOREIGN_WORD.finditer(text):
+            if not readings.free(*match.span()):
+                continue
             readings.add(match.start(), match.end(), _transliterated(match[0]))
     readings.apply(text_english.RULES)
     _apply_grammar(readings)

@@ -19,6 +19,7 @@ from csm_model import CsmModel
 from errors import InternalError, InvalidInputError, InvalidVoiceError, ModelNotReadyError, TTSError, no_memory, shorten
 from hibari_model import HibariModel, VoiceFiles
 from model_host import Heartbeat, ModelHost, RequestQueue
+from pronunciations import Pronounce
 from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
 from text_markup import Passage, passages, prepare, without_marks
 from text_normalizer import has_speech, normalize_text
@@ -380,12 +381,13 @@ class TTSEngine:
         joiner: SegmentJoiner | None,
     ) -> None:
         """Split the text, speak the segments and join them. Runs on the model's thread."""
-        turns = _turns(script, model)
+        pronounce = self._presets.catalog.pronunciations.pronounce(phonemes=model.takes_phonemes) if options.verbalize else None
+        turns = _turns(script, model, pronounce)
         segments = [segment for turn in turns for segment in turn.segments]
         joiner = joiner or self.new_joiner(model.sample_rate)
         joiner.request(_pauses(turns, options.speed))
         utterance.segments, utterance.timestamps = segments, joiner.timestamps
-        utterance.spoken = SpokenSegments(segments, utterance.voice.preset.language if options.verbalize else None)
+        utterance.spoken = SpokenSegments(segments, utterance.voice.preset.language if options.verbalize else None, pronounce)
         finished = 0
         for chunk in _spoken(turns, utterance, model, options):
             utterance.push(joiner.push(chunk))
@@ -451,13 +453,13 @@ class _Turn:
     segments: list[str]
 
 
-def _turns(script: Sequence[tuple[Passage, Voice]], model: SpeechModel) -> list[_Turn]:
+def _turns(script: Sequence[tuple[Passage, Voice]], model: SpeechModel, pronounce: Pronounce | None) -> list[_Turn]:
     lengths, longest = model.segment_lengths, model.segment_lengths.maximum
     turns: list[_Turn] = []
     for passage, voice in script:
 
         def fits(segment: str, voice: Voice = voice) -> bool:
-            return spoken_length(segment) <= longest and model.fits(segment, voice)
+            return spoken_length(segment, pronounce) <= longest and model.fits(segment, voice)
 
         turns.append(_Turn(voice, passage.pause, split_text(passage.text, lengths, fits)))
         lengths = replace(lengths, first=lengths.target)  # only the very first segment is short

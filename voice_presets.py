@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from errors import InvalidVoiceError, shorten
 from files import folder_signature, read_regular_file
+from pronunciations import FILE as PRONUNCIATIONS
+from pronunciations import Pronunciations, read_pronunciations
 from recordings import RecordingVerdicts
 from voice_store import RECORDING, StoredVoice, VoiceStore, name_key, name_taken
 
@@ -185,7 +187,7 @@ def _as_title(name: str) -> str:
 
 @dataclass(frozen=True)
 class SkippedPreset:
-    """A preset file that cannot be used, and the reason."""
+    """A preset file, or the file of pronunciations, that cannot be used, and the reason."""
 
     file: str
     reason: str
@@ -203,13 +205,22 @@ class VoiceCatalog:
         voices: Added voices come after presets, the oldest first.
         skipped: The preset files that cannot be used.
         default_voice: The voice that OpenAI's voice names select unless a preset claims them.
+        pronunciations: The owner's pronunciations of words.
 
     Attributes:
         voices: Presets sorted by name, then added voices sorted by name.
         skipped: The preset files that cannot be used.
+        pronunciations: The owner's pronunciations of words.
     """
 
-    def __init__(self, voices: Sequence[Voice] = (), skipped: Sequence[SkippedPreset] = (), default_voice: str = "") -> None:
+    def __init__(
+        self,
+        voices: Sequence[Voice] = (),
+        skipped: Sequence[SkippedPreset] = (),
+        default_voice: str = "",
+        pronunciations: Pronunciations | None = None,
+    ) -> None:
+        self.pronunciations = pronunciations or Pronunciations()
         self.voices = tuple(sorted(voices, key=lambda voice: (voice.uploaded, voice.name)))
         self.skipped = tuple(skipped)
         self._by_id = {voice.id: voice for voice in voices}
@@ -318,7 +329,15 @@ class VoicePresetManager:
         if not presets:
             logger.warning("no usable preset in %s", self._presets_dir)
         added = [_added_voice(stored) for stored in self._added.voices()] if self._added else []
-        return VoiceCatalog([*presets, *added], skipped, self._default_voice)
+        return VoiceCatalog([*presets, *added], skipped, self._default_voice, self._read_pronunciations(skipped))
+
+    def _read_pronunciations(self, skipped: list[SkippedPreset]) -> Pronunciations:
+        try:
+            return read_pronunciations(self._presets_dir / PRONUNCIATIONS)
+        except ValueError as error:
+            skipped.append(SkippedPreset(PRONUNCIATIONS, str(error)))
+            logger.warning("%s is skipped: %s", PRONUNCIATIONS, error)
+            return Pronunciations()
 
     def _read_presets(self) -> tuple[list[Voice], list[SkippedPreset]]:
         voices: list[Voice] = []
@@ -326,6 +345,8 @@ class VoicePresetManager:
         owners: dict[str, str] = {}  # each name and alias so far, and the preset it belongs to
         recordings: list[Path] = []
         for path in sorted(self._presets_dir.glob("*.json")):
+            if path.name == PRONUNCIATIONS:
+                continue
             try:
                 preset = read_preset(path)
                 if preset.ref_audio is not None:

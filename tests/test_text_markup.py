@@ -138,7 +138,7 @@ def test_the_command_line_keeps_pauses_and_voices_in_all_pieces() -> None:
     text = clean_text("[voice:anna] " + "A sentence of some words. " * 20 + "[voice:ben] " + "Another one is here. " * 20, normalize=True)
     pieces = split_pieces(text, 200)
     assert len(pieces) > 4
-    voices = [part.voice for piece in pieces for part in passages(piece)]
+    voices = [part.voice or "" for piece in pieces for part in passages(piece)]
     assert set(voices) == {"anna", "ben"}
     assert voices == sorted(voices)
     assert sum(part.pause or 0 for part in passages(stretch("a [pause:8s] b [pause:400ms] c", 2.0))) == pytest.approx(16.8)
