@@ -103,9 +103,9 @@ def test_they_are_heard_at_once_and_words_stay_in_place(make_server: Callable[..
         return transcribe(*decode(answer.content, "wav")).lower()
 
     assert "banana" not in heard()
-    written(presets, {"szczepan": "banana", "the route office": {"say": "the root office", "ipa": "ðə ˈtɛnɪs kɔɹt"}})
+    written(presets, {"szczepan": "banana", "the route office": {"say": "the root office", "ipa": "ðə ˈwɪndoʊ"}})
     now = heard()
-    assert "banana in the tennis court" in now
+    assert "banana in the window" in now
     assert "banana" not in heard(normalize=False)
     written(presets, "{")
     assert "banana" not in heard()
