@@ -31,7 +31,8 @@ _SSML_TAG = regex.compile(r"(?s)<!--.*?(?:-->|\Z)|<\?[^<>]*\?>|</?([A-Za-z][\w:.
 _PARAGRAPHS = ("p", "s")
 # What ends a sentence or clause goes before a pause: no passage begins with it.
 _ENDS = ".,;:!?…。，、；：！？"
-_PUNCTUATION = rf"([{_ENDS}]+[\"'”’)\]]*+(?!\S))"
+_END = rf"[{_ENDS}]+[\"'”’)\]]*+(?!\S)"
+_PUNCTUATION = rf"({_END}(?:[ \t]++{_END})*+)"
 
 
 @dataclass(frozen=True)
