@@ -63,8 +63,18 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
 
 
 def error_response(error: TTSError) -> JSONResponse:
-    """Return an error as a response with OpenAI's error envelope."""
-    return JSONResponse(error.envelope(), error.status, headers=error.headers)
+    """Return an error as a response with OpenAI's error envelope. `RequestLog` finds the error in the scope's state."""
+    return _ErrorResponse(error)
+
+
+class _ErrorResponse(JSONResponse):
+    def __init__(self, error: TTSError) -> None:
+        super().__init__(error.envelope(), error.status, headers=error.headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["error"] = self._error
+        await super().__call__(scope, receive, send)
 
 
 class RequestLog:
@@ -290,9 +300,16 @@ def _log(scope: Scope, status: object, seconds: float) -> None:
     state = scope["state"]
     method = scope.get("method", "WS")[:_LOGGED_METHOD_CHARACTERS]
     fields = {"id": state["request_id"], "method": method, "path": shorten(scope["path"]), "status": status}
-    fields |= state["log_fields"] | {"seconds": f"{seconds:.3f}"}
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
-    logger.log(level, " ".join(f"{name}={value}" for name, value in fields.items()))
+    error: TTSError | None = state.get("error")
+    fields |= state["log_fields"] | ({"code": error.code} if error else {}) | {"seconds": f"{seconds:.3f}"}
+    line = " ".join(f"{name}={value}" for name, value in fields.items())
+    logger.log(_log_level(scope["path"], status), line, extra={"fields": fields | ({"reason": error.message} if error else {})})
+
+
+def _log_level(path: str, status: object) -> int:
+    """Return DEBUG for health checks and the files of pages, unless they fail."""
+    asset = path.startswith(_OPEN_PREFIXES) and status in (200, 304)
+    return logging.DEBUG if asset or (path in _QUIET_PATHS and status in (200, 503)) else logging.INFO
 
 
 def _check_framing(headers: Headers) -> None:

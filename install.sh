@@ -11,7 +11,9 @@ HELPER="$PROJECT/deploy/service.py"
 SYSTEM="$(uname -s)"
 DOMAIN="gui/$(id -u)"
 PLIST="$HOME/Library/LaunchAgents/$LABEL.plist"
+QUICK_ACTION="$HOME/Library/Services/Speak with Sesame.workflow"
 LINK="$HOME/.local/bin/sesame"
+PBS="/System/Library/CoreServices/pbs" # lists the services of all programs
 UNIT_FILE="${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user/$UNIT"
 
 ENVIRONMENT_GB=2    # .venv and uv's cache
@@ -28,6 +30,7 @@ Usage: ./install.sh [--no-download]   install, or upgrade in place
        ./install.sh --restart         restart it gracefully (after a change in .env)
        ./install.sh --logs            show the last lines of the logs; on a terminal, follow them
        ./install.sh --link            link the command 'sesame' into ~/.local/bin
+       ./install.sh --quick-action    put "Speak with Sesame" into the Services menu of a Mac: it reads selected text aloud
        ./install.sh --uninstall       remove the service; voices, logs and models are kept
        ./install.sh --render FOLDER   write the service files into FOLDER, without installing or starting the service
 
@@ -274,11 +277,9 @@ wait_for_csm() {
 play() {
     local player
     for player in afplay pw-play paplay aplay; do
-        if command -v "$player" >/dev/null 2>&1; then
-            "$player" "$1" >/dev/null 2>&1 || true
-            return 0
-        fi
+        if command -v "$player" >/dev/null 2>&1 && "$player" "$1" >/dev/null 2>&1; then return 0; fi
     done
+    say "It could not be played here: no sound output, or no player (afplay, pw-play, paplay or aplay). Open the file yourself to hear it."
 }
 
 next_steps() {
@@ -328,6 +329,19 @@ offer_link() {
     [yY]*) link_command ;;
     *) say "To use the command 'sesame' in every folder: ./install.sh --link" ;;
     esac
+}
+
+# The speech uses the running service, so that it starts at once; without one, `sesame` loads the voice itself.
+quick_action() {
+    on_mac || fail "$FAILED" "Quick Actions exist on a Mac only. Here, bind './sesame -' with the selection as its input to a key."
+    check_project_folder
+    check_tools
+    make_environment
+    helper quick_action "$QUICK_ACTION" || exit "$?"
+    "$PBS" -flush >/dev/null 2>&1 || true
+    say "Installed: $QUICK_ACTION"
+    say "Select text in any program and choose Services > Speak with Sesame in the menu of the program or of the right mouse button."
+    say "A key for it: System Settings > Keyboard > Keyboard Shortcuts > Services > Text. Programs that are running may show it only after their next start."
 }
 
 unlink_command() { if linked; then rm -f "$LINK"; fi; }
@@ -439,6 +453,7 @@ data_folder() { if on_mac; then say "$HOME/Library/Application Support/sesame-tt
 
 uninstall_service() {
     unlink_command
+    rm -rf "$QUICK_ACTION"
     if ! installed && ! { on_mac && loaded; }; then
         say "The service is not installed."
         return 0
@@ -481,6 +496,7 @@ main() {
     --restart) restart_service ;;
     --logs) logs ;;
     --link) link_command ;;
+    --quick-action) quick_action ;;
     --uninstall) uninstall_service ;;
     --render)
         [ "$#" -eq 2 ] || fail "$USAGE" "--render needs the name of a folder."

@@ -15,6 +15,9 @@ from prometheus_client.registry import Collector
 
 from model_host import ModelHost
 
+LOG_FILE = "server.log"
+"""The name of the log file in CACHE_DIR."""
+
 _LOG_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s"
 _LOG_BYTES = 5_000_000
 _OLD_LOGS = 4  # rotated files that are kept: 25 MB in all
@@ -111,16 +114,17 @@ class _LogFile(RotatingFileHandler):
             print(f"the log file cannot be written: {sys.exc_info()[1]!r}", file=sys.stderr)
 
 
-def configure_logging(level: str, folder: Path, *, to_stderr: bool = True) -> None:
-    """Log to `folder`/server.log and to stderr. If the folder cannot be written, log to stderr alone."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()] if to_stderr else []
+def configure_logging(level: str, folder: Path, *, to_stderr: bool = True, terminal: logging.Handler | None = None) -> None:
+    """Log to `folder`/server.log and to stderr; if that is a terminal, to its handler. Without a folder to write to, log to stderr anyway."""
+    display = terminal or logging.StreamHandler()
+    handlers = [display] if to_stderr else []
     failure = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(folder / "server.log", maxBytes=_LOG_BYTES, backupCount=_OLD_LOGS, encoding="utf-8"))
+        handlers.append(_LogFile(folder / LOG_FILE, maxBytes=_LOG_BYTES, backupCount=_OLD_LOGS, encoding="utf-8"))
     except OSError as error:
         failure = error.strerror or type(error).__name__
-        handlers = [logging.StreamHandler()]
+        handlers = [display]
     formatter = logging.Formatter(_LOG_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     for handler in handlers:

@@ -35,7 +35,7 @@ from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
-from monitoring import Metrics, configure_logging
+from monitoring import LOG_FILE, Metrics, configure_logging
 from schemas import (
     COMMON_REFUSALS,
     CsmStatus,
@@ -55,6 +55,7 @@ from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
 from speech_socket import router as socket_routes
 from speech_turn import SpeechService
+from terminal import Facts, Terminal, Voices, on_terminal
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices
@@ -117,6 +118,11 @@ class Server:
             return None
         speaker = self.engine.fallback(named=False)
         return Fallback(voice=speaker.name, replaces=default.name) if speaker else None
+
+    def voices_now(self) -> Voices:
+        """Return which voice speaks now and the states of the models, for the terminal."""
+        speaker = self.settings.default_voice if self.default_ready() else fallback.voice if (fallback := self.fallback()) else None
+        return Voices(self.settings.default_voice, speaker, {name: host.info() for name, host in self.engine.hosts.items()})
 
     def setting_faults(self) -> list[str]:
         """Return a message for each setting with an unknown voice. The server runs nevertheless: its preset may be added later."""
@@ -228,8 +234,8 @@ async def reload(request: Request, server: CurrentServer) -> dict[str, Any]:
     return {"models": {name: host.state for name, host in server.engine.hosts.items()}}
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Create the application. Its models start to load on startup."""
+def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
+    """Create the application. Its models start to load on startup; `terminal` shows how."""
     server = Server(settings)
 
     @asynccontextmanager
@@ -237,7 +243,10 @@ def create_app(settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(_helper_threads())
         await asyncio.to_thread(_prepare, server)
         await server.engine.start()
+        watching = asyncio.create_task(terminal.watch(server.voices_now)) if terminal else None
         yield
+        if watching:
+            watching.cancel()
         await server.engine.close()
 
     app = FastAPIOffline(
@@ -401,6 +410,14 @@ def _methods_at(path: str) -> list[str]:
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
+def _terminal(settings: Settings, url: str) -> Terminal | None:
+    """Return the display for a person, if standard error is a terminal and LOG_STDERR does not turn it off."""
+    if not settings.log_stderr or not on_terminal():
+        return None
+    facts = Facts(VERSION, url, settings.playground, bool(settings.api_key), settings.cache_dir / LOG_FILE)
+    return Terminal(facts, verbose=settings.log_level == "debug")
+
+
 def main() -> int:
     """Run the server. Return the exit status: 2 (or SETTING_ERROR_STATUS) if a setting is invalid or the port cannot be used, else 0."""
     try:
@@ -409,11 +426,12 @@ def main() -> int:
     except SettingsError as error:
         print(f"sesame-tts: {error}", file=sys.stderr)
         return int(os.environ.get("SETTING_ERROR_STATUS", "2"))  # launchd's service file sets it to 0
-    configure_logging(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr)
-    app = create_app(settings)
     host, port = bound[0].getsockname()[:2]
-    hosts = " and ".join(each.getsockname()[0] for each in bound)
     here = "localhost" if host in {"0.0.0.0", "::", "127.0.0.1", "::1"} else host  # noqa: S104 - compared, not bound
+    terminal = _terminal(settings, f"http://{here}:{port}")
+    configure_logging(settings.log_level, settings.cache_dir, to_stderr=settings.log_stderr, terminal=terminal)
+    app = create_app(settings, terminal)
+    hosts = " and ".join(each.getsockname()[0] for each in bound)
     logger.info(
         "sesame-tts %s listens on %s, port %d: http://%s:%d/ (default voice: %s)", VERSION, hosts, port, here, port, settings.default_voice
     )

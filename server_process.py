@@ -305,7 +305,9 @@ class GuardedProtocol(H11Protocol):
     def _send_error(self, error: TTSError) -> None:
         body = json.dumps(error.envelope()).encode()
         request_id = uuid.uuid4().hex
-        logger.info("id=%s status=%d code=%s refused before a complete request arrived", request_id, error.status, error.code)
+        fields = {"status": error.status, "code": error.code, "reason": error.message}
+        message = "id=%s status=%d code=%s refused before a complete request arrived"
+        logger.info(message, request_id, error.status, error.code, extra={"fields": fields})
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
         headers |= {"X-Request-Id": request_id} | error.headers
         response = h11.Response(status_code=error.status, headers=list(headers.items()), reason=HTTPStatus(error.status).phrase)

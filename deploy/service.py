@@ -8,9 +8,9 @@ import json
 import math
 import os
 import plistlib
+import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,10 @@ sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules are one folder up
 from server_process import listen  # noqa: E402
+from terminal import DownloadSpeed  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
+QUICK_ACTION_TEMPLATE = PROJECT_DIR / "deploy" / "quick-action"
 UNIT_TEMPLATE = PROJECT_DIR / "deploy" / "sesame-tts.service"
 
 # Where models and added voices are stored. Copied into the service files, because a service does not see what a shell's profile exports.
@@ -32,7 +34,6 @@ _SENTENCE = "Hello. Sesame is installed, and this is how it sounds."
 _SPEECH_SECONDS = 180.0
 _LOAD_SECONDS = 60.0  # for the built-in voice to be loaded, on a slow disk
 _WATCH_SECONDS = 0.5
-_SPEED_SECONDS = 30  # the speed of a download is that of the last seconds; huggingface_hub reports every 10 MB
 _INTERRUPTED = 4  # exit status of `watch` after Ctrl-C
 
 
@@ -199,6 +200,17 @@ def render(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def quick_action(_: Settings, arguments: argparse.Namespace) -> int:
+    """Write the macOS Quick Action into the folder `arguments.folder`: an Automator workflow that sends the selected text to `sesame`."""
+    names = {"@SESAME@": shlex.quote(str(PROJECT_DIR / "sesame"))}
+    contents = arguments.folder / "Contents"
+    contents.mkdir(parents=True, exist_ok=True)
+    for template in QUICK_ACTION_TEMPLATE.iterdir():
+        rendered = cast("dict[str, Any]", _replace(plistlib.loads(template.read_bytes()), names))
+        (contents / template.name).write_bytes(plistlib.dumps(rendered, sort_keys=False))
+    return 0
+
+
 def watch(settings: Settings, arguments: argparse.Namespace) -> int:
     """Print the progress of CSM's download and load until it is ready; 1 if it failed or the server is gone."""
     display = _Progress(sys.stdout.isatty())
@@ -238,32 +250,19 @@ class _Progress:
         self._on_terminal = on_terminal
         self._shown: object = None
         self._width = 0
-        self._samples: deque[tuple[float, int]] = deque(maxlen=round(_SPEED_SECONDS / _WATCH_SECONDS))
+        self._speed = DownloadSpeed()
 
     def show(self, progress: dict[str, Any], now: float) -> None:
         """Print `progress`, the field of the same name in `/health`; `now` is on the monotonic clock."""
-        stage, done, total = progress["stage"], progress.get("done"), progress.get("total")
-        if done is None or not total:
-            self._samples.clear()
-            self._print(str(stage), stage)
-            return
-        self._samples.append((now, done))
-        text = f"{stage}, {100 * done // total}% of {total / 1e6:.0f} MB{self._speed(done, total)}"
-        self._print(text, 10 * done // total)
+        done, total = progress.get("done"), progress.get("total")
+        step = progress["stage"] if done is None or not total else 10 * done // total
+        self._print(", ".join(filter(None, (progress["stage"], self._speed.describe(progress, now)))), step)
 
     def end(self) -> None:
         """End the updated line."""
         if self._width:
             print()
         self._width = 0
-
-    def _speed(self, done: int, total: int) -> str:
-        """Return speed and remaining time, from the last seconds; nothing before two samples differ."""
-        (before, least), (now, _) = self._samples[0], self._samples[-1]
-        if done <= least or now <= before:
-            return ""
-        speed = (done - least) / (now - before)
-        return f", {speed / 1e6:.1f} MB/s, {_duration((total - done) / speed)} left"
 
     def _print(self, text: str, step: object) -> None:
         if self._on_terminal:
@@ -272,14 +271,6 @@ class _Progress:
         elif step != self._shown:
             print(text, flush=True)
         self._shown = step
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration as people say it: "40 s", "12 min", "1 h 5 min"."""
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def port(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -348,11 +339,13 @@ def status(settings: Settings, _: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (describe, render, port, wait, watch, speak, status):
+    for command in (describe, render, quick_action, port, wait, watch, speak, status):
         sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").splitlines()[0])
         sub.set_defaults(command=command)
         if command is render:
             sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
+        if command is quick_action:
+            sub.add_argument("folder", type=Path)
         if command is port:
             sub.add_argument("--running", action="store_true", help="the service is running and may use the port")
         if command in (wait, watch):

@@ -328,6 +328,34 @@ def test_the_command_is_linked_once_and_nothing_is_overwritten(machine: Machine)
     assert link.read_text() == "somebody else's program"
 
 
+def test_the_quick_action_sends_the_selected_text_to_sesame(machine: Machine) -> None:
+    stand_in = machine.project / "sesame"
+    stand_in.write_text('#!/bin/sh\necho "$@" > "$HOME/arguments"\ncat > "$HOME/selection"\n')
+    stand_in.chmod(0o755)
+    installed = machine.install("--quick-action")
+    assert (installed.returncode, "Services > Speak with Sesame" in installed.stdout) == (0, True), installed.stderr
+    workflow = machine.home / "Library" / "Services" / "Speak with Sesame.workflow"
+    (service,) = plistlib.loads((workflow / "Contents" / "Info.plist").read_bytes())["NSServices"]
+    assert service["NSMenuItem"] == {"default": "Speak with Sesame"}
+    assert (service["NSMessage"], service["NSSendTypes"]) == ("runWorkflowAsService", ["public.utf8-plain-text"])
+    document = plistlib.loads((workflow / "Contents" / "document.wflow").read_bytes())
+    assert document["workflowMetaData"]["serviceInputTypeIdentifier"] == "com.apple.Automator.text"
+    (action,) = [each["action"] for each in document["actions"]]
+    assert action["ActionBundlePath"].endswith("/Run Shell Script.action")
+    parameters = action["ActionParameters"]
+    assert parameters["inputMethod"] == 0, "the text comes on standard input"
+    selected = 'Dr. Smith\'s "notes" cost $5.\nSecond line: naïve.'
+    own = {"HOME": str(machine.home), "PATH": "/usr/bin:/bin"}
+    subprocess.run([parameters["shell"], "-c", parameters["COMMAND_STRING"]], input=selected.encode(), env=own, check=True)
+    assert (machine.home / "selection").read_text() == selected
+    assert (machine.home / "arguments").read_text() == "-\n"
+    assert machine.install("--uninstall").returncode == 0
+    assert not workflow.exists()
+    machine.says(system="Linux")
+    refused = machine.install("--quick-action")
+    assert (refused.returncode, "on a Mac only" in refused.stderr) == (1, True)
+
+
 def test_linux_without_systemd_for_users_gets_advice(machine: Machine) -> None:
     machine.says(system="Linux", systemd="absent")
     result = machine.install()
