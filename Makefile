@@ -72,11 +72,19 @@ help: ## print this list
 
 # Stamp files, so that later runs do not start uv. --inexact keeps packages that other targets installed.
 .venv/.run-stamp: pyproject.toml $(BROKEN) | $(UV)
-	$(UV) sync $(QUIET) --inexact
+	@echo "Installing the Python packages into .venv" >&2
+	@$(UV) sync $(QUIET) --inexact
 	@touch $@
 
 .venv/.dev-stamp: pyproject.toml $(BROKEN) | $(UV)
-	$(UV) sync $(QUIET) --inexact --group dev
+	@echo "Installing the Python packages into .venv, with the tests' tools" >&2
+	@$(UV) sync $(QUIET) --inexact --group dev
+	@touch $@ .venv/.run-stamp .venv/.mcp-stamp
+
+# For `sesame mcp` only.
+.venv/.mcp-stamp: pyproject.toml $(BROKEN) | $(UV)
+	@echo "Installing the packages of sesame mcp into .venv" >&2
+	@$(UV) sync $(QUIET) --inexact --group mcp
 	@touch $@ .venv/.run-stamp
 
 broken-environment:
@@ -84,5 +92,6 @@ broken-environment:
 	rm -rf .venv
 
 .uv/bin/uv:
-	$(PYTHON) -m venv .uv
-	.uv/bin/pip install $(QUIET) --disable-pip-version-check uv==0.13.9
+	@echo "Installing uv, which installs Python packages, into .uv" >&2
+	@$(PYTHON) -m venv .uv
+	@.uv/bin/pip install $(QUIET) --disable-pip-version-check uv==0.13.9

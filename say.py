@@ -38,7 +38,6 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAD_REQUEST = 400
-_PROBE_SECONDS = 2.0
 _CAPTION_ENDINGS = (".vtt", ".srt", ".json")
 _MAX_SEED = 2**32 - 1
 
@@ -297,26 +296,16 @@ def _server(args: argparse.Namespace, settings: Settings) -> SpeechServer | None
     """
     if args.local:
         return None
-    from say_backends import SpeechServer
+    from say_backends import new_server, running_server
 
-    key = args.api_key or (settings.api_key[0].get_secret_value() if settings.api_key else None)
     try:
-        server = SpeechServer(args.server or _own_url(settings), key, settings.queue_timeout + settings.generation_timeout)
+        if not args.server:
+            return _run(running_server(settings, args.api_key))
+        server = new_server(settings, args.server, args.api_key)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if args.server:
-        _run(server.health())
-        return server
-    try:
-        _run(server.health(_PROBE_SECONDS))
-    except TTSError:
-        return None
+    _run(server.health())
     return server
-
-
-def _own_url(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - an address to connect to, not to bind
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 def _output(args: argparse.Namespace, settings: Settings) -> Output:

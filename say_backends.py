@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model_host import ModelHost
 
 _CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 2.0
 _MAX_BUSY_SECONDS = 600.0  # of waiting for a server whose queue is full
 _MAX_RETRY_SECONDS = 30.0
 _SERVER_POLL_SECONDS = 1.0
@@ -197,6 +198,31 @@ class SpeechServer:
 
     def _unknown(self) -> UnreachableError:
         return UnreachableError(f"The server at {self.url} is not a Sesame TTS server.")
+
+
+def new_server(settings: Settings, url: str, key: str | None = None) -> SpeechServer:
+    """Return a client for the server at `url`, with the settings' first key if none is given.
+
+    Raises:
+        ValueError: `url` is no http or https URL, or the key cannot be sent.
+    """
+    key = key or (settings.api_key[0].get_secret_value() if settings.api_key else None)
+    return SpeechServer(url, key, settings.queue_timeout + settings.generation_timeout)
+
+
+async def running_server(settings: Settings, key: str | None = None) -> SpeechServer | None:
+    """Return a client for the server that runs on HOST and PORT of the settings; None if none does.
+
+    Raises:
+        ValueError: The key cannot be sent.
+    """
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - an address to connect to, not to bind
+    server = new_server(settings, f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}", key)
+    try:
+        await server.health(_PROBE_SECONDS)
+    except TTSError:
+        return None
+    return server
 
 
 class ServerSpeaker:

@@ -286,17 +286,20 @@ class Loudspeaker:
             raise OutputError(f"The loudspeaker failed: {error.args[0]}.") from None
 
 
-def require_loudspeaker() -> None:
+def require_loudspeaker(to_write: str = "-o speech.mp3") -> None:
     """Raise before any work if there is no loudspeaker.
+
+    Args:
+        to_write: How to write a file instead, for the message.
 
     Raises:
         OutputError: PortAudio or an output device is missing.
     """
-    portaudio = _load_sounddevice()
+    portaudio = _load_sounddevice(to_write)
     try:
         portaudio.check_output_settings(samplerate=SAMPLE_RATE, channels=1, dtype="int16")
     except (portaudio.PortAudioError, ValueError) as error:
-        raise OutputError(f"There is no loudspeaker on this machine ({error.args[0]}). Write a file instead: -o speech.mp3") from None
+        raise OutputError(f"There is no loudspeaker on this machine ({error.args[0]}). Write a file instead: {to_write}") from None
 
 
 class ProgressBar:
@@ -379,12 +382,12 @@ class ProgressBar:
         bar.refresh()
 
 
-def _load_sounddevice() -> ModuleType:
+def _load_sounddevice(to_write: str = "-o speech.mp3") -> ModuleType:
     try:
         import sounddevice
     except OSError:  # its wheel has PortAudio for macOS, not for Linux
         raise OutputError(
-            "The PortAudio library is missing (on Debian: apt install libportaudio2). Install it, or write a file: -o speech.mp3"
+            f"The PortAudio library is missing (on Debian: apt install libportaudio2). Install it, or write a file: {to_write}"
         ) from None
     module: ModuleType = sounddevice
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from client_programs import document_blocks
 from conftest import PROJECT, RunningServer, clean_environment, free_port
 from saying import wait_until
 from test_makefile import OLD_BASH
@@ -96,6 +98,15 @@ def test_serve_runs_the_server_in_its_own_process(project: Path) -> None:
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
     assert status == 0
+
+
+def test_mcp_installs_its_own_packages_and_ends_with_its_input(project: Path) -> None:
+    (block,) = document_blocks("docs/CLIENTS.md")["Assistants (MCP)"]
+    documented = json.loads(block)["mcpServers"]["sesame"]
+    assert documented["command"].endswith("/sesame")
+    ended = call(project, *documented["args"])
+    assert (ended.returncode, ended.stdout) == (0, b""), ended.stderr
+    assert (project / "uv-calls").read_text() == "sync --quiet --inexact --group mcp\n"
 
 
 def test_an_environment_that_cannot_be_installed_is_explained(project: Path) -> None:
