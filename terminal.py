@@ -146,12 +146,8 @@ class Terminal(logging.Handler):
         return self._paint(_printable(record.getMessage()), color)
 
     def _request(self, fields: Mapping[str, Any]) -> str:
-        status = fields["status"]
-        good, refused = (200, 299), (300, 499)
-        color = _RED
-        for bounds, kind in ((good, _GREEN), (refused, _YELLOW)):
-            if isinstance(status, int) and bounds[0] <= status <= bounds[1]:
-                color = kind
+        status = fields["status"]  # a number, or "aborted"
+        color = _RED if not isinstance(status, int) or status >= 500 else _YELLOW if status >= 400 else _GREEN
         place = f"{fields['method']} {fields['path'][1:-1]}" if "path" in fields else "incomplete request"
         return f"{self._paint(str(status), color)}  {_printable(place)}  {_printable(_outcome(fields))}"
 
@@ -224,6 +220,8 @@ def _outcome(fields: Mapping[str, Any]) -> str:
         return f"{fields['code']}: {fields['reason']}"
     if fields["status"] == 499:
         return "the client disconnected"
+    if "turns" in fields:
+        return f"{fields['turns']} spoken in {float(fields['seconds']):.1f} s"
     if "audio" not in fields:
         return f"{fields['seconds']} s"
     instead = f" instead of {fields['fallback_for']}" if "fallback_for" in fields else ""
