@@ -203,7 +203,7 @@ class Terminal(logging.Handler):
 
 def on_terminal() -> bool:
     """Return whether standard error is a terminal that can rewrite a line."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def _duration(seconds: float) -> str:
