@@ -9,7 +9,25 @@ from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from audio_formats import FORMATS, SAMPLE_RATE
-from errors import InputTooLongError, InvalidFormatError, InvalidInputError, InvalidRequestError, InvalidVoiceError, shorten
+from errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    ConflictError,
+    ForbiddenError,
+    HostNotAllowedError,
+    InputTooLongError,
+    InternalError,
+    InvalidFormatError,
+    InvalidInputError,
+    InvalidRequestError,
+    InvalidVoiceError,
+    ModelNotReadyError,
+    NotFoundError,
+    RateLimitError,
+    RequestTimeoutError,
+    UnsupportedMediaTypeError,
+    shorten,
+)
 
 MAX_BODY_BYTES = 1 << 20
 """Limit for a JSON body. The default limit of 4096 characters needs 24 KiB at most, when all are escaped (\\uXXXX)."""
@@ -410,9 +428,34 @@ _REASONS = {
 }
 
 
+_SAMPLES = (
+    InvalidFormatError("'response_format'='ogg' is not valid. Available formats: mp3, opus, aac, flac, wav, pcm.", param="response_format"),
+    AuthenticationError("The API key is missing or wrong: send 'Authorization: Bearer <key>' with a key from this server's API_KEY."),
+    ForbiddenError("Requests from another machine need a key for this: set API_KEY on the server and send 'Authorization: Bearer <key>'."),
+    NotFoundError("There is no voice with this id. GET /v1/audio/voices lists the voices."),
+    RequestTimeoutError("The request did not arrive within 20 s."),
+    ConflictError("There are 100 voices, which is the limit: delete one first.", code="too_many_voices"),
+    BodyTooLargeError("The body is larger than 1 MiB, the limit for this path."),
+    UnsupportedMediaTypeError("Content-Encoding 'gzip' is not supported: send the body uncompressed."),
+    HostNotAllowedError("Host 'tts.example.com' is not allowed. If it is a name of this server, set ALLOWED_HOSTS=tts.example.com."),
+    RateLimitError("The queue is full: 32 requests are waiting. Try again in 64 s."),
+    InternalError("Unexpected server error. The server's log has the details under this request's id."),
+    ModelNotReadyError("Model 'csm-1b' is switched off: CSM=off. Voice 'heart' is ready."),
+)
+"""One error of each status, as the server words it."""
+
+
 def refusals(*statuses: int) -> dict[int | str, Document]:
-    """Return error answers for FastAPI's `responses`."""
-    return {status: {"model": Error, "description": _REASONS[status]} for status in statuses}
+    """Return error answers for FastAPI's `responses`, each with a sample."""
+    samples = {error.status: error.envelope() for error in _SAMPLES}
+    return {
+        status: {
+            "model": Error,
+            "description": _REASONS[status],
+            "content": {"application/json": {"example": samples[status]}},
+        }
+        for status in statuses
+    }
 
 
 COMMON_REFUSALS = refusals(400, 401, 408, 413, 415, 421, 500, 503)
@@ -427,7 +470,31 @@ _SPEECH_HEADERS = {
     "X-Transliterated": "How many words in foreign scripts are spoken in Latin letters; absent if none.",
     "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
     "X-Queue-Time": "Seconds spent in the queue.",
+    "X-Generation-Time": "Seconds that the model needed; complete files only.",
+    "X-Audio-Duration": "Seconds of speech; complete files only.",
+    "X-Retries": "How many segments were generated again; complete files only.",
+    "X-Word-Error-Rate": "The worst segment's word error rate; complete files only, with VERIFY.",
+    "X-Timestamps": "The path of the timestamps, if they were requested.",
 }
+SPEECH_EXAMPLES: Document = {
+    "mp3": {"summary": "MP3, a complete file", "value": _EXAMPLE},
+    "opus": {"summary": "Opus in Ogg", "value": _EXAMPLE | {"response_format": "opus"}},
+    "aac": {"summary": "AAC", "value": _EXAMPLE | {"response_format": "aac"}},
+    "flac": {"summary": "FLAC, lossless", "value": _EXAMPLE | {"response_format": "flac"}},
+    "wav": {"summary": "WAV at 8 kHz, as telephones use it", "value": _EXAMPLE | {"response_format": "wav", "sample_rate": 8000}},
+    "pcm": {"summary": "PCM: raw samples, as a stream", "value": _EXAMPLE | {"response_format": "pcm"}},
+    "stream": {"summary": "MP3, as a stream", "value": _EXAMPLE | {"stream": True}},
+    "events": {
+        "summary": "Server-sent events with the times of words",
+        "value": _EXAMPLE | {"stream_format": "sse", "timestamps": "word", "voice": "heart"},
+    },
+    "repeatable": {
+        "summary": "The same samples each time: a voice, a speed and a seed",
+        "value": _EXAMPLE | {"voice": "heart", "speed": 1.25, "seed": 7},
+    },
+}
+"""Requests for `/docs`, one for each format and for what else a request can ask for."""
+
 SPEECH_ANSWER: Document = {
     "description": "The speech",
     "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _TEXT},

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Body, Depends
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -23,7 +23,18 @@ from config import Settings
 from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
-from schemas import CAPTION_FILES, SPEECH_ANSWER, AudioModelList, Captions, Model, ModelList, SpeechFields, SpeechRequest, refusals
+from schemas import (
+    CAPTION_FILES,
+    SPEECH_ANSWER,
+    SPEECH_EXAMPLES,
+    AudioModelList,
+    Captions,
+    Model,
+    ModelList,
+    SpeechFields,
+    SpeechRequest,
+    refusals,
+)
 from speech_model import SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
@@ -481,7 +492,9 @@ router = APIRouter(tags=["speech"])
     response_class=Response,
     responses={200: SPEECH_ANSWER, **refusals(429)},
 )
-async def create_speech(body: SpeechRequest, request: Request, endpoint: Endpoint) -> Response:
+async def create_speech(
+    body: Annotated[SpeechRequest, Body(openapi_examples=SPEECH_EXAMPLES)], request: Request, endpoint: Endpoint
+) -> Response:
     """Speak a text. The answer is a complete audio file, or a stream of bytes or events if the request asks for one."""
     return await endpoint.answer(body, request)
 

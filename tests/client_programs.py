@@ -53,6 +53,11 @@ def client_node() -> Path:
     return found[0] if found else Path(which("node") or "node")
 
 
+def client_package(name: str) -> Path:
+    """Return the folder of one of the clients' Node packages; skip the test if it is missing."""
+    return _installed(CLIENTS / "node_modules" / name, can_be_missing=True)
+
+
 def _installed(path: Path, *, can_be_missing: bool) -> Path:
     if path.exists():
         return path

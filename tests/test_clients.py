@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from client_programs import CLIENTS, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
+from client_programs import (
+    CLIENTS,
+    assert_says,
+    busy,
+    client_node,
+    client_package,
+    client_python,
+    document_blocks,
+    documented,
+    last_json,
+    run_program,
+)
 from conftest import PROJECT, RunningServer
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
@@ -142,6 +155,37 @@ def test_the_documented_node_runs(server: RunningServer, tmp_path: Path) -> None
     (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")
     (tmp_path / "program.mjs").write_text(documented("OpenAI's library for Node", server))
     run_program([node, "program.mjs"], tmp_path)
+    assert_says((tmp_path / "hello.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
+
+
+def generated_blocks(server: RunningServer) -> list[str]:
+    return [
+        block.replace("localhost:8880", f"localhost:{server.port}") for block in document_blocks("docs/CLIENTS.md")["Generated clients"]
+    ]
+
+
+def test_a_client_generated_for_python_speaks(server: RunningServer, tmp_path: Path) -> None:
+    settings, command, program, *_ = generated_blocks(server)
+    python = client_python(".venv")
+    generator, *arguments = shlex.split(command)
+    (tmp_path / "client.yml").write_text(settings)
+    tools = f"{python.parent}:{os.environ['PATH']}"  # it formats what it writes with ruff
+    run_program([python.parent / generator, *arguments], tmp_path, PATH=tools)
+    run_program([python, "-c", program], tmp_path)
+    assert_says((tmp_path / "hello.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
+
+
+def test_a_client_generated_for_typescript_speaks_and_its_types_fit(server: RunningServer, tmp_path: Path) -> None:
+    *_, command, program = generated_blocks(server)
+    node, generator = client_node(), client_package("openapi-typescript") / "bin" / "cli.js"
+    compiler = client_package("typescript") / "bin" / "tsc"
+    client_package("openapi-fetch")
+    (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")
+    (tmp_path / "speak.mts").write_text(program)
+    run_program([node, generator, *shlex.split(command)[2:]], tmp_path)
+    options = ("--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--target", "esnext", "--allowImportingTsExtensions")
+    run_program([node, compiler, *options, "speak.mts"], tmp_path)
+    run_program([node, "speak.mts"], tmp_path)
     assert_says((tmp_path / "hello.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
 
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -149,6 +150,53 @@ def test_the_reference_lists_exactly_the_paths_of_the_api(server: RunningServer)
     operations = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     table = API[: API.index("## Authentication")]
     assert set(re.findall(r"`([A-Z]+ /[^`]*)`", table)) == operations
+
+
+@pytest.fixture(scope="module")
+def openapi(server: RunningServer) -> dict[str, Any]:
+    return dict(httpx.get(f"{server.url}/openapi.json").json())
+
+
+def table(section: str) -> dict[str, list[str]]:
+    """Return the cells of the first table of a section of the reference, by the code in the first cell; cells with several names count for each."""
+    text = re.split(r"^#", API[API.index(section) + len(section) :], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| [`0-9]", line)]
+    return {name: cells for cells in rows for name in re.findall(r"`([^`]+)`", cells[0]) or [cells[0]]}
+
+
+def test_the_reference_gives_the_defaults_and_limits_of_the_document(openapi: dict[str, Any]) -> None:
+    schema, rows = openapi["components"]["schemas"]["SpeechRequest"], table("## Speech\n")
+    assert rows.keys() == schema["properties"].keys()
+    for name, field in schema["properties"].items():
+        default, meaning = rows[name][-2:]
+        assert (default == "required") == (name in schema["required"]), name
+        if field.get("default") is not None:
+            assert json.loads(default.strip("`")) == field["default"], name
+        rules = field["anyOf"][0] if "anyOf" in field else field
+        if "default" in field and "minimum" in rules:
+            assert float(re.findall(r"[\d.]+", meaning)[0]) == rules["minimum"], name
+            assert float(re.findall(r"[\d.]+", meaning)[1]) == rules["maximum"], name
+        assert [value for value in rules.get("enum", ()) if f"`{value}`" not in meaning] == [], name
+
+
+def test_the_reference_names_the_answers_of_the_document(openapi: dict[str, Any]) -> None:
+    schemas, speech = openapi["components"]["schemas"], openapi["paths"]["/v1/audio/speech"]["post"]["responses"]["200"]
+    assert table("## Voices\n").keys() == schemas["VoiceEntry"]["properties"].keys()
+    assert table("### Response headers\n").keys() == speech["headers"].keys() | {"X-Request-Id"}
+    errors_section = API[API.index("## Errors\n") :]
+    operations = [operation for methods in openapi["paths"].values() for operation in methods.values()]
+    statuses = {status for operation in operations for status in operation["responses"]} - {"200", "201"}
+    assert set(re.findall(r"^\| (\d{3}) \|", errors_section, re.MULTILINE)) - {"405", "401"} == statuses, (
+        "401 is documented with a key only"
+    )
+
+
+def test_the_reference_names_the_fields_of_the_form(openapi: dict[str, Any]) -> None:
+    (form,) = openapi["paths"]["/v1/audio/voices"]["post"]["requestBody"]["content"].values()
+    schema = form["schema"]
+    if "$ref" in schema:
+        schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    assert [name for name in schema["properties"] if f"`{name}`" not in API[API.index("## Voices\n") :]] == []
 
 
 def test_the_reference_explains_every_field_of_health(server: RunningServer) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from conftest import PROJECT, RunningServer
+
+from audio_formats import FORMATS
 
 # Half a minute is enough to find regressions; SCHEMATHESIS_SECONDS=1800 makes tens of thousands of cases.
 SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "30"))
@@ -59,6 +62,63 @@ def test_the_document_asks_for_a_key_only_where_one_is_set(server: RunningServer
         for operation in operations.values():
             assert {} in operation["security"]
             assert "401" not in operation["responses"]
+
+
+def test_every_operation_has_an_id_and_a_summary(server: RunningServer) -> None:
+    operations = [each for methods in document(server)["paths"].values() for each in methods.values()]
+    ids = [operation["operationId"] for operation in operations]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("[a-z]+[A-Za-z]+", each) for each in ids)
+    assert all(operation["summary"] for operation in operations)
+
+
+def test_the_examples_of_the_docs_cover_each_format_and_work(server: RunningServer) -> None:
+    content = document(server)["paths"]["/v1/audio/speech"]["post"]["requestBody"]["content"]["application/json"]
+    formats = set()
+    for example in content["examples"].values():
+        asked = example["value"]
+        answer = httpx.post(f"{server.url}/v1/audio/speech", json=asked, timeout=60)
+        assert answer.status_code == 200, (asked, answer.text)
+        if asked.get("stream_format") == "sse":
+            assert '"speech.audio.done"' in answer.text
+            assert '"words"' in answer.text
+        else:
+            formats.add(asked.get("response_format", "mp3"))
+            assert answer.headers["content-type"].split(";")[0] == FORMATS[asked.get("response_format", "mp3")].content_type
+            assert len(answer.content) > 5_000
+    assert formats == set(FORMATS)
+
+
+def caused(server: RunningServer) -> Iterator[httpx.Response]:
+    """Errors that a request can cause by itself, at the routes whose document has their sample."""
+    speech, body = f"{server.url}/v1/audio/speech", {"model": "x", "input": "Hi.", "voice": "alloy"}
+    yield httpx.post(speech, json=body | {"response_format": "ogg"})
+    yield httpx.get(f"{server.url}/v1/audio/voices/voice_nobody")
+    yield httpx.post(speech, content=b" " * (1 << 20) + b"{}")
+    yield httpx.post(speech, json=body, headers={"Content-Encoding": "gzip"})
+    yield httpx.post(speech, json=body, headers={"Host": "tts.example.com"})
+    yield httpx.post(speech, json=body | {"voice": "conversational"})
+
+
+def test_the_samples_of_errors_are_what_the_server_answers(server: RunningServer) -> None:
+    paths = document(server)["paths"]
+    for answer in caused(server):
+        path = answer.request.url.path.replace("voice_nobody", "{voice_id}")
+        documented = paths[path][answer.request.method.lower()]["responses"][str(answer.status_code)]
+        assert documented["content"]["application/json"]["example"] == answer.json()
+
+
+def test_every_error_of_the_document_has_a_sample_in_openais_form(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(API_KEY=KEY)
+    for methods in document(server)["paths"].values():
+        for operation in methods.values():
+            for status, answer in operation["responses"].items():
+                content = answer.get("content", {}).get("application/json", {})
+                if content.get("schema") == {"$ref": "#/components/schemas/Error"}:
+                    assert content["example"]["error"].keys() == {"message", "type", "param", "code"}, status
+    missing = httpx.get(f"{server.url}/v1/audio/voices")
+    documented = document(server)["paths"]["/v1/audio/voices"]["get"]["responses"]["401"]
+    assert missing.json() == documented["content"]["application/json"]["example"]
 
 
 @pytest.mark.parametrize(
