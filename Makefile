@@ -25,6 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
+	@test ! -t 2 || printf 'Starting\r' >&2
 	@exec $(PY) server.py
 
 setup: .venv/.run-stamp ## install the server's packages into .venv

@@ -109,6 +109,13 @@ def test_mcp_installs_its_own_packages_and_ends_with_its_input(project: Path) ->
     assert (project / "uv-calls").read_text() == "sync --quiet --inexact --group mcp\n"
 
 
+def test_acceptance_installs_the_tests_tools_and_passes_its_options_on(project: Path) -> None:
+    (project / "benchmarks").symlink_to(PROJECT / "benchmarks")
+    helped = call(project, "acceptance", "--help")
+    assert (helped.returncode, b"--no-kill" in helped.stdout) == (0, True), helped.stderr
+    assert (project / "uv-calls").read_text() == "sync --quiet --inexact --group dev\n"
+
+
 def test_an_environment_that_cannot_be_installed_is_explained(project: Path) -> None:
     (project / "offline").touch()
     failed = call(project, "Hello.")
