@@ -446,16 +446,8 @@ _SAMPLES = (
 
 
 def refusals(*statuses: int) -> dict[int | str, Document]:
-    """Return error answers for FastAPI's `responses`, each with a sample."""
-    samples = {error.status: error.envelope() for error in _SAMPLES}
-    return {
-        status: {
-            "model": Error,
-            "description": _REASONS[status],
-            "content": {"application/json": {"example": samples[status]}},
-        }
-        for status in statuses
-    }
+    """Return error answers for FastAPI's `responses`."""
+    return {status: {"model": Error, "description": _REASONS[status]} for status in statuses}
 
 
 COMMON_REFUSALS = refusals(400, 401, 408, 413, 415, 421, 500, 503)
@@ -504,8 +496,16 @@ CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip"
 _WITHOUT_KEY = ("/health", "/health/ready")
 
 
+def _add_samples(responses: Document) -> None:
+    """Add a sample to each error. FastAPI drops what is null in an example that it is given."""
+    for error in _SAMPLES:
+        content = responses.get(str(error.status), {}).get("content", {}).get("application/json", {})
+        if content.get("schema") == {"$ref": "#/components/schemas/Error"}:
+            content["example"] = error.envelope()
+
+
 def complete_document(app: FastAPI, *, keyed: bool) -> None:
-    """Correct in /openapi.json what FastAPI cannot infer: where a key is needed, and that no answer has status 422.
+    """Correct in /openapi.json what FastAPI cannot infer: where a key is needed, that no answer has status 422, and samples of errors.
 
     Args:
         app: The application. Its routes may be added later.
@@ -524,6 +524,7 @@ def complete_document(app: FastAPI, *, keyed: bool) -> None:
                 if not keyed or path in _WITHOUT_KEY:
                     operation["responses"].pop("401")
                     operation["security"].insert(0, {})
+                _add_samples(operation["responses"])
         return document
 
     app.openapi = completed  # type: ignore[method-assign]  # the way that FastAPI documents
