@@ -278,7 +278,7 @@ class TTSEngine:
             return selected, None  # it became ready meanwhile
         if selected.id not in self._replaced:
             self._replaced.add(selected.id)
-            logger.info("voice %s is not ready; voice %s speaks instead: %s", selected.id, speaker.id, self.not_ready_reason(selected))
+            logger.warning("voice %s is not ready; voice %s speaks instead: %s", selected.id, speaker.id, self.not_ready_reason(selected))
         return speaker, selected
 
     def fallback(self, *, named: bool) -> Voice | None:
