@@ -51,7 +51,8 @@ class Speech:
         notes: list[str] = []
         try:
             output = _output(path, speed)
-            pieces = split_pieces(clean_text(text, normalize=self._settings.normalize_text), self._settings.max_input_length)
+            cleaned = clean_text(text, normalize=self._settings.normalize_text, speed=speed)
+            pieces = split_pieces(cleaned, self._settings.max_input_length)
             async with self._turn:
                 speaker = await self._speaker(voice, notes)
                 seconds = await speak_pieces(pieces, speaker, output, self._settings, None, ProgressBar([], "sesame"))
