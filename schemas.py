@@ -440,7 +440,7 @@ _SAMPLES = (
     HostNotAllowedError("Host 'tts.example.com' is not allowed. If it is a name of this server, set ALLOWED_HOSTS=tts.example.com."),
     RateLimitError("The queue is full: 32 requests are waiting. Try again in 64 s."),
     InternalError("Unexpected server error. The server's log has the details under this request's id."),
-    ModelNotReadyError("Model 'csm-1b' is switched off: CSM=off. Voice 'heart' is ready."),
+    ModelNotReadyError("Model 'csm-1b' is switched off: CSM=off. Voice 'heart' is ready.", param="voice"),
 )
 """One error of each status, as the server words it."""
 
