@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +29,7 @@ from csm_decoding import (
 from csm_prompts import PromptStore
 from csm_quality import FRAME_MS, Attempt, Fault, Pace, PauseLimiter, best, frame_budget, judge, repaired, silent
 from errors import InputTooLongError, InternalError
-from speech_model import SegmentChunk, SpeechOptions
+from speech_model import SegmentChunk, SpeechOptions, SpokenWord
 from transcription import Hearing, Recognizer, installed_recognizer
 from voice_presets import Voice
 
@@ -71,6 +71,8 @@ class Segment:
     budget: int  # the most frames
     pace: Pace  # of the voice in this request
     sampled: bool  # transcribed even if nothing is wrong with it
+    timed: bool  # the times of its words are wanted
+    indent: int  # the white space before it in the text that the model was given
     prefix: list[mx.array] | None  # the beginning of the prompt that was already read (PrefixCache)
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -128,6 +130,7 @@ class LiveSegment:
         self._limiter = limiter
         self._blocks: list[Samples] = []
         self._held: list[Samples] = []
+        self._sent: list[Samples] = []
 
     @property
     def hopeless(self) -> bool:
@@ -144,11 +147,17 @@ class LiveSegment:
             return np.empty(0, np.float32)
         self.heard = True
         self._held = []
-        return self._limiter.feed(held) if self._limiter else held
+        self._sent.append(self._limiter.feed(held) if self._limiter else held)
+        return self._sent[-1]
 
     def flush(self) -> Samples:
         """Return the samples that are left at the end."""
-        return self._limiter.flush() if self._limiter else np.empty(0, np.float32)
+        self._sent.append(self._limiter.flush() if self._limiter else np.empty(0, np.float32))
+        return self._sent[-1]
+
+    def sent(self) -> Samples:
+        """Return the whole segment as it was sent."""
+        return np.concatenate(self._sent)
 
     def samples(self) -> Samples:
         """Return the whole segment as the model generated it."""
@@ -248,8 +257,7 @@ class CsmSpeaker:
         pending = []
         for index, text in enumerate(texts):
             if text.strip():
-                sampled = attempt_seed(options.seed, index, SAMPLE_SEED) % _SAMPLED == 0
-                pending.append(self._segment(index, text.strip(), voice, pace, sampled=sampled))
+                pending.append(self._segment(index, text, voice, pace, options))
             else:
                 order.add(SegmentChunk(index, np.empty(0, np.float32), last=True))
         yield from order.release()
@@ -269,7 +277,8 @@ class CsmSpeaker:
                     order.add(chunk)
                     yield from order.release()
 
-    def _segment(self, index: int, text: str, voice: Voice, pace: Pace, *, sampled: bool = False) -> Segment:
+    def _segment(self, index: int, given: str, voice: Voice, pace: Pace, options: SpeechOptions) -> Segment:
+        text = given.strip()
         prompt = self._prompts.tokens(voice, text)
         longest_ms = voice.preset.max_audio_length_ms
         budget = frame_budget(text, longest_ms) if self._guarded else max(1, int(longest_ms / FRAME_MS))
@@ -278,7 +287,9 @@ class CsmSpeaker:
             raise InputTooLongError(
                 "A part of the text is too long for the model together with this voice's prompt: split it into sentences.", param="input"
             )
-        return Segment(index, text, prompt, min(budget, room), pace, sampled, self._prefix(voice))
+        sampled = attempt_seed(options.seed, index, SAMPLE_SEED) % _SAMPLED == 0
+        indent = len(given) - len(given.lstrip())
+        return Segment(index, text, prompt, min(budget, room), pace, sampled, options.word_times, indent, self._prefix(voice))
 
     def _prefix(self, voice: Voice) -> list[mx.array] | None:
         alone = self._prompts.alone(voice)
@@ -346,13 +357,24 @@ class CsmSpeaker:
 
     def _hear(self, segment: Segment, samples: Samples, faults: Sequence[Fault]) -> Hearing | None:
         """Transcribe an attempt if VERIFY says so."""
-        if self._verify == "auto":
-            if not self._guarded or not (faults or segment.sampled or segment.pace.doubtful(segment.text, samples)):
-                return None
-            if self._recognizer is None:
-                self._recognizer = installed_recognizer()
-                self._verify = "auto" if self._recognizer else "off"
-        return self._recognizer.hear(segment.text, samples, times=Fault.UNENDED in faults) if self._recognizer else None
+        doubted = bool(faults) or segment.sampled or segment.pace.doubtful(segment.text, samples)
+        if self._verify == "auto" and not (self._guarded and doubted):
+            return None
+        recognizer = self._listener()
+        return recognizer.hear(segment.text, samples, times=Fault.UNENDED in faults) if recognizer else None
+
+    def _listener(self) -> Recognizer | None:
+        """Return the recogniser, if there is one and VERIFY allows it; VERIFY=auto loads it when it is first needed."""
+        if self._recognizer is None and self._verify == "auto":
+            self._recognizer = installed_recognizer()
+            self._verify = "auto" if self._recognizer else "off"
+        return self._recognizer
+
+    def _word_times(self, segment: Segment, samples: Samples) -> tuple[SpokenWord, ...]:
+        """Return when each word of a finished segment is heard, if that is wanted and there is a recogniser."""
+        recognizer = self._listener() if segment.timed else None
+        words = recognizer.word_times(segment.text, samples) if recognizer else ()
+        return tuple(replace(word, start_char=word.start_char + segment.indent, end_char=word.end_char + segment.indent) for word in words)
 
     def _settled(self, segment: Segment, attempt: Attempt) -> SegmentChunk | None:
         """Record an attempt; return the best one, repaired, or None to retry. Raise InternalError if no attempt is usable."""
@@ -366,7 +388,8 @@ class CsmSpeaker:
         if self._guarded:
             limiter = PauseLimiter(self._max_pause_ms)
             samples = np.concatenate([limiter.feed(samples), limiter.flush()])
-        return SegmentChunk(segment.index, samples, True, len(segment.attempts) - 1, chosen.word_error_rate)
+        words = self._word_times(segment, samples)
+        return SegmentChunk(segment.index, samples, True, len(segment.attempts) - 1, chosen.word_error_rate, words)
 
     def _stream(self, segment: Segment, sampling: Sampling, check: _Check) -> Iterator[SegmentChunk]:
         """Generate one segment and yield its blocks as they come. It can be retried until its first block was sent."""
@@ -389,7 +412,8 @@ class CsmSpeaker:
             if live.heard:
                 self._record(segment, attempt)
                 rest = self._decoder.watermarked(live.flush())
-                yield SegmentChunk(segment.index, rest, True, len(segment.attempts) - 1, attempt.word_error_rate)
+                words = self._word_times(segment, live.sent())
+                yield SegmentChunk(segment.index, rest, True, len(segment.attempts) - 1, attempt.word_error_rate, words)
                 return
             chunk = self._settled(segment, attempt)
             if chunk is not None:

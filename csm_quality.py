@@ -36,7 +36,8 @@ _CLAUSE_SECONDS = 0.18
 _SENTENCE_SECONDS = 0.5
 # Of the voice's expected length. A good reading at 0.8 or 1.25 times the speed of the voice's prompt has 0.67 to 1.47.
 _TOO_SHORT, _TOO_LONG = 0.6, 1.65
-_DOUBTFUL = (0.8, 1.25)
+_DOUBTFUL = (0.85, 1.2)
+_DOUBTFUL_SECONDS = 0.1
 _WORDS_SAID = 0.9  # of it: the earliest end of all words
 _GRACE_SECONDS = 0.25  # at the end of speech, which is too quiet to be found by its level
 _HESITATION_SECONDS = 1.0
@@ -191,7 +192,7 @@ class Pace:
         seconds = _sounding_seconds(_levels(samples))
         least, most = _expected_seconds(text)
         low, high = _DOUBTFUL
-        return not low * self._factor * least - _GRACE_SECONDS <= seconds <= high * self._factor * most + _GRACE_SECONDS
+        return not low * self._factor * least - _DOUBTFUL_SECONDS <= seconds <= high * self._factor * most + _DOUBTFUL_SECONDS
 
     @property
     def _factor(self) -> float:

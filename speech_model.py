@@ -21,6 +21,7 @@ class SpeechOptions:
         streamed: The samples are sent while they are generated, so the first segment is returned in small chunks.
         verbalize: Numbers, symbols and abbreviations are read out as words; None is NORMALIZE_TEXT. Models get True or False.
         speed: At which the audio is played later. The engine makes the pauses of the text longer by it, so that they are exact then.
+        word_times: The times of the words are wanted, so a model that does not know them may find out with a recogniser.
     """
 
     seed: int
@@ -29,6 +30,7 @@ class SpeechOptions:
     streamed: bool = False
     verbalize: bool | None = None
     speed: float = 1.0
+    word_times: bool = False
 
 
 @dataclass(frozen=True)

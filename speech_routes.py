@@ -152,7 +152,15 @@ class SpeechEndpoint:
         audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
-        options = SpeechOptions(seed, body.temperature, body.top_k, streamed, verbalize=body.normalize, speed=body.speed)
+        options = SpeechOptions(
+            seed,
+            body.temperature,
+            body.top_k,
+            streamed,
+            verbalize=body.normalize,
+            speed=body.speed,
+            word_times=body.timestamps == "word",
+        )
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
         fields = {"characters": len(body.input), "voice": voice.preset.name, "model": voice.preset.model}
         request.state.log_fields.update(fields, format=audio_format.name, speed=f"{body.speed:g}", streamed="yes" if streamed else "no")

@@ -354,7 +354,15 @@ class Turn:
             return
         start = self._start
         seed = (self.seed + len(self._spoken)) % _SEEDS
-        options = SpeechOptions(seed, start.temperature, start.top_k, streamed=True, verbalize=start.normalize, speed=start.speed)
+        options = SpeechOptions(
+            seed,
+            start.temperature,
+            start.top_k,
+            streamed=True,
+            verbalize=start.normalize,
+            speed=start.speed,
+            word_times=start.timestamps == "word",
+        )
         first = len(self._joiner.timestamps)
         self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
         outcome = "cancelled"

@@ -102,9 +102,16 @@ class Recognizer:
             samples: float32, shape (n,), 24 kHz.
             times: Whether to find out when each word is heard, which takes longer.
         """
-        if len(_tokens(text)) < _SHORTEST_TEXT or not _COMPARABLE.search(text) or len(_OTHER_SCRIPT.findall(text)) * 10 > len(text):
+        if len(_tokens(text)) < _SHORTEST_TEXT or _not_english(text):
             return None
         return compare(text, self._transcribe(_at_whisper_rate(samples), times), times=times)
+
+    def word_times(self, text: str, samples: Samples) -> tuple[SpokenWord, ...]:
+        """Return when each word of `text` is heard in `samples`, float32, shape (n,), 24 kHz; nothing if hardly any word is."""
+        if _not_english(text):
+            return ()
+        hearing = compare(text, self._transcribe(_at_whisper_rate(samples), True), times=True)
+        return hearing.words if hearing.end is not None else ()
 
     def transcribe(self, samples: Samples) -> str:
         """Return the transcript of `samples`, float32, shape (n,), 24 kHz."""
@@ -121,8 +128,10 @@ def compare(text: str, transcript: Sequence[HeardWord], *, times: bool = False) 
     if not times:
         return Hearing(rate, wrong)
     clock = _Clock(transcript)
-    end = clock.end(heard[right[-1][1]]) if 2 * len(right) > len(wanted) else None
-    return Hearing(rate, wrong, _spoken_words(wanted, {i: heard[j] for i, j in pairs if i is not None and j is not None}, clock), end)
+    end = clock.end(heard[right[-1][1]]) if 2 * len(right) > len(wanted) else 0.0
+    return Hearing(
+        rate, wrong, _spoken_words(wanted, {i: heard[j] for i, j in pairs if i is not None and j is not None}, clock), end or None
+    )
 
 
 class _Clock:
@@ -169,6 +178,11 @@ def _at_whisper_rate(samples: Samples) -> Samples:
     length = len(samples) * _WHISPER_RATE // SAMPLE_RATE
     spectrum = np.fft.rfft(samples)[: length // 2 + 1]
     return np.asarray(np.fft.irfft(spectrum, length) * (length / max(1, len(samples))), dtype=np.float32)
+
+
+def _not_english(text: str) -> bool:
+    """Return whether a text is in another script, or has no words."""
+    return not _COMPARABLE.search(text) or len(_OTHER_SCRIPT.findall(text)) * 10 > len(text)
 
 
 @dataclass(frozen=True)
@@ -292,7 +306,9 @@ def _mlx_whisper() -> _Transcribe:
         result = model.generate(samples, language="en", temperature=_TEMPERATURE, condition_on_previous_text=False, word_timestamps=times)
         if not times:
             return [HeardWord(str(result.text))]
-        return [HeardWord(word["word"], word["start"], word["end"]) for segment in result.segments for word in segment["words"]]
+        words = [HeardWord(word["word"], word["start"], word["end"]) for segment in result.segments for word in segment["words"]]
+        # mlx-audio drops a text whose words it cannot place.
+        return words or transcribe(samples, False)
 
     # mlx-audio 0.6.2 only warns about a checkpoint without a tokenizer and raises at the first use, so use it now.
     transcribe(np.zeros(_WHISPER_RATE, np.float32), False)

@@ -35,7 +35,10 @@ VOICES = ("heart", "heart, four semitones lower")
 LOWER = 2 ** (4 / 12)
 SPEEDS = (0.8, 1.0, 1.1, 1.25)
 TEXTS_OF_A_STYLE = 8  # of 10, for the failures
-PROMPT = "The harbour was quiet at noon, and nobody on the long pier was in a hurry. Even the gulls were late."
+PROMPT = (
+    "The harbour was quiet at noon, and nobody on the long pier was in a hurry. Even the gulls were late. There is a small shop at the corner, "
+    "where you can buy bread, milk and stamps. Its owner knows everyone in the street by name, and she never forgets a birthday."
+)
 
 
 @dataclass(frozen=True)

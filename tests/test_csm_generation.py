@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_csm
+from hibari import Hibari
 from mlx_audio.codec.models.mimi.modules.conv import Conv1d, ConvTranspose1d
 from mlx_audio.lm.sample_utils import make_sampler
 from mlx_audio.tts.models.sesame import Model
@@ -337,7 +338,7 @@ def test_a_batch_holds_no_more_than_it_may(recordings: Path, model: Model, folde
 def test_batches_stay_within_the_context(recordings: Path, model: Model, folder: Path, frames_computed: list[int]) -> None:
     speaker = csm_loading.speaker(model, recordings, folder, guard="off", max_batch=32)
     voice = csm_loading.voice(max_audio_length_ms=90_000)
-    segment = speaker._segment(0, "Hi.", voice, Pace())
+    segment = speaker._segment(0, "Hi.", voice, Pace(), SpeechOptions(1))
     positions = len(segment.prompt[0]) + segment.budget
     assert len(speaker._next_batch([segment] * 32)) == BATCH_POSITIONS // positions < 32
     long = "word " * 280
@@ -345,7 +346,7 @@ def test_batches_stay_within_the_context(recordings: Path, model: Model, folder:
     assert speaker.fits("Hi.", voice)
     with pytest.raises(InputTooLongError):
         list(speaker.speak(["word " * 500], voice, SpeechOptions(1), lambda: False))
-    tight = speaker._segment(0, long, voice, Pace())
+    tight = speaker._segment(0, long, voice, Pace(), SpeechOptions(1))
     assert len(tight.prompt[0]) + tight.budget == CONTEXT
 
 
@@ -402,8 +403,10 @@ def test_the_best_of_faulty_attempts_is_played_without_what_is_wrong_with_it(
 
 
 def test_with_verify_auto_doubtful_segments_and_one_in_ten_others_are_transcribed(scripted: Model, recordings: Path, folder: Path) -> None:
+    speaker = csm_loading.speaker(scripted, recordings, folder, verify="auto", max_retries=0)
+
     def heard(text: str, seed: int) -> bool:
-        (chunk,) = say(scripted, recordings, folder, [text], ms=800, seed=seed, max_retries=0, verify="auto")
+        (chunk,) = speaker.speak([text], csm_loading.voice(max_audio_length_ms=800), SpeechOptions(seed), lambda: False)
         return chunk.word_error_rate is not None
 
     usual = "Let it go."  # as long as the noise that stands for it
@@ -411,6 +414,23 @@ def test_with_verify_auto_doubtful_segments_and_one_in_ten_others_are_transcribe
     assert heard(usual, sampled)
     assert not heard(usual, sampled + 1)
     assert heard("Let me tell you about the long day that we had.", sampled + 1)
+
+
+def test_words_have_the_times_that_a_recogniser_hears_where_they_are_wanted(scripted: Model, recordings: Path, folder: Path) -> None:
+    """The tiny checkpoint makes noise, so the samples are a real reading."""
+    text = "  The rain has stopped, and the harbour is quiet again."
+    samples = np.asarray(Hibari()(text, seed=1), np.float32)
+    speaker = csm_loading.speaker(scripted, recordings, folder, verify="auto")
+    for wanted in (False, True):
+        segment = speaker._segment(0, text, csm_loading.voice(), Pace(), SpeechOptions(1, word_times=wanted))
+        words = speaker._word_times(segment, samples)
+        assert [text[word.start_char : word.end_char] for word in words] == (text.strip(" .").replace(",", "").split() if wanted else [])
+    assert 0 <= words[0].start < words[-1].end <= len(samples) / 24_000
+    for streamed in (False, True):  # noise has no words
+        options = SpeechOptions(1, streamed=streamed, word_times=True)
+        chunks = list(speaker.speak(["Let it go."], csm_loading.voice(max_audio_length_ms=400), options, lambda: False))
+        assert chunks[-1].last
+        assert chunks[-1].words == ()
 
 
 def test_the_faults_of_all_attempts_are_counted_by_kind(scripted: Model, recordings: Path, folder: Path) -> None:

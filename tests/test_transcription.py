@@ -12,8 +12,10 @@ import pytest
 import tiny_csm
 import tiny_whisper
 
-from speech_model import ModelLoadError
+from hibari_model import HibariModel
+from speech_model import ModelLoadError, SpeechOptions
 from transcription import HeardWord, Recognizer, compare, installed_recognizer
+from voice_presets import Voice, VoicePreset
 
 HEARD = "the rain has stopped"
 
@@ -40,13 +42,18 @@ def mac(no_faster_whisper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
 
 
-def test_the_word_error_rate_of_real_speech() -> None:
+@pytest.fixture(scope="module")
+def recognizer() -> Recognizer:
+    """Loading it takes a second."""
+    return Recognizer()
+
+
+def test_the_word_error_rate_of_real_speech(recognizer: Recognizer) -> None:
     from hibari import Hibari
 
     text = "In 1984, seventy-seven thousand people came; the harbour wasn't ready."
     samples = np.asarray(Hibari()(text, seed=1), np.float32).reshape(-1)
-    check = Recognizer()
-    right, wrong = check.hear(text, samples), check.hear("Something that nobody has said at all today.", samples)
+    right, wrong = recognizer.hear(text, samples), recognizer.hear("Something that nobody has said at all today.", samples)
     assert right is not None
     assert right.word_error_rate <= 0.2
     assert not right.wrong
@@ -54,16 +61,16 @@ def test_the_word_error_rate_of_real_speech() -> None:
     assert wrong.word_error_rate > 0.8
     assert wrong.wrong
     for unchecked in ("我们今天早上去了港口。", "…", "Hello there."):
-        assert check.hear(unchecked, samples) is None
+        assert recognizer.hear(unchecked, samples) is None
 
 
-def test_an_endless_reading_ends_after_its_last_right_word_and_its_words_have_times() -> None:
+def test_an_endless_reading_ends_after_its_last_right_word_and_its_words_have_times(recognizer: Recognizer) -> None:
     from hibari import Hibari
 
     text = "The rain has stopped, and the harbour is quiet again."
     voice = Hibari()
     said, more = (np.asarray(voice(words, seed=1), np.float32) for words in (text, "is quiet again, is quiet again, is quiet"))
-    hearing = Recognizer().hear(text, np.concatenate([said, more]), times=True)
+    hearing = recognizer.hear(text, np.concatenate([said, more]), times=True)
     assert hearing is not None
     assert hearing.wrong
     assert hearing.end == pytest.approx(len(said) / 24_000, abs=0.4)
@@ -71,6 +78,27 @@ def test_an_endless_reading_ends_after_its_last_right_word_and_its_words_have_ti
     times = [moment for word in hearing.words for moment in (word.start, word.end)]
     assert times == sorted(times)
     assert times[-1] == hearing.end
+
+
+def test_the_times_of_words_are_those_of_the_voice(recognizer: Recognizer) -> None:
+    """The built-in voice knows when it speaks each word."""
+    text = "In 1984, the harbour wasn't ready: nobody had asked for ten thousand boats."
+    model = HibariModel()
+    model.load(lambda _: None)
+    voice = Voice(VoicePreset(name="heart", model="hibari", voice_key="heart"), Path())
+    chunks = list(model.speak([text], voice, SpeechOptions(1), lambda: False))
+    heard = recognizer.word_times(text, np.concatenate([chunk.samples for chunk in chunks]))
+    starts = {word.start_char: word.start for word in heard}
+    spoken = [word for word in chunks[-1].words if word.start_char in starts]
+    assert len(spoken) >= len(text.split()) - 1
+    assert np.median([abs(starts[word.start_char] - word.start) for word in spoken]) < 0.15
+    assert max(word.end for word in heard) <= sum(len(chunk.samples) for chunk in chunks) / 24_000 + 0.1
+
+
+def test_noise_has_no_words_and_no_times(recognizer: Recognizer) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
+    assert recognizer.word_times("The rain has stopped again.", noise) == ()
+    assert recognizer.word_times("我们今天早上去了港口。", noise) == ()
 
 
 LONG = "One morning the boy went down to the river to look for his friend but found nobody there"
@@ -121,6 +149,10 @@ def test_on_a_mac_mlx_audios_own_whisper_listens(
         assert right.word_error_rate == 0
         assert wrong is not None
         assert wrong.word_error_rate == 2 / 5
+        timed = check.hear("The rain has stopped.", noise, times=True)
+        assert timed is not None
+        assert (timed.word_error_rate, timed.wrong, timed.end) == (0, False, None)
+        assert check.word_times("The rain has stopped.", noise) == ()  # random weights place all words at 0
         assert installed_recognizer() is not None
     assert asked == []
     assert capfd.readouterr() == ("", "")
