@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Barrier
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -442,9 +442,16 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the server and end the process.
+
+    Not with sys.exit: a model's thread may still run MLX code, because a load cannot be interrupted. Finalizing the interpreter then ends in
+    "terminate called without an active exception" and status 134, which a supervisor takes for a crash.
+    """
     status = main()
     logging.shutdown()
-    # Not sys.exit: a model's thread may still run MLX code, because a load cannot be interrupted. Finalizing the interpreter then ends in
-    # "terminate called without an active exception" and status 134, which a supervisor takes for a crash.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""The addresses that the server listens on."""
+"""The sockets that the server listens on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from conftest import RunningServer, free_port
 
@@ -124,3 +125,12 @@ def test_a_file_that_becomes_readable_has_another_signature(tmp_path: Path) -> N
     before = file_signature(file)
     file.chmod(0o644)
     assert file_signature(file) != before
+
+
+def test_connections_have_lower_file_numbers_than_listening_sockets(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server()
+    with server.client() as client:
+        client.get("/health")
+        sockets = psutil.Process(server.process.pid).net_connections("tcp")
+    numbers = {state: [each.fd for each in sockets if each.status == state] for state in ("LISTEN", "ESTABLISHED")}
+    assert min(numbers["LISTEN"]) > max(numbers["ESTABLISHED"]), "when it is killed, it accepts nothing more before its connections close"

@@ -189,7 +189,7 @@ def test_every_key_of_the_rendered_plist(machine: Machine) -> None:
     log = str(machine.cache_dir / "launchd.log")
     assert plist == {
         "Label": LABEL,
-        "ProgramArguments": [f"{machine.project}/.venv/bin/python", f"{machine.project}/server.py"],
+        "ProgramArguments": [f"{machine.project}/.venv/bin/python", f"{machine.project}/deploy/start.py"],
         "WorkingDirectory": str(machine.project),
         "EnvironmentVariables": {
             "PATH": "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
@@ -545,6 +545,20 @@ def test_an_invalid_setting_is_logged_once_and_not_restarted(machine: Machine) -
     assert machine.manager()["statuses"] == [0]
     assert len(machine.manager()["starts"]) == 1
     assert (machine.cache_dir / "launchd.log").read_text().count("MAX_QUEUE=") == 1
+
+
+def test_a_package_that_cannot_be_imported_is_logged_in_one_line_and_not_restarted(machine: Machine) -> None:
+    rendered(machine)
+    with (machine.project / "hibari_model.py").open("a") as module:
+        module.write("import a_package_that_was_removed\n")
+    (machine.cache_dir / "launchd.log").write_text("Traceback\n" * 200_000)
+    supervise(machine)
+    until(lambda: machine.manager()["statuses"])
+    time.sleep(1.5)  # longer than the throttle interval of these tests
+    assert (machine.manager()["statuses"], len(machine.manager()["starts"])) == ([0], 1)
+    (line,) = (machine.cache_dir / "launchd.log").read_text().splitlines()
+    assert "No module named 'a_package_that_was_removed'" in line
+    assert "install.sh" in line
 
 
 def test_a_port_that_was_taken_before_a_login_is_shown_by_the_status(machine: Machine) -> None:
