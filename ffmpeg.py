@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -314,6 +315,19 @@ def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> byt
         return _run([require_ffmpeg(), *_QUIET, *arguments], folder, timeout)
     except OSError as error:
         raise _not_started(error) from None
+
+
+def watch_children_without_threads() -> None:
+    """Let the running event loop learn of a process's end from a pidfd, where the system has them. Python 3.11 uses a thread for each process.
+
+    Asyncio has one watcher of processes for all loops, so only a loop on the main thread may replace it.
+    """
+    if sys.platform == "linux" and sys.version_info < (3, 12) and threading.current_thread() is threading.main_thread():
+        with suppress(OSError):  # an old kernel
+            os.close(os.pidfd_open(os.getpid()))
+            watcher = asyncio.PidfdChildWatcher()
+            watcher.attach_loop(asyncio.get_running_loop())
+            asyncio.set_child_watcher(watcher)
 
 
 @contextmanager

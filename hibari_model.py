@@ -12,6 +12,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,11 @@ class VoiceFiles:
         return [*ours, Path(voices.cache_dir(), about["file"])]
 
 
+@cache
+def _package_version() -> str:
+    return importlib.metadata.version("hibari-tts")  # reads a file of the package: 0.6 ms
+
+
 def _registered(key: str) -> dict[str, Any]:
     from hibari.voices import VOICES
 
@@ -244,8 +250,7 @@ class HibariModel:
 
     def info(self) -> dict[str, Any]:
         """Return details for `/health`."""
-        version = importlib.metadata.version("hibari-tts")
-        return {"source": f"hibari-tts {version}", "dtype": "int8", "sample_rate": self.sample_rate, "watermark": False}
+        return {"source": f"hibari-tts {_package_version()}", "dtype": "int8", "sample_rate": self.sample_rate, "watermark": False}
 
     def free_idle(self, seconds: float) -> bool:
         """Free the downloaded voices that have not spoken for `seconds`; return whether there were any."""

@@ -33,7 +33,7 @@ from starlette.staticfiles import StaticFiles
 
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
-from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg
+from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
 from monitoring import LOG_FILE, Metrics, configure_logging
 from schemas import (
@@ -241,6 +241,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(_helper_threads())
+        watch_children_without_threads()
         await asyncio.to_thread(_prepare, server)
         await server.engine.start()
         watching = asyncio.create_task(terminal.watch(server.voices_now)) if terminal else None
@@ -254,6 +255,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
         version=VERSION,
         lifespan=lifespan,
         redoc_url=None,
+        openapi_tags=[{"name": name} for name in ("speech", "voices", "service")],
         static_url=DOCS_FILES,
         description="OpenAI's speech API on your own machine.",
     )
@@ -291,10 +293,11 @@ def _helper_threads() -> ThreadPoolExecutor:
 def _include_routers(app: FastAPI) -> None:
     """Add the API. Only its routes refresh the voices: the page's files do not need them."""
     shared: dict[str, Any] = {"dependencies": [Depends(fresh_voices), _BEARER], "responses": COMMON_REFUSALS}
+    app.include_router(speech_routes, prefix="/v1", **shared)
+    app.include_router(service_routes, **shared)  # early: the routes are tried in this order, and nothing is requested as often as /health
+    app.include_router(voice_routes, prefix="/v1", **shared)
     for router in (speech_routes, voice_routes):
-        app.include_router(router, prefix="/v1", **shared)
         app.include_router(router, **shared, include_in_schema=False)
-    app.include_router(service_routes, **shared)
     for prefix in ("/v1", ""):
         app.include_router(socket_routes, prefix=prefix)
 

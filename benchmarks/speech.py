@@ -39,6 +39,7 @@ TEN = " ".join(
     f"{SENTENCE[:-1]} for the {word} time."
     for word in ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 )
+LONG = " ".join([TEN, TEN])[:1500]
 BYTES_A_SECOND = 48_000  # pcm
 
 
@@ -137,6 +138,59 @@ def one_sentence(server: Server, voice: Hibari, runs: int) -> None:
         ["whole request", "bare voice", "bare ffmpeg process", "the server's own share"],
         [[milliseconds(statistics.median(times)) for times in (whole, speech, encode)] + [milliseconds(own)]],
     )
+
+
+def complete_files(server: Server, runs: int) -> None:
+    """Measure complete answers of 1,500 characters against pcm, which needs no encoder, alternately."""
+    whole: dict[str, list[float]] = {name: [] for name in FORMATS}
+    after: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for _ in range(runs):
+        for name in FORMATS:
+            started = time.perf_counter()
+            response = server.post(input=LONG, response_format=name, seed=1)
+            response.read()
+            whole[name].append(time.perf_counter() - started)
+            spoken = float(response.headers["X-Queue-Time"]) + float(response.headers["X-Generation-Time"] or 0)
+            after[name].append(whole[name][-1] - spoken)
+    pcm = statistics.median(whole["pcm"])
+    rows = []
+    for name in FORMATS:
+        complete = statistics.median(whole[name])
+        outside = milliseconds(statistics.median(after[name])) if name != "pcm" else ""
+        rows.append([name, milliseconds(complete), f"{complete / pcm:.2f}", outside])
+    head = ["format", "complete", "ratio to pcm", "of it outside the generation: request, last samples, sending"]
+    table(f"Complete answers of 1,500 characters, median of {runs}", head, rows)
+
+
+def probe(server: Server, path: str, count: int) -> list[float]:
+    """Return the times of requests to `path` on one connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        connection.request("GET", path)
+        connection.getresponse().read()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def probes(server: Server) -> None:
+    """Measure the status requests: alone, and readiness while 16 clients speak."""
+    alone = [f"{statistics.median(probe(server, path, 300)) * 1000:.2f} ms" for path in ("/health", "/health/ready")]
+    stop = threading.Event()
+    with ThreadPoolExecutor(17) as pool:
+
+        def speak_on() -> None:
+            while not stop.is_set():
+                server.speak(input=SENTENCE)
+
+        for _ in range(16):
+            pool.submit(speak_on)
+        times = sorted(probe(server, "/health/ready", 300))
+        stop.set()
+    busy = [f"{times[len(times) // 2] * 1000:.1f} ms", f"{times[len(times) * 95 // 100] * 1000:.1f} ms"]
+    head = ["/health", "/health/ready", "/health/ready beside 16 speaking clients", "95th percentile"]
+    table("Status requests, median of 300", head, [alone + busy])
 
 
 def first_byte(server: Server, **fields: object) -> float:
@@ -248,7 +302,9 @@ def main() -> None:
             server.speak(input=SENTENCE)
             voice(SENTENCE)
         one_sentence(server, voice, runs)
+        complete_files(server, 3 if quick else 7)
         streaming(server, voice, runs)
+        probes(server)
         throughput(server, voice, 20 if quick else 80)
         if not quick:
             memory(server)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,7 +33,7 @@ from mutagen.aac import AAC
 from audio_converter import Converted, Encoder, encoder_arguments, to_int16
 from audio_formats import FORMATS, AudioFormat, LengthMeter, SyntheticTag, tag_arguments
 from errors import ConversionError
-from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, muxer_name
+from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, muxer_name, watch_children_without_threads
 
 RATE = 24_000
 SENTENCE = "She opened the window and looked at the quiet garden."
@@ -517,6 +518,23 @@ def test_a_stream_closed_by_another_task_gives_the_reader_an_error() -> None:
 
 def test_an_encoder_that_was_never_entered_can_be_closed() -> None:
     asyncio.run(Encoder(FORMATS["mp3"], RATE, streamed=True).aclose())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pidfds")
+def test_no_thread_waits_for_an_encoder() -> None:
+    async def threads() -> list[str]:
+        watch_children_without_threads()
+        async with Encoder(FORMATS["mp3"], RATE, streamed=False) as encoder:
+            await encoder.write(tone(1))
+            running = [thread.name for thread in threading.enumerate()]
+            await encoder.file()
+            return running
+
+    try:
+        assert not [name for name in asyncio.run(threads()) if "waitpid" in name]
+    finally:
+        if sys.version_info < (3, 12):
+            asyncio.set_child_watcher(asyncio.ThreadedChildWatcher())
 
 
 def test_a_slow_reader_does_not_block_the_writer() -> None:
