@@ -443,6 +443,13 @@ _SAMPLES = (
     ModelNotReadyError("Model 'csm-1b' is switched off: CSM=off. Voice 'heart' is ready.", param="voice"),
 )
 """One error of each status, as the server words it."""
+_NOT_FOUND = {
+    "/v1/audio/speech/{answer}/timestamps": NotFoundError(
+        "There are no timestamps under this id. They exist once an answer is complete, and are kept for the last 64 answers that asked for them."
+    ),
+    "/v1/models/{model}": NotFoundError("Model 'gpt-9' not found. Models: csm-1b, hibari.", param="model", code="model_not_found"),
+}
+"""The samples of status 404 that are not about voices, by path."""
 
 
 def refusals(*statuses: int) -> dict[int | str, Document]:
@@ -496,9 +503,9 @@ CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip"
 _WITHOUT_KEY = ("/health", "/health/ready")
 
 
-def _add_samples(responses: Document) -> None:
+def _add_samples(path: str, responses: Document) -> None:
     """Add a sample to each error. FastAPI drops what is null in an example that it is given."""
-    for error in _SAMPLES:
+    for error in (*_SAMPLES, _NOT_FOUND.get(path, _SAMPLES[0])):
         content = responses.get(str(error.status), {}).get("content", {}).get("application/json", {})
         if content.get("schema") == {"$ref": "#/components/schemas/Error"}:
             content["example"] = error.envelope()
@@ -524,7 +531,7 @@ def complete_document(app: FastAPI, *, keyed: bool) -> None:
                 if not keyed or path in _WITHOUT_KEY:
                     operation["responses"].pop("401")
                     operation["security"].insert(0, {})
-                _add_samples(operation["responses"])
+                _add_samples(path, operation["responses"])
         return document
 
     app.openapi = completed  # type: ignore[method-assign]  # the way that FastAPI documents

@@ -93,7 +93,9 @@ def caused(server: RunningServer) -> Iterator[httpx.Response]:
     """Errors that a request can cause by itself, at the routes whose document has their sample."""
     speech, body = f"{server.url}/v1/audio/speech", {"model": "x", "input": "Hi.", "voice": "alloy"}
     yield httpx.post(speech, json=body | {"response_format": "ogg"})
-    yield httpx.get(f"{server.url}/v1/audio/voices/voice_nobody")
+    yield httpx.get(f"{server.url}/v1/audio/voices/{{voice_id}}")
+    yield httpx.get(f"{server.url}/v1/audio/speech/{{answer}}/timestamps")
+    yield httpx.get(f"{server.url}/v1/models/gpt-9")
     yield httpx.post(speech, content=b" " * (1 << 20) + b"{}")
     yield httpx.post(speech, json=body, headers={"Content-Encoding": "gzip"})
     yield httpx.post(speech, json=body, headers={"Host": "tts.example.com"})
@@ -103,7 +105,7 @@ def caused(server: RunningServer) -> Iterator[httpx.Response]:
 def test_the_samples_of_errors_are_what_the_server_answers(server: RunningServer) -> None:
     paths = document(server)["paths"]
     for answer in caused(server):
-        path = answer.request.url.path.replace("voice_nobody", "{voice_id}")
+        path = answer.request.url.path.replace("gpt-9", "{model}")
         documented = paths[path][answer.request.method.lower()]["responses"][str(answer.status_code)]
         assert documented["content"]["application/json"]["example"] == answer.json()
 
