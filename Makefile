@@ -21,7 +21,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 # If it were set, Python would compile all modules again at every start, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run setup test check clients bench bench-reading bench-csm bench-guard acceptance soak audit clean help
+.PHONY: run setup test check clients bench bench-reading bench-attacks bench-csm bench-guard acceptance soak audit clean help
 .PHONY: broken-environment
 
 run: .venv/.run-stamp ## run the server on port 8880 (the default target)
@@ -47,6 +47,9 @@ bench: .venv/.dev-stamp ## measure speed and latency with the built-in voice
 
 bench-reading: .venv/.dev-stamp ## measure how much of written text is heard right, with and without verbalizing
 	$(PY) benchmarks/reading.py
+
+bench-attacks: .venv/.dev-stamp ## attack a server in all known ways for two minutes; measure stalls and an honest client's waits
+	$(PY) benchmarks/attacks.py $(ARGS)
 
 bench-csm: .venv/.dev-stamp ## measure CSM's generation with a small random model
 	$(PY) benchmarks/csm.py

@@ -131,6 +131,7 @@ class Settings(BaseSettings):
     fallback_voice: str = ""
     default_format: Annotated[FormatName, BeforeValidator(_lower)] = "mp3"
     max_input_length: int = Field(4096, ge=1, le=100_000)
+    max_audio_seconds: float = Field(1800.0, ge=1, le=86_400)
 
     # Speech
     normalize_text: bool = True

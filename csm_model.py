@@ -34,6 +34,7 @@ class CsmModel:
     id = "csm-1b"
     sample_rate = SAMPLE_RATE
     takes_phonemes = False
+    takes_turns = False  # the codec has one state, and segments are generated side by side
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -38,6 +38,7 @@ from __future__ import annotations
 from typing import Any
 
 _SHOWN_CHARACTERS = 60
+_LACKS_MEMORY = ("can't start new thread", "Failed to allocate memory", "bad_alloc")
 
 
 class TTSError(Exception):
@@ -81,7 +82,7 @@ class InvalidInputError(InvalidRequestError):
 
 
 class InputTooLongError(InvalidRequestError):
-    """`input` is longer than MAX_INPUT_LENGTH characters."""
+    """`input` is longer than MAX_INPUT_LENGTH characters, or would become more than MAX_AUDIO_SECONDS of audio."""
 
     code = "input_too_long"
 
@@ -245,6 +246,11 @@ class ShuttingDownError(ServerError):
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down. Try again in a moment.", headers={"Retry-After": "10"})
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is short. Python's for a thread and onnxruntime's are no MemoryError."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _LACKS_MEMORY)
 
 
 def no_memory() -> InsufficientMemoryError:

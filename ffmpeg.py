@@ -22,7 +22,7 @@ from typing import NoReturn, TypeVar, cast
 
 import anyio
 
-from errors import ConversionError, TTSError, no_memory, shorten
+from errors import ConversionError, TTSError, lacks_memory, no_memory, shorten
 from files import FileSignature, file_signature
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class FfmpegProcess:
             status = await self._process.wait()
         except BaseException as error:
             self._kill(_CANCELLED)
-            self.output.end(no_memory() if isinstance(error, MemoryError) else ConversionError("The conversion was cancelled."))
+            self.output.end(no_memory() if lacks_memory(error) else ConversionError("The conversion was cancelled."))
             raise
         finally:
             errors.cancel()

@@ -61,6 +61,14 @@ _SILENT = frozenset(';:,.!?—…"“”()')
 _WORD = re.compile(r"\S+")
 _NUMBER = re.compile(r"\d[\d,]*")
 _LONGEST_NUMBER = 36  # digits: hibari has words up to decillions
+# Its time for a word with signs grows with the cube of their number, and nothing can interrupt it within a part or a block.
+_LONG_WORD = re.compile(r"\S{41,}")
+_LONGEST_LINK = 100
+_WORD_PART = re.compile(r".{1,40}")
+_PART = re.compile(r"\s*(.{1,500}$|.{1,500}(?=\s)|.{1,500})", re.DOTALL)
+# What the network speaks at once: up to 320 phonemes, to a clause's end or else to a space. hibari's own `phonemize` cuts at 400, and leaves
+# whole what has no comma.
+_BLOCK = re.compile(r"\s*(.{1,320}$|.{1,320}(?<=[,;:—])(?=\s)|.{1,320}(?=\s)|.{1,320})")
 
 
 class VoiceFiles:
@@ -186,8 +194,9 @@ class HibariModel:
     id = "hibari"
     sample_rate = SAMPLE_RATE
     takes_phonemes = True
-    # One sentence a segment: hibari speaks sentence by sentence anyway, in about 50 ms each. It splits a sentence of more than 400
-    # phonemes itself; splitting it earlier keeps our own pauses.
+    takes_turns = True
+    # One sentence a segment: hibari speaks sentence by sentence anyway, in about 50 ms each. Splitting a long sentence before
+    # `_BLOCK` does keeps our own pauses.
     segment_lengths = SegmentLengths(target=1, maximum=320, first=1)
 
     def __init__(self, files: VoiceFiles | None = None) -> None:
@@ -235,15 +244,17 @@ class HibariModel:
 
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
         """Speak each segment; the utterance's seed and the segment's index seed the voice's noise."""
-        self._pronunciation(_key(voice)).verbalized = options.verbalize is True
-        hibari = self._voice(_key(voice))
+        hibari, pronunciation = self._voice(_key(voice)), self._pronunciation(_key(voice))
         for index, segment in enumerate(segments):
+            pronunciation.verbalized = options.verbalize is True
             hibari.g2p.tokens.clear()
             hibari.sess.runs.clear()
-            for samples in hibari.stream(_speakable(segment), seed=[options.seed, index]):
-                if cancelled():
-                    return
-                yield SegmentChunk(index, samples, last=False)
+            noise = np.random.default_rng([options.seed, index])
+            for part in _parts(hibari, segment):
+                for phonemes in _BLOCK.findall(hibari.g2p(part)):
+                    if cancelled():
+                        return
+                    yield SegmentChunk(index, hibari.from_ids(hibari.ids(phonemes), rng=noise), last=False)
             yield SegmentChunk(
                 index, np.zeros(0, np.float32), last=True, words=_word_times(segment, hibari.g2p.tokens, hibari.sess, hibari.vocab)
             )
@@ -432,6 +443,18 @@ def _folded(text: str) -> tuple[str, list[int]]:
         (sign, place) for place, letter in enumerate(text) for sign in unicodedata.normalize("NFKD", letter).casefold() if sign.isalnum()
     ]
     return "".join(sign for sign, _ in pairs), [place for _, place in pairs]
+
+
+def _parts(hibari: Hibari, text: str) -> Iterator[str]:
+    """Yield the sentences of a text, those that are too long in parts."""
+    for sentence in hibari.split_sentences(_speakable(text)):
+        yield from _PART.findall(_LONG_WORD.sub(lambda word: _shorter(word[0]), sentence))
+
+
+def _shorter(word: str) -> str:
+    """Return a word cut into parts by spaces, unless it is in lower case or has its phonemes beside it."""
+    whole = (word.isalpha() and word[1:].islower()) or ("](/" in word and len(word) <= _LONGEST_LINK)
+    return word if whole else " ".join(_WORD_PART.findall(word))
 
 
 def _speakable(text: str) -> str:

@@ -31,6 +31,7 @@ from errors import (
     TTSError,
     UnreadAudioError,
     UnsupportedMediaTypeError,
+    lacks_memory,
     no_memory,
     shorten,
 )
@@ -118,7 +119,7 @@ class RequestLog:
                 return
             if status["status"] != "aborted":
                 raise  # uvicorn then closes the connection, which is the only way to report an error after the response has started
-            shown = no_memory() if isinstance(error, MemoryError) else InternalError(_UNEXPECTED)
+            shown = no_memory() if lacks_memory(error) else InternalError(_UNEXPECTED)
             await error_response(shown)(scope, receive, send_with_id)
         finally:
             _log(scope, status["status"], time.monotonic() - started)

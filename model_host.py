@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,7 +26,6 @@ _ASSUMED_SLOT_SECONDS = 5.0  # until some slots have been measured
 _LATEST_SLOT_WEIGHT = 0.3  # in the running mean of how long a slot is held
 
 _WATCH_SECONDS = 1.0  # between two looks at the thread
-_STOP_GRACE_SECONDS = 10.0  # a model that was asked to stop may take this long
 
 _FIRST_RETRY_SECONDS = 30.0
 _LONGEST_RETRY_SECONDS = 1800.0
@@ -59,17 +58,21 @@ class RequestQueue:
         self._timeout = timeout
         self._semaphore = anyio.Semaphore(1)
         self._waits: set[anyio.CancelScope] = set()
+        self._returning = 0
         self._closed = False
         self._mean_seconds = _ASSUMED_SLOT_SECONDS
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait for the slot."""
-        return len(self._waits)
+        """The number of requests that wait for the slot, for the first time or again."""
+        return len(self._waits) + self._returning
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[float]:
+    async def slot(self, *, again: bool = False) -> AsyncIterator[float]:
         """Wait for the slot and hold it. Yields the time spent waiting, in seconds.
+
+        Args:
+            again: The request has held the slot before, and let others go first. It waits as long as it takes.
 
         Raises:
             RateLimitError: The queue is full.
@@ -77,7 +80,7 @@ class RequestQueue:
             ShuttingDownError: The queue is closed.
         """
         asked = time.monotonic()
-        await self._acquire()
+        await (self._acquire_again() if again else self._acquire())
         self.active += 1
         started = time.monotonic()
         try:
@@ -96,6 +99,13 @@ class RequestQueue:
     def retry_after(self) -> int:
         """Estimate in how many seconds the waiting requests will be done, from the mean time a slot is held."""
         return max(1, math.ceil(self._mean_seconds * max(1, self.waiting)))
+
+    async def _acquire_again(self) -> None:
+        self._returning += 1
+        try:
+            await self._semaphore.acquire()
+        finally:
+            self._returning -= 1
 
     async def _acquire(self) -> None:
         if self._closed:
@@ -185,6 +195,16 @@ class ModelWorker:
                 future.set_result(result)
                 del result
             del item, job, future  # frees the samples now, not after the next job
+
+
+def started_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Return an executor with all its threads started: without memory for a new thread, `Thread.start` may wait for ever, in the event loop."""
+    executor = ThreadPoolExecutor(count, name)
+    together = threading.Barrier(count + 1)
+    for _ in range(count):
+        executor.submit(together.wait)
+    together.wait()
+    return executor
 
 
 @dataclass
@@ -326,8 +346,7 @@ class ModelHost:
         while not future.done():
             await asyncio.wait({future}, timeout=min(_WATCH_SECONDS, self._stall_seconds))
             silent = time.monotonic() - heartbeat.last
-            limit = min(_STOP_GRACE_SECONDS, self._stall_seconds) if heartbeat.stopped else self._stall_seconds
-            if not future.done() and (silent > limit or not self._worker.alive):
+            if not future.done() and (silent > self._stall_seconds or not self._worker.alive):
                 self._abandon()
                 raise GenerationTimeoutError(
                     f"Model '{self.model.id}' made no progress for {silent:.0f} s and is being loaded again. Try again in a moment.",

@@ -12,11 +12,9 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
-from threading import Barrier
 from typing import Annotated, Any, Literal, NoReturn, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -35,6 +33,7 @@ from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
+from model_host import started_threads
 from monitoring import LOG_FILE, Metrics, configure_logging
 from schemas import (
     COMMON_REFUSALS,
@@ -240,7 +239,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(_helper_threads())
+        asyncio.get_running_loop().set_default_executor(started_threads(_HELPER_THREADS, "helper"))
         watch_children_without_threads()
         await asyncio.to_thread(_prepare, server)
         await server.engine.start()
@@ -278,16 +277,6 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
         )
     app.add_middleware(RequestLog)
     return app
-
-
-def _helper_threads() -> ThreadPoolExecutor:
-    """Return the executor with all its threads started: without memory for a new thread, `Thread.start` waits for ever, in the event loop."""
-    executor = ThreadPoolExecutor(_HELPER_THREADS, "helper")
-    together = Barrier(_HELPER_THREADS + 1)
-    for _ in range(_HELPER_THREADS):
-        executor.submit(together.wait)
-    together.wait()
-    return executor
 
 
 def _include_routers(app: FastAPI) -> None:

@@ -20,7 +20,8 @@ class SpeechOptions:
         top_k: Overrides the preset's top-k.
         streamed: The samples are sent while they are generated, so the first segment is returned in small chunks.
         verbalize: Numbers, symbols and abbreviations are read out as words; None is NORMALIZE_TEXT. Models get True or False.
-        speed: At which the audio is played later. The engine makes the pauses of the text longer by it, so that they are exact then.
+        speed: At which the audio is played later. The engine makes the pauses of the text longer by it, so that they are exact then, and
+            limits the length of the audio.
         word_times: The times of the words are wanted, so a model that does not know them may find out with a recogniser.
     """
 
@@ -121,6 +122,7 @@ class SpeechModel(Protocol):
     takes_phonemes: bool
     """A word may be written as `[word](/phonemes/)`."""
     segment_lengths: SegmentLengths
+    takes_turns: bool  # between two segments of `speak`, another text may be spoken
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
         """Load the model; pass each step to `report`.

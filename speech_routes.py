@@ -146,9 +146,7 @@ class SpeechEndpoint:
         self.unread.check(client_address(request))
         body.check_length(self._settings.max_input_length)
         voice, replaced = self._engine.choose_voice(body.voice_name)
-        # In a thread: a long text takes long enough to delay other requests' audio.
-        normalizing = asyncio.to_thread(self._engine.prepare_text, body.input, normalize=body.normalize)
-        text = await run_until_gone(normalizing, request.receive)
+        text = await run_until_gone(self._engine.prepared(body.input, normalize=body.normalize), request.receive)
         audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
@@ -175,6 +173,7 @@ class SpeechEndpoint:
             ModelNotReadyError: Another voice speaks for the requested one, and cannot speak this text: the client can try again later.
             InvalidInputError: The voice cannot speak this text.
             InvalidVoiceError: The text names a voice that cannot speak it.
+            InputTooLongError: It would become too much audio.
         """
         try:
             return self._engine.speak(plan.text, plan.voice, plan.options)

@@ -349,7 +349,7 @@ class Turn:
                 return piece
 
     async def _speak(self, piece: Piece) -> None:
-        text = self._prepared(piece.text)
+        text = await self._prepared(piece.text)
         if not text:
             return
         start = self._start
@@ -378,13 +378,13 @@ class Turn:
             self._utterance = None
             self._service.observe(self, utterance, outcome)
 
-    def _prepared(self, text: str) -> str:
+    async def _prepared(self, text: str) -> str:
         """Return the text as it will be spoken; empty if there is nothing to speak: the engine would read a block of code that stands alone."""
         normalize = self._service.settings.normalize_text if self._start.normalize is None else self._start.normalize
         if normalize and _ONLY_CODE.fullmatch(text):
             return ""
         with suppress(InvalidInputError):
-            return self._service.engine.prepare_text(text, normalize=normalize)
+            return await self._service.engine.prepared(text, normalize=normalize)
         return ""
 
     async def _send(self, piece: Piece, utterance: Utterance) -> None:

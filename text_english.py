@@ -1129,6 +1129,12 @@ _SYMBOLS = {
 # fmt: on
 
 
+def signs() -> dict[str, str]:
+    """Return the words for each sign that the rules read by itself."""
+    fractions = {sign: fraction(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTION_SIGNS}
+    return _SYMBOLS | fractions | {form: words for form, words in _LITERALS.items() if len(form) == 1}
+
+
 def _symbol(match: Match) -> str:
     return _SYMBOLS[match[0]]
 

@@ -40,6 +40,8 @@ _INVISIBLE = regex.compile(
 )
 _ASCII_INVISIBLE = re.compile(r"[\x00-\x08\x0E-\x1F\x7F]")
 _SPACE = regex.compile(r"[^\S\n\t ]")
+# Thirty is the most that Unicode's "stream-safe" format allows in a row. Putting more of them in order takes quadratic time.
+_MARKS = regex.compile(r"(\p{M}{30})\p{M}++")
 
 # --- Links ---
 
@@ -72,11 +74,14 @@ _CLOSING = {"<!--": "-->", "<?": "?>"}
 
 _ENDED = regex.compile(r"[\p{Sentence_Terminal}…:;,，；：、–—-][\p{Pe}\p{Pf}\"'’]*$")
 _CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}。，、！？]"
-_CJK_END = regex.compile(rf"{_CJK}\P{{L}}*$")
+_IS_CJK = regex.compile(_CJK)
+_LAST_LETTER = regex.compile(r"(?r)[\p{L}。，、！？]")  # searches from the end: a search for CJK up to the end takes quadratic time
 _SOFT_BREAK = "\r"
 _CJK_WRAP = regex.compile(rf"(?<={_CJK}){_SOFT_BREAK}(?={_CJK})")
 _WORDS = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’.,:@-][\p{L}\p{M}\p{N}]+)*")
 _CHECKBOX = regex.compile(r"^\[[ xX]\]\s+")
+_MOST_FENCES = 3  # code blocks marked as text that are inside each other; deeper ones are read as code
+_DELIMITER_ROW = regex.compile(r"(?m)^[ \t>]*+[|:-][|: \t-]*+$\n?")
 _PROSE_FENCES = frozenset({"text", "txt", "plain", "plaintext", "markdown", "md"})
 # Quotes and list markers nested ten deep or more: the parser would drop their content.
 _DEEP = regex.compile(r"(?m)^(?:[ \t]*+>){10,}|^(?:[ \t]*+(?:[-*+]|\d{1,9}[.)])(?=[ \t])){10,}")
@@ -137,7 +142,7 @@ def _clean(text: str) -> str:
         # One picture at the start of a line is a decoration, several make a list.
         text = _PICTURE_LINE.sub(r"\1- " if len(_PICTURE_LINE.findall(text)) > 1 else r"\1", text)
         text = _ANY_PICTURE.sub(_without_picture, text)
-        return unicodedata.normalize("NFC", _SPACE.sub(" ", _INVISIBLE.sub("", text)))
+        return unicodedata.normalize("NFC", _MARKS.sub(r"\1", _SPACE.sub(" ", _INVISIBLE.sub("", text))))
     return _ASCII_INVISIBLE.sub("", text)
 
 
@@ -179,14 +184,15 @@ def _urls_to_hosts(text: str) -> str:
 # --- Markdown ---
 
 
-def _read_markdown(text: str) -> list[str]:
-    text = _DEEP.sub("- ", _without_stray_brackets(_FOOTNOTE.sub("", text)))
+def _read_markdown(text: str, depth: int = 0) -> list[str]:
+    """Return the blocks of a text that is inside `depth` code blocks."""
+    text = _DEEP.sub("- ", _without_wide_tables(_without_stray_brackets(_FOOTNOTE.sub("", text))))
     env: dict[str, dict[str, dict[str, str]]] = {}
     tokens = _MARKDOWN.parse(text, env)
     targets = (definition["href"] for definition in env.get("references", {}).values())
     if not all(_LINK_TARGET.match(target) for target in targets):  # "[Anna]: yes" is a dialogue
         tokens = _WITHOUT_DEFINITIONS.parse(text)
-    return _Reader().read(tokens)
+    return _Reader(depth).read(tokens)
 
 
 def _words_of_code(code: str) -> list[str]:
@@ -208,10 +214,26 @@ def _without_stray_brackets(text: str) -> str:
     return "".join(character for index, character in enumerate(text) if index not in drop) if drop else text
 
 
-class _Reader:
-    """Collects the text to speak from the parser's tokens, block by block."""
+def _without_wide_tables(text: str) -> str:
+    """Remove the rows of dashes of tables with more columns than their rows have text: the parser fills up each row, which takes seconds."""
+    paragraphs = regex.split(r"(\n\s*\n)", text)
+    return "".join(_DELIMITER_ROW.sub("", paragraph) if _too_wide(paragraph) else paragraph for paragraph in paragraphs)
 
-    def __init__(self) -> None:
+
+def _too_wide(paragraph: str) -> bool:
+    columns = max((row[0].count("|") for row in _DELIMITER_ROW.finditer(paragraph)), default=0)
+    return columns * paragraph.count("\n") > len(paragraph)
+
+
+class _Reader:
+    """Collects the text to speak from the parser's tokens, block by block.
+
+    Args:
+        depth: In how many code blocks the text is.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
         self._blocks: list[str] = []
         self._items: list[str] = []  # the numbers ("1.") of the open list items; empty once used
         self._code: list[str] = []
@@ -240,9 +262,9 @@ class _Reader:
         elif token.type == "fence" and _PROSE_FENCES.isdisjoint(token.info.lower().split()[:1]):
             self._code.append(token.content)
         elif token.type == "fence":
-            self._blocks += _read_markdown(token.content)
+            self._blocks += _read_markdown(token.content, self._depth + 1) if self._depth < _MOST_FENCES else _words_of_code(token.content)
         elif token.type == "html_block":
-            self._blocks += _Reader().read(_INSIDE_HTML.parse(_without_hidden(token.content)))
+            self._blocks += _Reader(self._depth).read(_INSIDE_HTML.parse(_without_hidden(token.content)))
 
     def _add(self, text: str) -> None:
         if self._cells is not None:
@@ -335,7 +357,8 @@ def _ended(text: str) -> str:
     text = text.strip()
     if not has_speech(text) or _ENDED.search(text):
         return text
-    return text + ("。" if _CJK_END.search(text) else ".")
+    last = _LAST_LETTER.search(text)
+    return text + ("。" if last and _IS_CJK.match(last[0]) else ".")
 
 
 def _finished(blocks: list[str]) -> list[str]:

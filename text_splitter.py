@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 
@@ -42,7 +43,8 @@ _CLAUSE = regex.compile(
 )
 _WORD_REACH = 60  # characters on either side of the middle in which to look for a word boundary
 _WORD_EDGE = regex.compile(r"(?w)\b")
-_CLUSTER = regex.compile(r"\X")
+# In a run of flags, \X counts those before each one: quadratic.
+_CLUSTER = regex.compile(r"\p{RI}{2}[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]*+|\X")
 
 
 def always(_segment: str) -> bool:
@@ -70,7 +72,7 @@ def split_text(text: str, segment_lengths: SegmentLengths, fits: Callable[[str],
     pieces: list[str] = []
     closing: list[bool] = []  # whether a paragraph ends after the piece
     for sentence, ends_paragraph in sentences(text):
-        parts = list(_parts(sentence, lambda part: _size(part) <= segment_lengths.maximum and fits(part)))
+        parts = list(_parts(sentence, lambda part: _size(part) <= segment_lengths.maximum))
         pieces += parts
         closing += [False] * (len(parts) - 1) + [ends_paragraph]
     return _pack(pieces, closing, segment_lengths, fits)
@@ -194,7 +196,7 @@ def _candidates(part: str, first: int, middle: int, last: int) -> Iterator[Itera
     start, near = max(first, middle - _WORD_REACH), min(last, middle + _WORD_REACH)
     clusters = list(takewhile(lambda end: end <= near, (match.end() for match in _CLUSTER.finditer(part))))
     # The ends of the searched range always match, so they do not count.
-    edges = {match.start() for match in _WORD_EDGE.finditer(part, start, near)} - {start, near}
+    edges = {start + match.start() for match in _WORD_EDGE.finditer(part[start:near])} - {start, near}
     yield (end for end in clusters if end in edges)
     yield clusters
     yield (middle,)
@@ -217,22 +219,44 @@ def _nearest(middle: int, offsets: Iterable[int], first: int, last: int) -> int 
 
 
 def _pack(pieces: list[str], closing: list[bool], segment_lengths: SegmentLengths, fits: Callable[[str], bool]) -> list[str]:
-    """Join `pieces` in order to segments, each as long as its target allows."""
+    """Join `pieces` in order to segments, each as long as its target allows. A piece that does not fit is cut."""
     segments: list[str] = []
-    segment = ""
-    full = False
-    for piece, closes in zip(pieces, closing, strict=True):
+    start = 0
+    while start < len(pieces):
         limit = min(segment_lengths.target if segments else segment_lengths.first, segment_lengths.maximum)
-        if segment and (full or _size(segment + piece) > limit or not fits(segment + piece)):
-            segments.append(segment)
-            segment = ""
-            limit = min(segment_lengths.target, segment_lengths.maximum)
-        segment += piece
-        full = closes and _size(segment) * 2 >= limit
-    segments.append(segment)
+        stop = _group_end(pieces, closing, start, limit)
+        end = _longest_fit(pieces, start, stop, fits)
+        if end < stop and len(parts := list(_parts(pieces[end], fits))) > 1:
+            pieces[end : end + 1] = parts
+            closing[end : end + 1] = [False] * (len(parts) - 1) + [closing[end]]
+            continue
+        end = max(end, start + 1)
+        segments.append("".join(pieces[start:end]))
+        start = end
     # The model speaks a few words worse alone than together with the sentence before them.
     if len(segments) > 2 and _size(segments[-1]) * 4 < segment_lengths.target:
         joined = segments[-2] + segments[-1]
         if _size(joined) <= segment_lengths.maximum and fits(joined):
             segments[-2:] = [joined]
     return segments
+
+
+def _longest_fit(pieces: list[str], start: int, stop: int, fits: Callable[[str], bool]) -> int:
+    """Return up to which piece, at most `stop`, those from `start` fit together. `fits` may be slow, so it is not asked for each piece."""
+
+    def too_long(end: int) -> bool:
+        return not fits("".join(pieces[start:end]))
+
+    return stop if not too_long(stop) else start + bisect_left(range(start + 1, stop), True, key=too_long)
+
+
+def _group_end(pieces: list[str], closing: list[bool], start: int, limit: int) -> int:
+    """Return after which piece a segment from `start` ends: at a paragraph's end when it is half full, else before it exceeds `limit`."""
+    segment = ""
+    for place in range(start, len(pieces)):
+        segment += pieces[place]
+        if place > start and _size(segment) > limit:
+            return place
+        if closing[place] and _size(segment) * 2 >= limit:
+            return place + 1
+    return len(pieces)

@@ -74,8 +74,16 @@ _EDGES = "\"'“”‘’()[]{}.,;:!?…-–—*"
 _LONGEST_TOKEN = 24
 _MOST_TOKENS = 12
 _CACHED = 4096
-_DIGIT = re.compile(r"\d")
-_DIGIT_CHARACTERS = 5  # more than the digit itself: "1234" has 4 characters and its words 40, a year's fewer
+# How many characters more than itself a character has when it is read out. "1234" has 4 characters and its words 40, a year's fewer.
+_DIGIT_CHARACTERS = 5
+_LETTER_CHARACTERS = 4  # "W" is "double u"
+_SIGN = regex.compile(r"[\p{N}\p{S}#%&@*\\/§¶_]")
+_SIGN_CHARACTERS = {sign: len(words) for sign, words in text_english.signs().items()}
+_SPELLED = re.compile(r"(?<![A-Za-z])(?![AI](?![A-Za-z]))(?:[A-Z]|[B-DF-HJ-NP-TV-XZ]{2,}|[A-Z]{13,})(?![A-Za-z])")
+_IDEOGRAPH = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
+_IDEOGRAPH_CHARACTERS = 3
+
+_CHARACTER_SECONDS = 0.063
 
 LANGUAGES = ("en",)
 
@@ -228,7 +236,13 @@ def warm_up() -> None:
 def spoken_length(text: str, pronounce: Pronounce | None = None) -> int:
     """Return about how many characters `text` has once it is read out, without reading it."""
     owned = sum(len(spoken) - (end - start) for start, end, spoken in pronounce(text)) if pronounce else 0
-    return len(text.strip()) + _DIGIT_CHARACTERS * len(_DIGIT.findall(text)) + owned
+    signs = sum(_SIGN_CHARACTERS.get(sign, _DIGIT_CHARACTERS) for sign in _SIGN.findall(text))
+    return len(text.strip()) + signs + _LETTER_CHARACTERS * sum(map(len, _SPELLED.findall(text))) + owned
+
+
+def expected_seconds(text: str) -> float:
+    """Return about how long it takes to say `text` at a speed of 1, without reading it."""
+    return _CHARACTER_SECONDS * (spoken_length(text) + _IDEOGRAPH_CHARACTERS * len(_IDEOGRAPH.findall(text)))
 
 
 def foreign_words(text: str) -> int:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, groupby
 
 import anyio
@@ -16,15 +17,25 @@ from audio_formats import Samples
 from audio_joiner import SegmentJoiner, SegmentTimestamp
 from config import BUILT_IN_VOICE, Settings
 from csm_model import CsmModel
-from errors import InternalError, InvalidInputError, InvalidVoiceError, ModelNotReadyError, TTSError, no_memory, shorten
+from errors import (
+    InputTooLongError,
+    InternalError,
+    InvalidInputError,
+    InvalidVoiceError,
+    ModelNotReadyError,
+    TTSError,
+    lacks_memory,
+    no_memory,
+    shorten,
+)
 from hibari_model import HibariModel, VoiceFiles
-from model_host import Heartbeat, ModelHost, RequestQueue
+from model_host import Heartbeat, ModelHost, RequestQueue, started_threads
 from pronunciations import Pronounce
 from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
 from text_markup import Passage, passages, prepare, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
-from text_verbalizer import SpokenSegments, foreign_words, mostly_foreign, spoken_length, warm_up
+from text_verbalizer import SpokenSegments, expected_seconds, foreign_words, mostly_foreign, spoken_length, warm_up
 from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
@@ -32,6 +43,8 @@ logger = logging.getLogger(__name__)
 _SEED_BITS = 32
 _IDLE_CHECK_SECONDS = 5.0
 _DOWNLOAD_RETRY_AFTER = 30
+_TURN_SECONDS = 0.5  # of work, after which an utterance lets a waiting one go first
+_TEXT_THREADS = 2  # more would only delay the event loop: they share the interpreter's lock
 
 
 class Utterance:
@@ -71,7 +84,7 @@ class Utterance:
         self.spoken = SpokenSegments((), None)
         self.transliterated = 0
         self.timestamps: list[SegmentTimestamp] = []
-        # MAX_INPUT_LENGTH bounds the buffer. A smaller bound would let a slow reader block the model.
+        # MAX_AUDIO_SECONDS bounds the buffer. A smaller bound would let a slow reader block the model.
         self._buffer: asyncio.Queue[Samples | TTSError | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._scope = anyio.CancelScope()
@@ -118,6 +131,12 @@ class Utterance:
         self.queue_time = queue_time
         self._begun_at = time.monotonic()
         self._begun_or_ended.set()
+
+    def resume(self, queue_time: float) -> None:
+        """Note that the model goes on after another wait."""
+        self.queue_time += queue_time
+        if self._begun_at is not None:
+            self._begun_at += queue_time
 
     def push(self, samples: Samples) -> None:
         """Pass samples to the reader. Called on the model's thread."""
@@ -185,6 +204,7 @@ class TTSEngine:
         self._running: set[Utterance] = set()
         self._replaced: set[str] = set()  # the voices that others speak for; one warning each
         self._background: list[asyncio.Task[None]] = []
+        self._text_threads = started_threads(_TEXT_THREADS, "text")
 
     async def start(self, only: Voice | None = None) -> None:
         """Load the built-in voice (0.3 s), then CSM and the files of the other built-in voices, all in the background.
@@ -203,6 +223,7 @@ class TTSEngine:
         """Stop all utterances and end all models' threads."""
         self.drain()
         self._voice_files.close()
+        self._text_threads.shutdown(wait=False, cancel_futures=True)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*(utterance.aclose() for utterance in self._running))
@@ -299,6 +320,10 @@ class TTSEngine:
         candidates = (catalog.resolve(name) for name in names if catalog.knows(name))
         return next((voice for voice in candidates if self.ready(voice)), None)
 
+    async def prepared(self, text: str, *, normalize: bool | None = None) -> str:
+        """Return what `prepare_text` returns, from a thread: a long text takes long enough to delay other requests' audio."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, lambda: self.prepare_text(text, normalize=normalize))
+
     def prepare_text(self, text: str, *, normalize: bool | None = None) -> str:
         """Return the text as it will be spoken, with its pauses and voice tags. Safe to call from any thread.
 
@@ -331,6 +356,7 @@ class TTSEngine:
 
         Raises:
             InvalidInputError: The voice's model cannot speak this text.
+            InputTooLongError: It would become more than MAX_AUDIO_SECONDS of audio.
             InvalidVoiceError: A voice tag names no voice of this model.
             ModelNotReadyError: The voice of a tag is not ready.
         """
@@ -338,6 +364,7 @@ class TTSEngine:
         parts = passages(text)
         voices = self._voices_of(parts, voice)
         text = without_marks(text)
+        self._check_seconds(expected_seconds(text) / options.speed, "about ")
         options = replace(options, verbalize=self._settings.normalize_text if options.verbalize is None else options.verbalize)
         transliterated = foreign_words(text) if options.verbalize and not mostly_foreign(text) else 0
         if not transliterated and (reason := host.model.refusal(text)) is not None:
@@ -346,14 +373,29 @@ class TTSEngine:
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
         utterance.transliterated = transliterated
 
-        async def work() -> None:
-            async with host.queue.slot() as waited:
-                utterance.begin(waited)
-                await host.run(lambda model: self._speak_on_thread(script, utterance, model, options, joiner), utterance.heartbeat)
+        work = partial(self._take_turns, host, utterance, partial(self._speak_on_thread, script, utterance, options, joiner))
 
         self._running.add(utterance)
         utterance.start(work).add_done_callback(lambda _: self._running.discard(utterance))
         return utterance
+
+    async def _take_turns(self, host: ModelHost, utterance: Utterance, speak: Callable[[SpeechModel], Iterator[None]]) -> None:
+        """Hold the model's slot until the utterance is complete; let waiting ones go first where `speak` pauses after `_TURN_SECONDS`."""
+        speaking: list[Iterator[None]] = []
+
+        def finished(model: SpeechModel) -> bool:
+            if not speaking:
+                speaking.append(speak(model))
+            end = time.monotonic() + _TURN_SECONDS
+            return all(not host.queue.waiting or time.monotonic() < end for _ in speaking[0])
+
+        async with host.queue.slot() as waited:
+            utterance.begin(waited)
+            complete = await host.run(finished, utterance.heartbeat)
+        while not complete:
+            async with host.queue.slot(again=True) as waited:
+                utterance.resume(waited)
+                complete = await host.run(finished, utterance.heartbeat)
 
     def new_joiner(self, sample_rate: int) -> SegmentJoiner:
         """Return what joins the segments of a text, or of several."""
@@ -376,11 +418,11 @@ class TTSEngine:
         self,
         script: Sequence[tuple[Passage, Voice]],
         utterance: Utterance,
-        model: SpeechModel,
         options: SpeechOptions,
         joiner: SegmentJoiner | None,
-    ) -> None:
-        """Split the text, speak the segments and join them. Runs on the model's thread."""
+        model: SpeechModel,
+    ) -> Iterator[None]:
+        """Split the text, speak the segments and join them; yield where another utterance may go first. Runs on the model's thread."""
         pronounce = self._presets.catalog.pronunciations.pronounce(phonemes=model.takes_phonemes) if options.verbalize else None
         turns = _turns(script, model, pronounce)
         segments = [segment for turn in turns for segment in turn.segments]
@@ -391,9 +433,12 @@ class TTSEngine:
         finished = 0
         for chunk in _spoken(turns, utterance, model, options):
             utterance.push(joiner.push(chunk))
+            self._check_seconds(utterance.audio_seconds / options.speed, "more than ")
             if chunk.last:
                 finished += 1
                 utterance.finish_segment(chunk)
+                if model.takes_turns:
+                    yield
         if utterance.heartbeat.stopped:
             return
         if finished != len(segments):
@@ -401,6 +446,16 @@ class TTSEngine:
         if not utterance.audio_seconds:
             raise InvalidInputError(f"Voice '{utterance.voice.name}' cannot speak this text: the model produced no audio.", param="input")
         utterance.push(joiner.finish())
+
+    def _check_seconds(self, seconds: float, about: str) -> None:
+        """Raise InputTooLongError if a text becomes too much audio, at the speed of its request."""
+        longest = self._settings.max_audio_seconds
+        if seconds > longest:
+            raise InputTooLongError(
+                f"'input' becomes {about}{seconds:.0f} s of audio, and MAX_AUDIO_SECONDS allows {longest:g} s. "
+                "Send it in parts, or with a higher 'speed'.",
+                param="input",
+            )
 
     def _other_voice(self) -> str:
         """Return a sentence that names a voice to use instead."""
@@ -496,7 +551,7 @@ def _as_tts_error(error: BaseException) -> TTSError:
         return error
     if isinstance(error, ModelLoadError):
         return _not_downloaded(error.message)
-    if isinstance(error, MemoryError):
+    if lacks_memory(error):
         return no_memory()
     if isinstance(error, asyncio.CancelledError):
         return InternalError("The utterance was stopped.")

@@ -193,6 +193,22 @@ def test_an_allocation_that_fails_is_reported_as_a_lack_of_memory() -> None:
     failed(answer, "insufficient_memory")
 
 
+def test_without_address_space_requests_are_refused_and_none_hangs(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server()
+    pid, limit = server.process.pid, resource.RLIMIT_AS
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, (psutil.Process(pid).memory_info().vms, before[1]))
+    try:
+        answers = [speak(server, input=BODY["input"] * 20, response_format="wav")]
+        answers += [speak(server, stream=streamed, response_format="mp3") for streamed in (False, True)]
+    finally:
+        resource.prlimit(pid, limit, before)
+    assert 503 in [answer.status_code for answer in answers]
+    for answer in answers:
+        assert answer.status_code == 200 or failed(answer, "insufficient_memory")
+    assert speak(server).status_code == 200
+
+
 def test_an_ffmpeg_whose_version_hangs_delays_nothing(make_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     script = tmp_path / "ffmpeg"
     script.write_text(f'#!/bin/sh\ncase "$*" in *-version*) exec sleep 100 ;; esac\nexec {listening.ffmpeg()} "$@"\n')

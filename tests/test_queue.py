@@ -201,6 +201,24 @@ def test_health_answers_while_the_model_works(server: RunningServer) -> None:
     server.wait_for(idle, 30)
 
 
+def test_a_short_text_does_not_wait_for_a_long_one_which_stays_the_same(server: RunningServer) -> None:
+    long = BODY | {"input": SENTENCE * 30, "seed": 3, "response_format": "pcm"}
+    order: list[str] = []
+
+    def speak(name: str, body: dict[str, Any]) -> bytes:
+        with server.client() as client:
+            content = client.post("/v1/audio/speech", json=body).content
+        order.append(name)
+        return content
+
+    with ThreadPoolExecutor(1) as pool:
+        together = pool.submit(speak, "long", long)
+        server.wait_for(lambda health: health["queue"]["active"] == 1, 15)
+        assert speak("short", BODY | {"input": "Next.", "response_format": "pcm"})
+        assert together.result() == speak("alone", long)
+    assert order == ["short", "long", "alone"]
+
+
 def test_eight_clients_at_once_get_what_each_seed_gives_alone(server: RunningServer) -> None:
     requests = [
         {"model": "m", "voice": "heart", "input": f"Sentence {seed}. And another one.", "seed": seed, "response_format": name}
