@@ -29,12 +29,12 @@ const player = new Player();
 const speech = new Speech(player);
 const settings = new SettingsForm();
 const previews = new Previews(player, () => server.health?.version ?? "");
-const voices = new VoiceList((id) => server.health?.models?.[id], previews, tryAgain);
+const voices = new VoiceList((id) => server.models[id], previews, tryAgain);
 const waveform = new Waveform(byId("wave"), byId("canvas"), (seconds) => player.seek(seconds));
 const server = new ServerState({ dot: document.querySelector("#server-button .dot"), word: byId("server-word"), models: byId("models"), queue: byId("queue"), fallback: byId("fallback") });
 const keyDialog = new KeyDialog(() => begin());
 const voiceDialog = new VoiceDialog(previews, csmReady, (voice) => useNewVoice(voice));
-const recent = new Recent({ play: replay, restore });
+const recent = new Recent({ play: replay, restore, current: () => player.take });
 
 const SPEAK_KEY = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘↵" : "Ctrl ↵";
 
@@ -276,7 +276,7 @@ function csmReady() {
 
 /** Where CSM can never run, no voice can be added, and the page says why. */
 function showAdding() {
-  const csm = server.health?.models?.["csm-1b"];
+  const csm = server.models["csm-1b"];
   const never = csm?.state === "disabled";
   const why = never ? `${neverWords(csm)}: CSM-1B, which speaks added voices, does not run on this server.` : "";
   byId("add-voice").disabled = never;
@@ -305,8 +305,9 @@ async function tryAgain() {
 
 async function begin() {
   byId("key-button").hidden = !apiKey.value;
+  showChoice();
   await Promise.all([server.ask(), listVoices()]);
-  voices.update();
+  showChoice();
 }
 
 /** @param unasked Whether this happens without an action of the user; then no dialog opens. */

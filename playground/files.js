@@ -12,8 +12,8 @@ export const FILES = [
   ["flac", "FLAC", "lossless, compressed"],
   ["pcm", "PCM", "raw, 16 bit, 24 kHz"],
   null,
-  ["vtt", "Captions, WebVTT", "for web video"],
-  ["srt", "Captions, SRT", "for video editors"],
+  ["vtt", "Captions (VTT)", "for web video"],
+  ["srt", "Captions (SRT)", "for editing"],
 ];
 
 /**

@@ -23,8 +23,9 @@ export class Recent {
   #list = byId("results");
   #actions;
   #rows = new Map(); // take → row
+  #stored = new Set(); // takes that are in memory and in the store
 
-  /** @param actions `{play(take), restore(take)}`. */
+  /** @param actions `{play(take), restore(take), current()}`; `current` returns the take in the player. */
   constructor(actions) {
     this.#actions = actions;
     byId("recent-clear").addEventListener("click", () => this.#clear());
@@ -35,10 +36,16 @@ export class Recent {
     for (const record of await storedTakes()) this.#append(Object.assign(new Take(record.request, record.voiceName, record.parts), record), false);
   }
 
-  add(take) {
+  /** Add the take that was just spoken. Only its samples and those of takes that could not be stored stay in memory. */
+  async add(take) {
+    for (const old of this.#stored) {
+      if (old === this.#actions.current()) continue;
+      old.release();
+      this.#stored.delete(old);
+    }
     this.#append(take, true);
     for (const [old, row] of [...this.#rows].sort(([a], [b]) => b.made - a.made).slice(MOST_TAKES)) this.#drop(old, row);
-    return storeTake(take.record(), take.pieces);
+    if (await storeTake(take.record(), take.pieces)) this.#stored.add(take);
   }
 
   /** Show which take is playing. */
@@ -69,8 +76,8 @@ export class Recent {
     if (take.pieces.length === 0) {
       const samples = await storedSamples(take.id);
       if (!samples) return;
-      take.length = 0;
-      take.add(samples);
+      take.fill(samples);
+      this.#stored.add(take);
     }
     this.#actions.play(take);
   }

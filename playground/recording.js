@@ -44,7 +44,7 @@ export function paceFault(words, seconds) {
   const letters = words.match(/[\p{L}\p{N}]/gu)?.length ?? 0;
   const count = words.split(/\s+/).filter(Boolean).length;
   const said = `${count} ${count === 1 ? "word" : "words"} in ${seconds.toFixed(1)} s`;
-  if (letters > MOST_LETTERS_A_SECOND * seconds) return `${said}: nobody speaks so fast. The words must be exactly those of the recording; record the whole text, or delete the words that are not in it.`;
+  if (letters > MOST_LETTERS_A_SECOND * seconds) return `${said}: nobody speaks so fast. Record the whole text, or delete the words that are not in the recording.`;
   if (letters && letters < LEAST_LETTERS_A_SECOND * seconds) return `${said}: some words are missing. Enter all that is said in the recording.`;
   return null;
 }

@@ -21,6 +21,7 @@ export class ServerState extends EventTarget {
     super();
     this.#parts = parts;
     this.health = null;
+    this.models = {}; // as they were last known
     this.hurry = false; // polls often, because a request of this page is in progress
     document.addEventListener("visibilitychange", () => document.hidden || this.ask());
   }
@@ -31,6 +32,7 @@ export class ServerState extends EventTarget {
     let fault = null;
     try {
       this.health = await getJson("health");
+      this.models = this.health.models ?? {};
       this.#measure();
     } catch (error) {
       this.health = null;
@@ -62,7 +64,7 @@ export class ServerState extends EventTarget {
 
   /** Add `seconds_left` to the progress of each download, from its speed since the page was opened. */
   #measure() {
-    for (const [id, { progress }] of Object.entries(this.health.models ?? {})) {
+    for (const [id, { progress }] of Object.entries(this.models)) {
       if (!progress?.total) {
         this.#speeds.delete(id);
         continue;

@@ -43,7 +43,7 @@ export async function storedTakes() {
   return records.sort((a, b) => b.made - a.made);
 }
 
-/** Store a take; the oldest go when there are too many. */
+/** Store a take; the oldest go when there are too many. Returns whether it is stored. */
 export function storeTake(record, pieces) {
   return within([TAKES, AUDIO], "readwrite", async (takes, audio) => {
     const kept = (await result(takes.getAll())).filter(({ id }) => id !== record.id).sort((a, b) => b.made - a.made);
@@ -54,10 +54,11 @@ export function storeTake(record, pieces) {
       takes.delete(old.id);
       audio.delete(old.id);
     }
-    if (record.length > MOST_SAMPLES) return;
+    if (record.length > MOST_SAMPLES) return false;
     takes.put(record, record.id);
     await result(audio.put(new Blob(pieces), record.id));
-  });
+    return true;
+  }, false);
 }
 
 /** Return the samples of a stored take, or null. */

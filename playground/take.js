@@ -75,6 +75,19 @@ export class Take {
     this.length += samples.length;
   }
 
+  /** Forget the samples, which are stored elsewhere, but not the length. */
+  release() {
+    this.pieces = [];
+    this.peaks = [];
+  }
+
+  /** Take all samples back. */
+  fill(samples) {
+    this.release();
+    this.length = 0;
+    this.add(samples);
+  }
+
   /** Append the times of a spoken segment of a part. */
   addTimes({ text, start, end, words = [] }, part) {
     const place = offsets(part.input);

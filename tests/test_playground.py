@@ -24,7 +24,7 @@ from listening import decode, transcribe, word_error_rate
 from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
-from config import Settings
+from config import Settings, csm_can_run
 from server import create_app
 
 SENTENCE = "The quick brown fox jumps over the lazy dog."
@@ -252,6 +252,19 @@ def test_voices_that_cannot_speak_are_folded_with_their_reason(guest: Guest) -> 
         expect(seen.page.locator("#add-note")).to_contain_text("Switched off: CSM-1B")
 
 
+@pytest.mark.skipif(csm_can_run(), reason="CSM runs on this machine")
+def test_a_machine_that_can_never_run_csm_is_told_so(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
+    own = make_server(CSM="auto")
+    with guest(f"{own.url}/") as seen:
+        seen.open()
+        group = seen.page.locator(".resting", has_text="Conversational B")
+        expect(group.locator(".line")).to_have_text("Needs Apple Silicon")
+        expect(seen.page.locator("#add-voice")).to_be_disabled()
+        expect(seen.page.locator("#add-note")).to_have_text(
+            "Needs Apple Silicon: CSM-1B, which speaks added voices, does not run on this server."
+        )
+
+
 def test_a_preview_is_requested_once_and_kept(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
@@ -471,6 +484,8 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_the_browser(guest: Guest, mak
         expect(page.locator("#key-dialog")).to_be_visible()
         page.click("#key-cancel")
         expect(page.locator("#server-word")).to_have_text("API key required")
+        expect(page.locator("#voices")).to_have_text("Enter the API key to see the voices.")
+        expect(page.locator("#code")).to_contain_text("curl")
         page.click("#server-button")
         expect(page.locator("#key-dialog")).to_be_visible()
         page.keyboard.press("Escape")
