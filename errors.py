@@ -23,6 +23,7 @@
         ├── InternalError              500  internal_error
         ├── ModelNotReadyError         503  model_not_ready
         ├── QueueTimeoutError          503  queue_timeout
+        ├── DeadlineError              503  deadline_unreachable: the speech would not be complete in time
         ├── GenerationTimeoutError     503  generation_timeout
         ├── InsufficientMemoryError    503  insufficient_memory
         ├── ConnectionsExhaustedError  503  too_many_connections
@@ -208,6 +209,13 @@ class QueueTimeoutError(ServerError):
 
     status = 503
     code = "queue_timeout"
+
+
+class DeadlineError(ServerError):
+    """The speech would not be complete before the request's deadline."""
+
+    status = 503
+    code = "deadline_unreachable"
 
 
 class GenerationTimeoutError(ServerError):

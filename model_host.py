@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import anyio
+import numpy as np
 
 from errors import GenerationTimeoutError, ModelNotReadyError, QueueTimeoutError, RateLimitError, ShuttingDownError
 from speech_model import LoadProgress, ModelLoadError, SpeechModel
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _ASSUMED_SLOT_SECONDS = 5.0  # until some slots have been measured
 _LATEST_SLOT_WEIGHT = 0.3  # in the running mean of how long a slot is held
+
+_MEASURED_UTTERANCES = 32  # from which the pace is taken
+_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec
 
 _WATCH_SECONDS = 1.0  # between two looks at the thread
 
@@ -131,6 +136,47 @@ class RequestQueue:
                 f"The request waited {self._timeout:g} s in the queue, the most that QUEUE_TIMEOUT allows. Try again later.",
                 headers={"Retry-After": str(self.retry_after())},
             )
+
+
+class Pace:
+    """How fast a model speaks: a time to start and a time for each character, fitted to its latest utterances."""
+
+    def __init__(self) -> None:
+        self._measured: deque[tuple[int, float, float]] = deque(maxlen=_MEASURED_UTTERANCES)  # characters, seconds of audio and of work
+
+    def observe(self, characters: int, audio_seconds: float, seconds: float) -> None:
+        """Add a complete utterance."""
+        self._measured.append((characters, audio_seconds, seconds))
+
+    def seconds(self, characters: int) -> float | None:
+        """Return how long a text of this length would take, without the queue; None before the first utterance."""
+        if not self._measured:
+            return None
+        start, each = self._fit()
+        return start + each * characters
+
+    def info(self) -> dict[str, float | int]:
+        """Return what `/health` shows; empty before the first utterance."""
+        if not self._measured:
+            return {}
+        start, each = self._fit()
+        _, audio, work = np.sum(np.array(self._measured), axis=0)
+        frames = float(audio * _FRAMES_PER_SECOND / work) if work else 0.0
+        return {
+            "frames_per_second": round(frames, 2),
+            "start_seconds": round(start, 4),
+            "seconds_per_character": round(each, 6),
+            "utterances": len(self._measured),
+        }
+
+    def _fit(self) -> tuple[float, float]:
+        """Return the time to start and the time a character, in seconds, by least squares; neither is negative."""
+        characters, _, seconds = np.array(self._measured, np.float64).T
+        spread = characters - characters.mean()
+        each = float(spread @ seconds / (spread @ spread)) if spread.any() else 0.0
+        longest = float(seconds.mean() / characters.mean())
+        each = min(max(each, 0.0), longest) if spread.any() else longest
+        return float(seconds.mean()) - each * float(characters.mean()), each
 
 
 class WorkerLostError(Exception):
@@ -251,6 +297,7 @@ class ModelHost:
     ) -> None:
         self.model = create()
         self.queue = queue
+        self.pace = Pace()
         self.state: State = "disabled" if disabled else "loading"
         self.error: str | None = disabled
         self.progress: LoadProgress | None = None
@@ -338,6 +385,8 @@ class ModelHost:
             info["next_try_seconds"] = self.next_try_seconds()
         if self.state == "loading" and self.progress:
             info["progress"] = asdict(self.progress) | {"fraction": self.progress.fraction}
+        if pace := self.pace.info():
+            info["pace"] = pace
         return info | self.model.info() | {"active": self.queue.active, "waiting": self.queue.waiting}
 
     async def _watch(self, future: asyncio.Future[Any], heartbeat: Heartbeat) -> None:

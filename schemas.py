@@ -135,6 +135,12 @@ class SpeechRequest(SpeechFields):
         description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters. `[pause:1.5s]` is silence, `[voice:NAME]` changes the voice.",
         min_length=1,
     )
+    deadline_ms: Annotated[int | None, _Number] = Field(
+        None, ge=1, le=3_600_000, description="Refuse at once if the speech cannot be complete in so many milliseconds."
+    )
+    on_deadline: Literal["error", "fallback"] = Field(
+        "error", description="`fallback` lets the built-in voice speak if the deadline cannot be met."
+    )
 
     def check_length(self, limit: int) -> None:
         """Refuse a text over MAX_INPUT_LENGTH.
@@ -326,6 +332,15 @@ class Progress(_Answer):
     fraction: float | None
 
 
+class PaceStatus(_Answer):
+    """How fast a model speaks, from its latest utterances; `utterances` is their number."""
+
+    frames_per_second: float
+    start_seconds: float
+    seconds_per_character: float
+    utterances: int
+
+
 class ModelStatus(_Answer):
     """The state of a model. What is known only after loading, or only in some states, is absent until then."""
 
@@ -339,6 +354,7 @@ class ModelStatus(_Answer):
     waiting: int
     next_try_seconds: float | None = None
     progress: Progress | None = None
+    pace: PaceStatus | None = None
     source: str | None = None
     dtype: str | None = None
     memory_gb: float | None = None

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import logging
+import math
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from audio_converter import Converted, Encoder
 from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
-from errors import InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
+from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
 from schemas import (
@@ -147,6 +149,7 @@ class SpeechEndpoint:
         body.check_length(self._settings.max_input_length)
         voice, replaced = self._engine.choose_voice(body.voice_name)
         text = await run_until_gone(self._engine.prepared(body.input, normalize=body.normalize), request.receive)
+        voice, replaced = self._in_time(body, request, text, voice, replaced)
         audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
         seed = new_seed() if body.seed is None else body.seed
@@ -165,6 +168,31 @@ class SpeechEndpoint:
         if replaced is not None:
             request.state.log_fields["fallback_for"] = replaced.id
         return _Plan(body, text, voice, replaced, audio_format, options, tag)
+
+    def _in_time(
+        self, body: SpeechRequest, request: Request, text: str, voice: Voice, replaced: Voice | None
+    ) -> tuple[Voice, Voice | None]:
+        """Return the voice that can speak `text` before the request's deadline, and the voice it replaces.
+
+        Raises:
+            DeadlineError: Neither can, or no other voice may speak.
+        """
+        deadline = _deadline_ms(body, request)
+        needed = None if deadline is None else self._engine.expected_seconds(voice, len(text))
+        if deadline is None or needed is None or needed * 1000 <= deadline:
+            return voice, replaced
+        fallback = self._engine.built_in_voice() if body.on_deadline == "fallback" else None
+        if (
+            fallback is not None
+            and fallback.id != voice.id
+            and (self._engine.expected_seconds(fallback, len(text)) or 0) * 1000 <= deadline
+        ):
+            return fallback, replaced or voice
+        raise DeadlineError(
+            f"The speech would be complete in about {needed:.1f} s, not within 'deadline_ms'={deadline}. Allow more time, or send 'on_deadline': 'fallback'.",
+            param="deadline_ms",
+            headers={"X-Needed-Ms": str(math.ceil(needed * 1000)), "X-Should-Retry": "false"},
+        )
 
     def _speak(self, plan: _Plan) -> Utterance:
         """Start the utterance.
@@ -233,6 +261,22 @@ class SpeechEndpoint:
             first_audio=utterance.first_audio_time,
             audio=utterance.audio_seconds or None,
         )
+
+
+def _deadline_ms(body: SpeechRequest, request: Request) -> int | None:
+    """Return the deadline of the body, else of the header X-Deadline-Ms.
+
+    Raises:
+        InvalidRequestError: The header is not a number of milliseconds.
+    """
+    given = request.headers.get("x-deadline-ms")
+    if body.deadline_ms is not None or given is None:
+        return body.deadline_ms
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", given.strip()):
+        raise InvalidRequestError(
+            f"X-Deadline-Ms={shorten(given)} is not a number of milliseconds.", param="deadline_ms", code="invalid_deadline_ms"
+        )
+    return int(given)
 
 
 def choose_format(fields: SpeechFields, default: str) -> AudioFormat:

@@ -65,6 +65,7 @@ class Utterance:
         word_error_rate: The highest of all segments, where a recogniser checks them.
         segments: The text as it was split, as the client wrote it.
         spoken: The words of the segments.
+        characters: Length of the text.
         transliterated: How many words in foreign scripts are spoken in Latin letters.
         timestamps: Start and end of each finished segment, in seconds.
     """
@@ -82,6 +83,7 @@ class Utterance:
         self.word_error_rate: float | None = None
         self.segments: list[str] = []
         self.spoken = SpokenSegments((), None)
+        self.characters = 0
         self.transliterated = 0
         self.timestamps: list[SegmentTimestamp] = []
         # MAX_AUDIO_SECONDS bounds the buffer. A smaller bound would let a slow reader block the model.
@@ -113,6 +115,11 @@ class Utterance:
             if isinstance(item, TTSError):
                 raise item
             yield item
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the model started to work on it; 0 before."""
+        return 0.0 if self._begun_at is None else time.monotonic() - self._begun_at
 
     async def aclose(self) -> None:
         """Stop waiting or speaking, and return when the model is free for the next utterance."""
@@ -320,6 +327,22 @@ class TTSEngine:
         candidates = (catalog.resolve(name) for name in names if catalog.knows(name))
         return next((voice for voice in candidates if self.ready(voice)), None)
 
+    def built_in_voice(self) -> Voice | None:
+        """Return the built-in voice if it is ready and may speak for others."""
+        catalog = self._presets.catalog
+        if not self._settings.fallback_allowed or not catalog.knows(BUILT_IN_VOICE):
+            return None
+        voice = catalog.resolve(BUILT_IN_VOICE)
+        return voice if self.ready(voice) else None
+
+    def expected_seconds(self, voice: Voice, characters: int) -> float | None:
+        """Return in how many seconds a text would be spoken, with the texts before it; None before the model has spoken anything."""
+        pace = self.host(voice).pace
+        own = pace.seconds(characters)
+        before = (each for each in self._running if each.voice.preset.model == voice.preset.model)
+        waiting = sum(max(0.0, (pace.seconds(each.characters) or 0.0) - each.elapsed) for each in before)
+        return None if own is None else own + waiting
+
     async def prepared(self, text: str, *, normalize: bool | None = None) -> str:
         """Return what `prepare_text` returns, from a thread: a long text takes long enough to delay other requests' audio."""
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, lambda: self.prepare_text(text, normalize=normalize))
@@ -371,7 +394,7 @@ class TTSEngine:
             raise InvalidInputError(f"Voice '{voice.preset.name}' cannot speak all of 'input': {reason}", param="input")
         script = [(part, voices[part.voice]) for part in parts]
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
-        utterance.transliterated = transliterated
+        utterance.transliterated, utterance.characters = transliterated, len(text)
 
         work = partial(self._take_turns, host, utterance, partial(self._speak_on_thread, script, utterance, options, joiner))
 
@@ -396,6 +419,8 @@ class TTSEngine:
             async with host.queue.slot(again=True) as waited:
                 utterance.resume(waited)
                 complete = await host.run(finished, utterance.heartbeat)
+        if not utterance.heartbeat.stopped:
+            host.pace.observe(utterance.characters, utterance.audio_seconds, utterance.elapsed)
 
     def new_joiner(self, sample_rate: int) -> SegmentJoiner:
         """Return what joins the segments of a text, or of several."""

@@ -151,3 +151,24 @@ def test_eight_clients_at_once_get_what_each_seed_gives_alone(guarded: RunningSe
         alone = [client.post("/v1/audio/speech", json=request).content for request in requests]
         together = pool.map(lambda number: client.post("/v1/audio/speech", json=requests[number % 3]).content, range(8))
         assert list(together) == [alone[number % 3] for number in range(8)]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_or_spoken_by_the_built_in_voice(guarded: RunningServer) -> None:
+    speak(guarded, "hello.")
+    pace = guarded.health()["models"]["csm-1b"]["pace"]
+    assert pace["utterances"] >= 1
+    assert pace["frames_per_second"] > 0
+    refused = speak(guarded, "hello hello hello.", deadline_ms=1)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "deadline_unreachable")
+    assert int(refused.headers["X-Needed-Ms"]) > 1
+    replaced = speak(guarded, "hello hello hello.", deadline_ms=1, on_deadline="fallback")
+    assert (replaced.status_code, replaced.headers["X-Voice"], replaced.headers["X-Fallback-For"]) == (200, "heart", "tiny")
+    assert speak(guarded, "hello.", deadline_ms=600_000).headers["X-Voice"] == "tiny"
+    late = httpx.post(
+        f"{guarded.url}/v1/audio/speech", json={"model": "m", "voice": "tiny", "input": "hello."}, headers={"X-Deadline-Ms": "1"}
+    )
+    assert late.json()["error"]["code"] == "deadline_unreachable"
+    wrong = httpx.post(
+        f"{guarded.url}/v1/audio/speech", json={"model": "m", "voice": "tiny", "input": "hello."}, headers={"X-Deadline-Ms": "soon"}
+    )
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "invalid_deadline_ms")

@@ -122,6 +122,39 @@ class FaultyVoice(HibariModel):
                 self._fault()
 
 
+class PacedVoice(HibariModel):
+    """The built-in voice with a known pace: it waits 0.2 s for each text and 5 ms for each character."""
+
+    def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
+        time.sleep(0.2 + 0.005 * sum(map(len, segments)))
+        yield from super().speak(segments, voice, options, cancelled)
+
+
+def test_the_time_for_a_text_is_known_from_the_models_pace_and_its_queue(tmp_path: Path) -> None:
+    async def work(engine: TTSEngine, presets: VoicePresetManager) -> None:
+        await engine.hosts["hibari"].close()
+        host = ModelHost(PacedVoice, RequestQueue(5, 30), stall_seconds=60, after_load=lambda model: model.warm_up([]))
+        engine.hosts["hibari"] = host
+        host.start()
+        await host.settled()
+        voice = presets.catalog.resolve("heart")
+        assert engine.expected_seconds(voice, 100) is None
+        for text in ("Hello.", "A much longer sentence than the one before it, and nothing else."):
+            await engine.speak(text, voice, SpeechOptions(seed=1)).samples()
+        alone = engine.expected_seconds(voice, 400)
+        assert alone is not None
+        assert alone > 0.2 + 0.005 * 400
+        waiting = [engine.speak("x " * 50, voice, SpeechOptions(seed=1)) for _ in range(3)]
+        queued = engine.expected_seconds(voice, 400)
+        assert queued is not None
+        assert queued > alone + 2 * (0.2 + 0.005 * 100)
+        for utterance in waiting:
+            await utterance.aclose()
+        assert engine.expected_seconds(voice, 400) == alone, "what was stopped says nothing about the pace"
+
+    with_engine(work, tmp_path)
+
+
 def with_faulty(fault: Callable[[], None], expected: type[Exception], tmp_path: Path, stall_seconds: float = 60.0) -> None:
     """Check that the utterance's reader gets the fault and that the next utterance works."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from errors import GenerationTimeoutError
 from hibari_model import HibariModel
-from model_host import Heartbeat, ModelHost, RequestQueue
+from model_host import Heartbeat, ModelHost, Pace, RequestQueue
 
 # The tests end threads on purpose, and pytest warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -84,3 +84,24 @@ def test_a_thread_that_dies_before_a_load_is_reported_and_a_reload_works() -> No
         assert await rate(host) == 24_000
 
     with_host(work)
+
+
+def test_the_pace_is_fitted_to_what_was_measured() -> None:
+    pace = Pace()
+    assert (pace.seconds(100), pace.info()) == (None, {})
+    pace.observe(50, 4.0, 2.0)
+    assert pace.seconds(100) == pytest.approx(4.0)  # one length alone says nothing about the time to start
+    for characters in (100, 400, 200, 50):
+        pace.observe(characters, characters * 0.08, 1.0 + characters * 0.02)
+    assert pace.seconds(1000) == pytest.approx(21.0)
+    assert pace.info()["frames_per_second"] == pytest.approx(64 * 12.5 / 21, rel=0.01)
+    for _ in range(32):
+        pace.observe(100, 8.0, 0.5)
+    assert pace.seconds(200) == pytest.approx(1.0), "only the latest count"
+
+
+def test_noise_never_gives_a_negative_time() -> None:
+    pace = Pace()
+    for characters, seconds in ((10, 5.0), (1000, 1.0)):
+        pace.observe(characters, 1.0, seconds)
+    assert pace.seconds(1) == pace.seconds(5000) == pytest.approx(3.0)
