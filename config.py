@@ -121,6 +121,7 @@ class Settings(BaseSettings):
     model_compile: _Switch = "auto"
     max_batch: int = Field(8, ge=1, le=32)
     guard: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"
+    context_segments: int = Field(0, ge=0, le=8)
     max_retries: int = Field(2, ge=0, le=10)
     verify: Annotated[Literal["auto", "off", "whisper"], BeforeValidator(_lower)] = "auto"
     generation_timeout: float = Field(120.0, gt=0, le=3600)
@@ -153,6 +154,12 @@ class Settings(BaseSettings):
 
     socket_pause_ms: int = Field(1000, ge=50, le=60_000)
     socket_idle_timeout: float = Field(120.0, gt=0, le=3600)
+
+    # Conversations
+    max_conversations: int = Field(100, ge=1, le=100_000)
+    max_conversation_turns: int = Field(64, ge=1, le=10_000)
+    max_conversations_mb: int = Field(64, ge=1, le=100_000)
+    conversation_idle_seconds: float = Field(3600.0, gt=0, le=604_800)
 
     # Files
     cache_dir: Path = Field(default_factory=_default_cache_dir)

@@ -133,31 +133,49 @@ class FrameBatch:
 
 
 class PrefixCache:
-    """Keeps the keys and values of voice prompts that are segments of their own (`voice_match: false`), each read once.
+    """Keeps the keys and values of prompts that consist of segments: voice prompts (`voice_match: false`), and conversations after them.
 
-    The least recently used ones are dropped so that all together have at most `PREFIX_POSITIONS` positions.
+    Each segment is read once: a conversation's next turn is appended to what was read before. The least recently used ones are dropped so that all together have at most `PREFIX_POSITIONS` positions.
     """
 
     def __init__(self, network: FrameNetwork) -> None:
         self._network = network
         self._states: OrderedDict[bytes, list[mx.array]] = OrderedDict()
 
-    def get(self, prompt: PromptTokens) -> list[mx.array]:
-        """Return the state of each layer's cache after the prompt, shape (2, 1, heads, positions, head size)."""
-        key = hashlib.sha256(np.array(prompt[0]).tobytes()).digest()
-        if key not in self._states:
-            self._states[key] = self._read(prompt)
+    def get(self, *segments: PromptTokens) -> list[mx.array]:
+        """Return the state of each layer's cache after the segments, shape (2, 1, heads, positions, head size)."""
+        keys = _keys(segments)
+        known = next((count for count in range(len(keys), 0, -1) if keys[count - 1] in self._states), 0)
+        before = self._states[keys[known - 1]] if known else None
+        key = keys[-1]
+        if known < len(keys):
+            self._states[key] = self._read(segments[known:], before)
+            if known > 1:  # an earlier state of the same conversation; the voice's prompt alone is kept
+                del self._states[keys[known - 1]]
+        self._states.move_to_end(keys[0] if keys[0] in self._states else key)
         self._states.move_to_end(key)
         while len(self._states) > 1 and sum(state[0].shape[3] for state in self._states.values()) > PREFIX_POSITIONS:
             self._states.popitem(last=False)
         return self._states[key]
 
-    def _read(self, prompt: PromptTokens) -> list[mx.array]:
-        caches = self._network.new_caches([0])
-        _read_prompts(self._network, prompt[0][None], prompt[1][None], caches)
+    def _read(self, segments: Sequence[PromptTokens], before: Sequence[mx.array] | None) -> list[mx.array]:
+        caches = self._network.new_caches([0], before)
+        tokens, mask = (mx.concat(list(parts), axis=0)[None] for parts in zip(*segments, strict=True))
+        _read_prompts(self._network, tokens, mask, caches)
         states = [mx.contiguous(cache.state) for cache in caches]  # without the positions that a cache has in reserve
         mx.eval(states)
         return states
+
+
+def _keys(segments: Sequence[PromptTokens]) -> list[bytes]:
+    """Return a digest for each beginning of the segments."""
+    digest = hashlib.sha256()
+    keys = []
+    for tokens, _ in segments:
+        digest.update(np.array(tokens).tobytes())
+        digest.update(b"|")
+        keys.append(digest.digest())
+    return keys
 
 
 def _read_prompts(network: FrameNetwork, tokens: mx.array, mask: mx.array, caches: Sequence[KvCache]) -> mx.array:

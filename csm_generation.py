@@ -26,10 +26,10 @@ from csm_decoding import (
     attempt_seed,
     memory_errors,
 )
-from csm_prompts import PromptStore
+from csm_prompts import PromptStore, joined
 from csm_quality import FRAME_MS, Attempt, Fault, Pace, PauseLimiter, best, frame_budget, judge, repaired, silent
 from errors import InputTooLongError, InternalError
-from speech_model import SegmentChunk, SpeechOptions, SpokenWord
+from speech_model import Codes, ContextPart, SegmentChunk, SpeechOptions, SpokenWord
 from transcription import Hearing, Recognizer, installed_recognizer
 from voice_presets import Voice
 
@@ -40,6 +40,7 @@ _LONGEST_SILENT_START = 2 * SAMPLE_RATE
 # With VERIFY=auto, this share of the segments that the guard finds right is transcribed, too.
 _SAMPLED = 10
 SAMPLE_SEED = 1 << 32  # an attempt's number that no attempt has
+_FRAME_SAMPLES = SAMPLE_RATE * FRAME_MS // 1000
 _WARM_UP_FRAMES = 2
 _CHECKED_FRAMES = 50  # of all rows together
 _WARM_UP_TEXT = "Hi."
@@ -98,9 +99,9 @@ class Row:
 class TextOrder:
     """Puts finished segments into the text's order."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         self._ready: dict[int, SegmentChunk] = {}
-        self._next = 0
+        self._next = first
 
     def add(self, chunk: SegmentChunk) -> None:
         """Add a complete segment."""
@@ -184,6 +185,7 @@ class CsmSpeaker:
         self._most_attempts = 1 + (settings.max_retries if self._guarded else 0)
         self._max_batch = settings.max_batch
         self._max_pause_ms = settings.max_pause_ms
+        self._context_segments = settings.context_segments
         self._prefixes = PrefixCache(model.model)
         self._decoder = CodecDecoder(model)
         self._faults = Counter() if faults is None else faults
@@ -200,6 +202,11 @@ class CsmSpeaker:
         if self._empty[1] + len(text.strip().encode("utf-8", "replace")) + 1 <= room:
             return True
         return len(self._prompts.tokens(voice, text.strip())[0]) <= room
+
+    def encode(self, samples: Samples) -> Codes:
+        """Return the codec tokens of a recording at 24 kHz."""
+        with memory_errors():
+            return self._prompts.encode(samples)
 
     def warm_up(self, voices: Sequence[Voice], *, checked: bool = False) -> bool:
         """Encode each voice's prompt and generate a few frames, so that the first request does not wait for kernels to compile.
@@ -240,7 +247,8 @@ class CsmSpeaker:
 
         try:
             with memory_errors(), self._cleaned_up():
-                yield from self._speak(segments, voice, options, check)
+                speak = self._in_order if self._context_segments else self._speak
+                yield from speak(segments, voice, options, check)
         except _CancelledError:
             return
 
@@ -253,25 +261,37 @@ class CsmSpeaker:
             self._decoder.begin()
             mx.clear_cache()
 
-    def _speak(self, texts: Sequence[str], voice: Voice, options: SpeechOptions, check: _Check) -> Iterator[SegmentChunk]:
+    def _in_order(self, texts: Sequence[str], voice: Voice, options: SpeechOptions, check: _Check) -> Iterator[SegmentChunk]:
+        """Speak one segment after another, each after up to CONTEXT_SEGMENTS of those before it."""
+        said: list[ContextPart] = []
+        for index, text in enumerate(texts):
+            context = (*(options.context or ()), *said[-self._context_segments :])
+            streamed = options.streamed and index == 0
+            for chunk in self._speak([text], voice, replace(options, context=context, streamed=streamed), check, index):
+                yield chunk
+                if chunk.codes is not None:
+                    said.append(ContextPart(text.strip(), voice.preset.speaker_id, chunk.codes))
+
+    def _speak(self, texts: Sequence[str], voice: Voice, options: SpeechOptions, check: _Check, first: int = 0) -> Iterator[SegmentChunk]:
         check()
         self._empty = None  # the voice's files may change until the next request
         preset = voice.preset
         temperature = preset.temperature if options.temperature is None else options.temperature
         sampling = Sampling(options.seed, temperature, preset.top_k if options.top_k is None else options.top_k)
-        order = TextOrder()
+        order = TextOrder(first)
+        context = None if options.context is None else self._fitting(options.context, texts, voice)
         pace = Pace(*self._prompts.reading(voice)) if self._guarded else Pace()
         pending = []
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts, first):
             if text.strip():
-                pending.append(self._segment(index, text, voice, pace, options))
+                pending.append(self._segment(index, text, voice, pace, options, context))
             else:
                 order.add(SegmentChunk(index, np.empty(0, np.float32), last=True))
         yield from order.release()
         if options.streamed and pending:
-            first = pending.pop(0)
-            yield from self._stream(first, sampling, check)
-            order.skip(first.index)
+            live = pending.pop(0)
+            yield from self._stream(live, sampling, check)
+            order.skip(live.index)
             yield from order.release()
         while pending:
             for row in self._generate(self._next_batch(pending), sampling, check):
@@ -284,9 +304,32 @@ class CsmSpeaker:
                     order.add(chunk)
                     yield from order.release()
 
-    def _segment(self, index: int, given: str, voice: Voice, pace: Pace, options: SpeechOptions) -> Segment:
+    def _fitting(self, context: Sequence[ContextPart], texts: Sequence[str], voice: Voice) -> list[ContextPart]:
+        """Return the latest parts of the context that leave room for the voice's prompt and each of the texts with its frames."""
+        longest_ms = voice.preset.max_audio_length_ms
+        needed = max((len(self._prompts.text(voice, text.strip())[0]) + frame_budget(text, longest_ms) for text in texts), default=0)
+        alone, *said = self._prompts.segments(voice, context)
+        room = CONTEXT - len(alone[0]) - needed
+        count = 0
+        for tokens, _ in reversed(said):
+            room -= len(tokens)
+            if room < 0:
+                break
+            count += 1
+        return list(context[len(context) - count :])
+
+    def _prompt(self, text: str, voice: Voice, context: Sequence[ContextPart] | None) -> tuple[PromptTokens, list[mx.array] | None]:
+        """Return a segment's prompt and the state of its beginning, if that was read already."""
+        if context is None:
+            return self._prompts.tokens(voice, text), self._prefix(voice)
+        segments = self._prompts.segments(voice, context)
+        return joined(*segments, self._prompts.text(voice, text)), self._prefixes.get(*segments)
+
+    def _segment(
+        self, index: int, given: str, voice: Voice, pace: Pace, options: SpeechOptions, context: Sequence[ContextPart] | None = None
+    ) -> Segment:
         text = given.strip()
-        prompt = self._prompts.tokens(voice, text)
+        prompt, prefix = self._prompt(text, voice, context)
         longest_ms = voice.preset.max_audio_length_ms
         budget = frame_budget(text, longest_ms) if self._guarded else max(1, int(longest_ms / FRAME_MS))
         room = CONTEXT - len(prompt[0])
@@ -296,7 +339,7 @@ class CsmSpeaker:
             )
         sampled = attempt_seed(options.seed, index, SAMPLE_SEED) % _SAMPLED == 0
         indent = len(given) - len(given.lstrip())
-        return Segment(index, text, prompt, min(budget, room), pace, sampled, options.word_times, indent, self._prefix(voice))
+        return Segment(index, text, prompt, min(budget, room), pace, sampled, options.word_times, indent, prefix)
 
     def _prefix(self, voice: Voice) -> list[mx.array] | None:
         alone = self._prompts.alone(voice)
@@ -351,7 +394,8 @@ class CsmSpeaker:
 
     def _finish(self, row: Row, check: _Check) -> SegmentChunk | None:
         """Decode and check a segment that left its batch; return None to retry it."""
-        return self._settled(row.segment, self._judged(row.segment, self._decode(row.frames, check), row.ended))
+        attempt = self._judged(row.segment, self._decode(row.frames, check), row.ended)
+        return self._settled(row.segment, replace(attempt, frames=row.frames))
 
     def _judged(self, segment: Segment, samples: Samples, ended: bool) -> Attempt:
         faults = judge(segment.text, samples, ended, segment.pace)
@@ -391,12 +435,14 @@ class CsmSpeaker:
         chosen = best(segment.attempts)
         if not chosen.usable:
             raise _unplayable(segment)
-        samples = self._decoder.watermarked(repaired(segment.text, chosen, segment.pace))
+        samples = repaired(segment.text, chosen, segment.pace)
+        codes = _codes(chosen.frames, -(-len(samples) // _FRAME_SAMPLES))
+        samples = self._decoder.watermarked(samples)
         if self._guarded:
             limiter = PauseLimiter(self._max_pause_ms)
             samples = np.concatenate([limiter.feed(samples), limiter.flush()])
         words = self._word_times(segment, samples)
-        return SegmentChunk(segment.index, samples, True, len(segment.attempts) - 1, chosen.word_error_rate, words)
+        return SegmentChunk(segment.index, samples, True, len(segment.attempts) - 1, chosen.word_error_rate, words, codes)
 
     def _stream(self, segment: Segment, sampling: Sampling, check: _Check) -> Iterator[SegmentChunk]:
         """Generate one segment and yield its blocks as they come. It can be retried until its first block was sent."""
@@ -405,6 +451,7 @@ class CsmSpeaker:
             self._decoder.begin()
             # A block is decoded before the next frame is started: else its samples would wait for that frame.
             for row in self._generate([segment], sampling, check, lambda: not self._decoder.at_block_end):
+                frames = row.frames
                 block = self._decoder.finish() if row.ended else self._decoder.push(row.frames[-1])
                 if row.left and not row.ended:
                     block = np.concatenate([block, self._decoder.finish()])
@@ -415,12 +462,12 @@ class CsmSpeaker:
                     break
                 if len(heard):
                     yield SegmentChunk(segment.index, self._decoder.watermarked(heard), last=False)
-            attempt = self._judged(segment, live.samples(), row.ended)
+            attempt = replace(self._judged(segment, live.samples(), row.ended), frames=frames)
             if live.heard:
                 self._record(segment, attempt)
                 rest = self._decoder.watermarked(live.flush())
-                words = self._word_times(segment, live.sent())
-                yield SegmentChunk(segment.index, rest, True, len(segment.attempts) - 1, attempt.word_error_rate, words)
+                words, codes = self._word_times(segment, live.sent()), _codes(frames, len(frames))
+                yield SegmentChunk(segment.index, rest, True, len(segment.attempts) - 1, attempt.word_error_rate, words, codes)
                 return
             chunk = self._settled(segment, attempt)
             if chunk is not None:
@@ -434,6 +481,11 @@ class CsmSpeaker:
         if not attempt.faults:
             segment.pace.learn(segment.text, attempt.samples)
         _report(segment, attempt)
+
+
+def _codes(frames: Sequence[NDArray[np.int32]], count: int) -> Codes | None:
+    """Return the first `count` frames as they are kept in a conversation."""
+    return np.stack(frames[:count]).astype(np.int16) if frames and count else None
 
 
 def _report(segment: Segment, attempt: Attempt) -> None:

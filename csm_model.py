@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from audio_formats import SAMPLE_RATE
+from audio_formats import SAMPLE_RATE, Samples
 from config import Settings
 from csm_files import ModelFiles, find_model
-from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
+from speech_model import Codes, LoadProgress, ModelLoadError, SegmentChunk, SegmentLengths, SpeechOptions
 from voice_presets import Voice
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class CsmModel:
     sample_rate = SAMPLE_RATE
     takes_phonemes = False
     takes_turns = False  # the codec has one state, and segments are generated side by side
+    takes_context = True
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -117,6 +118,10 @@ class CsmModel:
     def speak(self, segments: Sequence[str], voice: Voice, options: SpeechOptions, cancelled: Callable[[], bool]) -> Iterator[SegmentChunk]:
         """Speak the segments, as `SpeechModel.speak`."""
         return self._loaded().speak(segments, voice, options, cancelled)
+
+    def encode(self, samples: Samples) -> Codes:
+        """Return the codec tokens of a recording at 24 kHz."""
+        return self._loaded().encode(samples)
 
     def info(self) -> dict[str, Any]:
         """Return the model's part of `/health`; memory in GB (1e9 bytes), all that MLX holds. The faults of its speech are for the metrics."""

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_audio.tts.models.sesame import sesame
-from numpy.typing import NDArray
 
+from audio_formats import Samples
 from config import Settings
 from csm_decoding import PromptTokens
 from errors import InternalError, InvalidAudioError
 from files import file_signature, write_file
+from speech_model import Codes, ContextPart
 from voice_presets import Voice
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,6 @@ TRANSCRIPTS = {
         "park, they get like this little bracelet and then you can go punching question blocks around."
     ),
 }
-
-Codes = NDArray[np.int16]
-"""A recording as Mimi's tokens, shape (frames, codebooks)."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,37 @@ class PromptStore:
         preset = voice.preset
         alone = self.alone(voice)
         if alone is not None:
-            return _joined(alone, self._text(text, preset.speaker_id))
+            return joined(alone, self._text(text, preset.speaker_id))
         recording = self._recording(voice)
         audio = self._audio(self._codes(recording), ends=False)
-        return _joined(self._text(f"{recording.transcript} {text}".strip(), preset.speaker_id), audio)
+        return joined(self._text(f"{recording.transcript} {text}".strip(), preset.speaker_id), audio)
 
     def alone(self, voice: Voice) -> PromptTokens | None:
         """Return the part of the prompt that no text changes: with `voice_match: false` a segment of its own; None without such a part.
 
         The segment has the voice's own speaker number. mlx-audio labels its built-in prompts 0 and the text with the voice's number.
         """
-        if voice.preset.voice_match:
-            return None
+        return None if voice.preset.voice_match else self._segment(voice)
+
+    def segments(self, voice: Voice, context: Sequence[ContextPart]) -> list[PromptTokens]:
+        """Return the prompt of a conversation without the new text: the voice's recording and what was said, each a segment of its own.
+
+        With the new text's `text`, they are the tokens of stock `generate(context=[Segment…], voice_match=False)`.
+        """
+        said = (joined(self._text(part.text, part.speaker), self._audio(part.codes, ends=True)) for part in context)
+        return [self._segment(voice), *said]
+
+    def text(self, voice: Voice, text: str) -> PromptTokens:
+        """Return a text that the voice is to speak, after `segments`."""
+        return self._text(text, voice.preset.speaker_id)
+
+    def encode(self, samples: Samples) -> Codes:
+        """Return Mimi's codes of samples at 24 kHz."""
+        return self._encoded(mx.array(samples))
+
+    def _segment(self, voice: Voice) -> PromptTokens:
         recording = self._recording(voice)
-        return _joined(self._text(recording.transcript, voice.preset.speaker_id), self._audio(self._codes(recording), ends=True))
+        return joined(self._text(recording.transcript, voice.preset.speaker_id), self._audio(self._codes(recording), ends=True))
 
     def reading(self, voice: Voice) -> tuple[str, float]:
         """Return the words of the voice's recording, and its length in seconds."""
@@ -190,13 +206,17 @@ class PromptStore:
             from recordings import read_recording
 
             audio = mx.array(read_recording(recording.path))
+        return self._encoded(audio)
+
+    def _encoded(self, audio: mx.array) -> Codes:
         codes = np.array(self._model._audio_tokenizer.encode(audio[None, None])[0]).T.astype(np.int16)
         self._model._audio_tokenizer.reset_state()  # else it keeps the encoder's caches until the next prompt
         mx.clear_cache()
         return codes
 
 
-def _joined(*parts: PromptTokens) -> PromptTokens:
+def joined(*parts: PromptTokens) -> PromptTokens:
+    """Return prompts as one."""
     tokens, masks = zip(*parts, strict=True)
     return mx.concat(list(tokens), axis=0).astype(mx.int32), mx.concat(list(masks), axis=0).astype(mx.bool_)
 

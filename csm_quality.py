@@ -128,6 +128,7 @@ class Attempt:
     ended: bool  # by the model, not by the frame budget
     faults: tuple[Fault, ...] = ()
     hearing: Hearing | None = None  # None if no recogniser checked it
+    frames: Sequence[NDArray[np.int32]] = ()  # of codes
 
     @property
     def usable(self) -> bool:

@@ -195,6 +195,7 @@ class HibariModel:
     sample_rate = SAMPLE_RATE
     takes_phonemes = True
     takes_turns = True
+    takes_context = False
     # One sentence a segment: hibari speaks sentence by sentence anyway, in about 50 ms each. Splitting a long sentence before
     # `_BLOCK` does keeps our own pauses.
     segment_lengths = SegmentLengths(target=1, maximum=320, first=1)

@@ -49,7 +49,7 @@ DOCS_FILES = "/docs-files"
 
 # A recording has at most 10 MiB; 1 MiB more is enough for the form's other fields and boundaries.
 _MAX_UPLOAD_BYTES = 11 << 20
-_UPLOAD_PATHS = ("/v1/audio/voices", "/audio/voices")
+_UPLOAD_PATHS = re.compile(r"(?:/v1)?/audio/(?:voices|conversations/[^/]+/turns)")
 
 _UNEXPECTED = "Unexpected server error. The server's log has the details under this request's id."
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -140,7 +140,7 @@ class AccessMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = _MAX_UPLOAD_BYTES if scope["path"] in _UPLOAD_PATHS else MAX_BODY_BYTES
+        limit = _MAX_UPLOAD_BYTES if _UPLOAD_PATHS.fullmatch(scope["path"]) else MAX_BODY_BYTES
         try:
             _check_framing(headers)
             for host in (headers.get("host", ""), *scope["state"].get("target_hosts", ())):

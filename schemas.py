@@ -110,6 +110,9 @@ class SpeechFields(BaseModel):
     top_k: Annotated[int | None, _Number] = Field(
         None, ge=1, le=2051, description="Number of candidates in sampling; the default is the voice's."
     )
+    conversation: str | None = Field(
+        None, min_length=1, max_length=200, description="Any id: what was said before under it is the context of this reply (CSM only)."
+    )
     sample_rate: Annotated[int, _Number] = Field(
         SAMPLE_RATE, ge=8000, le=48_000, description="Sample rate of `pcm` and `wav` in Hz, such as 8000 for telephony."
     )
@@ -294,6 +297,29 @@ class DeletedVoice(_Answer):
 
     id: str
     object: Literal["audio.voice"]
+    deleted: Literal[True]
+
+
+class ConversationTurn(_Answer):
+    """What one speaker of a conversation said."""
+
+    role: Literal["assistant", "user"]
+    speaker: int
+    seconds: float
+    characters: int
+    text: str | None = None
+
+
+class ConversationTurns(_Answer):
+    """The turns of a conversation, the oldest first."""
+
+    turns: list[ConversationTurn]
+
+
+class ForgottenConversation(_Answer):
+    """The answer to the deletion of a conversation."""
+
+    id: str
     deleted: Literal[True]
 
 
@@ -490,6 +516,7 @@ _SPEECH_HEADERS = {
     "X-Retries": "How many segments were generated again; complete files only.",
     "X-Word-Error-Rate": "The worst segment's word error rate; complete files only, with VERIFY.",
     "X-Timestamps": "The path of the timestamps, if they were requested.",
+    "X-Conversation": "With `conversation`: `used`, or `ignored` because the voice's model takes no context.",
 }
 SPEECH_EXAMPLES: Document = {
     "mp3": {"summary": "MP3, a complete file", "value": _EXAMPLE},

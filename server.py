@@ -30,6 +30,9 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
+from conversation_routes import ConversationEndpoint
+from conversation_routes import router as conversation_routes
+from conversations import Conversations
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
@@ -91,8 +94,10 @@ class Server:
         self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice, self.store)
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)
-        self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics)
-        self.turns = SpeechService(settings, self.presets, self.engine, self.metrics, self.speech.unread)
+        conversations = Conversations(settings)
+        self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics, conversations)
+        self.turns = SpeechService(settings, self.presets, self.engine, self.metrics, self.speech.unread, conversations)
+        self.conversations = ConversationEndpoint(conversations, self.engine)
         self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
 
@@ -285,7 +290,8 @@ def _include_routers(app: FastAPI) -> None:
     app.include_router(speech_routes, prefix="/v1", **shared)
     app.include_router(service_routes, **shared)  # early: the routes are tried in this order, and nothing is requested as often as /health
     app.include_router(voice_routes, prefix="/v1", **shared)
-    for router in (speech_routes, voice_routes):
+    app.include_router(conversation_routes, prefix="/v1", **shared)
+    for router in (speech_routes, voice_routes, conversation_routes):
         app.include_router(router, **shared, include_in_schema=False)
     for prefix in ("/v1", ""):
         app.include_router(socket_routes, prefix=prefix)
@@ -397,7 +403,12 @@ def _from_http(request: Request, error: HTTPException) -> TTSError:
 
 def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
-    routes = [route for router in (speech_routes, voice_routes, service_routes) for route in router.routes if isinstance(route, APIRoute)]
+    routes = [
+        route
+        for router in (speech_routes, voice_routes, conversation_routes, service_routes)
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
     methods = {method for route in routes if route.path_regex.match(path.removeprefix("/v1")) for method in route.methods or ()}
     return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 

@@ -6,8 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from audio_formats import Samples
 from voice_presets import Voice
+
+Codes = NDArray[np.int16]
+"""Speech as Mimi's tokens, shape (frames, codebooks)."""
+
+
+@dataclass(frozen=True)
+class ContextPart:
+    """Something that was said before.
+
+    Attributes:
+        text: Its words.
+        speaker: CSM's number of who said it, 0 to 9.
+        codes: How it sounded; no frames if that is not known.
+    """
+
+    text: str
+    speaker: int
+    codes: Codes
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,7 @@ class SpeechOptions:
         speed: At which the audio is played later. The engine makes the pauses of the text longer by it, so that they are exact then, and
             limits the length of the audio.
         word_times: The times of the words are wanted, so a model that does not know them may find out with a recogniser.
+        context: What was said before in the conversation, the oldest first; None if the text belongs to none.
     """
 
     seed: int
@@ -32,6 +54,7 @@ class SpeechOptions:
     verbalize: bool | None = None
     speed: float = 1.0
     word_times: bool = False
+    context: tuple[ContextPart, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,7 @@ class SegmentChunk:
         retries: How often the segment was generated again (final chunk only).
         word_error_rate: Between the text and what a recogniser heard, if one checked it (final chunk only).
         words: When each word is heard, in order, if the model knows (final chunk only).
+        codes: Its codec tokens, if the model generates such (final chunk only).
     """
 
     segment: int
@@ -73,6 +97,7 @@ class SegmentChunk:
     retries: int = 0
     word_error_rate: float | None = None
     words: tuple[SpokenWord, ...] = ()
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,8 @@ class SpeechModel(Protocol):
     """A word may be written as `[word](/phonemes/)`."""
     segment_lengths: SegmentLengths
     takes_turns: bool  # between two segments of `speak`, another text may be spoken
+    takes_context: bool
+    """Whether `SpeechOptions.context` has an effect."""
 
     def load(self, report: Callable[[LoadProgress], None]) -> None:
         """Load the model; pass each step to `report`.

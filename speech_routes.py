@@ -22,6 +22,7 @@ from audio_converter import Converted, Encoder
 from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
+from conversations import Conversations, Turn
 from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
@@ -37,7 +38,7 @@ from schemas import (
     SpeechRequest,
     refusals,
 )
-from speech_model import SpeechOptions
+from speech_model import ContextPart, SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
@@ -91,7 +92,10 @@ class _Run:
 class SpeechEndpoint:
     """Answers speech requests."""
 
-    def __init__(self, settings: Settings, presets: VoicePresetManager, engine: TTSEngine, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, presets: VoicePresetManager, engine: TTSEngine, metrics: Metrics, conversations: Conversations
+    ) -> None:
+        self._conversations = conversations
         self._settings = settings
         self._presets = presets
         self._engine = engine
@@ -110,6 +114,7 @@ class SpeechEndpoint:
             run = await stack.enter_async_context(self._recorded(request))
             run.plan = plan = await self._plan(body, request)
             run.utterance = utterance = self._speak(plan)
+            utterance.on_complete = lambda: self._remember(plan, utterance)
             if not plan.options.streamed:
                 return await self._complete(plan, utterance, request)
             encoded = _EncodedUtterance(plan, utterance, Unread(self.unread, client_address(request)))
@@ -160,6 +165,7 @@ class SpeechEndpoint:
             streamed,
             verbalize=body.normalize,
             speed=body.speed,
+            context=self._context(body, voice),
             word_times=body.timestamps == "word",
         )
         tag = SyntheticTag(voice.preset.model, voice.preset.name) if self._settings.synthetic_mark else None
@@ -168,6 +174,17 @@ class SpeechEndpoint:
         if replaced is not None:
             request.state.log_fields["fallback_for"] = replaced.id
         return _Plan(body, text, voice, replaced, audio_format, options, tag)
+
+    def _context(self, body: SpeechRequest, voice: Voice) -> tuple[ContextPart, ...] | None:
+        """Return what was said before in the request's conversation; None without one, or if the voice's model takes no context."""
+        if body.conversation is None or not self._engine.takes_context(voice):
+            return None
+        return self._conversations.context(body.conversation)
+
+    def _remember(self, plan: _Plan, utterance: Utterance) -> None:
+        if plan.options.context is not None and plan.request.conversation is not None and utterance.said:
+            turn = Turn("assistant", plan.voice.preset.speaker_id, list(utterance.said.values()))
+            self._conversations.add(plan.request.conversation, turn)
 
     def _in_time(
         self, body: SpeechRequest, request: Request, text: str, voice: Voice, replaced: Voice | None
@@ -428,6 +445,8 @@ async def _encoded_file(plan: _Plan, utterance: Utterance) -> Converted:
 def _headers(plan: _Plan, utterance: Utterance) -> dict[str, str]:
     transliterated = {"X-Transliterated": str(utterance.transliterated)} if utterance.transliterated else {}
     fallback = {"X-Fallback-For": plan.replaced.id} if plan.replaced else {}
+    if plan.request.conversation is not None:
+        fallback["X-Conversation"] = "ignored" if plan.options.context is None else "used"
     return (
         transliterated
         | fallback

@@ -103,6 +103,8 @@ class Session:
         self._start, self._turn = start, None
         said: Event = {"type": "session.created", "voice": voice.name, "model": voice.preset.model}
         said |= {"response_format": audio_format.name, "sample_rate": start.sample_rate}
+        if start.conversation is not None:
+            said["conversation"] = "used" if service.engine.takes_context(voice) else "ignored"
         self._outbox.put(said | ({"fallback_for": replaced.id} if replaced else {}))
 
     async def _on_append(self, event: Event) -> None:
@@ -141,6 +143,7 @@ class Session:
         if self._turn is None:
             raise InvalidRequestError("Nothing has been spoken yet.", param="type", code="invalid_event")
         text = self._turn.heard(played / 1000)
+        self._turn.keep_heard(played / 1000)
         answer: Event = {"type": "playback.truncated", "turn": self._turns - 1, "audio_end_ms": played, "text": text}
         self._outbox.put(answer | {"end_char": len(text), "end_word": len(WORD.findall(text))})
 

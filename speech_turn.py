@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +15,18 @@ import anyio
 import regex
 from starlette.websockets import WebSocket
 
+import conversations
 from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import WordCaption, WordFinder, captions_of
 from config import Settings
+from conversations import Conversations, heard_part
 from errors import InputTooLongError, InternalError, InvalidInputError, TTSError
 from http_middleware import UnreadAudio
 from monitoring import Metrics
 from schemas import SessionStart
-from speech_model import SpeechOptions
+from speech_model import ContextPart, SpeechOptions
 from speech_routes import Unread, choose_format
 from text_stream import Piece, TextStream
 from tts_engine import TTSEngine, Utterance, new_seed
@@ -39,9 +42,11 @@ _MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops
 _AUDIO_BYTES = 48_000  # in one message: a second of pcm
 _CHARACTERS_PER_SECOND = 15.0  # of speech, until a piece has been measured
 _SEEDS = 2**32
+_VOICE_TAG = regex.compile(r"(?i)\[\s*+voice\s*+:[^\[\]\n]{0,200}+\]")
 _ONLY_CODE = regex.compile(r"\s*(?:```|~~~).*(?:```|~~~)\s*", regex.DOTALL)
 
 Event = dict[str, Any]
+Context = tuple[ContextPart, ...] | None
 
 
 class SpeechService:
@@ -53,9 +58,19 @@ class SpeechService:
         engine: Speaks.
         metrics: Gets one observation for each piece of text.
         unread: Counts the audio that clients have not read.
+        conversations: What was said before.
     """
 
-    def __init__(self, settings: Settings, presets: VoicePresetManager, engine: TTSEngine, metrics: Metrics, unread: UnreadAudio) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        presets: VoicePresetManager,
+        engine: TTSEngine,
+        metrics: Metrics,
+        unread: UnreadAudio,
+        conversations: Conversations,
+    ) -> None:
+        self.conversations = conversations
         self.settings = settings
         self.presets = presets
         self.engine = engine
@@ -158,12 +173,14 @@ class Spoken:
         start: Where its audio begins, in seconds of the turn's audio.
         end: Where it ends; None until it is complete.
         words: When each word is heard, if the voice knows that.
+        parts: What the conversation keeps of it, with the start and end of each in seconds of the turn's audio.
     """
 
     piece: Piece
     start: float
     end: float | None = None
     words: list[WordCaption] = field(default_factory=list)
+    parts: list[tuple[ContextPart, float, float]] = field(default_factory=list)
 
     def heard(self, seconds: float, pace: float) -> int:
         """Return how many characters of the piece were heard at `seconds`: whole words.
@@ -178,8 +195,19 @@ class Spoken:
         if self.words:
             return max((word.end_char for word in self.words if word.end <= seconds), default=0)
         length = self.end - self.start if self.end is not None else len(text) / pace
-        reached = len(text) * max(0.0, seconds - self.start) / length if length else 0.0
-        return max((word.end() for word in WORD.finditer(text) if word.end() <= reached), default=0)
+        return _whole_words(text, max(0.0, seconds - self.start) / length if length else 0.0)
+
+    def heard_parts(self, seconds: float) -> Iterator[ContextPart]:
+        """Yield the parts that were heard at `seconds`; the last one may be the beginning of one."""
+        for part, start, end in self.parts:
+            heard = part if seconds >= end else heard_part(part, max(0.0, seconds - start) / (end - start), _whole_words)
+            if heard is not None:
+                yield heard
+
+
+def _whole_words(text: str, share: float) -> int:
+    """Return the offset after the words that end within `share` of the text."""
+    return max((word.end() for word in WORD.finditer(text) if word.end() <= len(text) * share), default=0)
 
 
 class _Sound:
@@ -252,9 +280,11 @@ class Turn:
         self._sound = _Sound(start, self.format, model.sample_rate, tag, outbox)
         self._joiner = service.engine.new_joiner(model.sample_rate)
         self._spoken: list[Spoken] = []
+        self._voice_tag = ""  # the latest in the text: it counts for the next pieces, too
         self._taken = ""  # the text of all pieces, also of those with nothing to speak
         self._changed = asyncio.Event()
         self._utterance: Utterance | None = None
+        self._memory: conversations.Turn | None = None  # this turn in the conversation
         self.ended = False
         self._task = asyncio.create_task(self._run())
 
@@ -305,6 +335,13 @@ class Turn:
                 reached = spoken.piece.start + count
         return self._taken[:reached].rstrip()
 
+    def keep_heard(self, seconds: float) -> None:
+        """Let the conversation keep only what was heard, if so many seconds of the audio were played."""
+        if self._memory is not None:
+            self._memory.parts[:] = [part for spoken in self._spoken for part in spoken.heard_parts(seconds)]
+            if not self._memory.parts:
+                self._service.conversations.remove(self._start.conversation or "", self._memory)
+
     async def stop(self) -> None:
         """Stop the work at once, and drop what has not been sent."""
         if not self.finished:
@@ -354,6 +391,7 @@ class Turn:
             return
         start = self._start
         seed = (self.seed + len(self._spoken)) % _SEEDS
+        context = self._context()
         options = SpeechOptions(
             seed,
             start.temperature,
@@ -362,13 +400,14 @@ class Turn:
             verbalize=start.normalize,
             speed=start.speed,
             word_times=start.timestamps == "word",
+            context=context,
         )
         first = len(self._joiner.timestamps)
         self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
         outcome = "cancelled"
         try:
             await self._send(piece, utterance)
-            self._finish(self._spoken[-1], utterance, self._joiner.timestamps[first:])
+            self._finish(self._spoken[-1], utterance, self._joiner.timestamps[first:], context)
             outcome = "200"
         except TTSError as error:
             outcome = str(error.status)
@@ -378,13 +417,35 @@ class Turn:
             self._utterance = None
             self._service.observe(self, utterance, outcome)
 
+    def _context(self) -> Context:
+        """Return what was said before, with the pieces of this turn; None without a conversation, or if the model takes no context."""
+        conversation = self._start.conversation
+        if conversation is None or not self._service.engine.takes_context(self.voice):
+            return None
+        return self._service.conversations.context(conversation)
+
+    def _remember(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp]) -> None:
+        """Add a piece to the turn in the conversation."""
+        speed = self._start.speed
+        times = {timestamp.segment: (timestamp.start / speed, timestamp.end / speed) for timestamp in timestamps}
+        spoken.parts = [(part, *times[segment]) for segment, part in utterance.said.items() if segment in times]
+        parts = [part for part, _, _ in spoken.parts]
+        if self._memory is None and parts:
+            self._memory = conversations.Turn("assistant", self.voice.preset.speaker_id, parts)
+            self._service.conversations.add(self._start.conversation or "", self._memory)
+        elif self._memory is not None:
+            self._memory.parts += parts
+            self._service.conversations.shrink()
+
     async def _prepared(self, text: str) -> str:
         """Return the text as it will be spoken; empty if there is nothing to speak: the engine would read a block of code that stands alone."""
         normalize = self._service.settings.normalize_text if self._start.normalize is None else self._start.normalize
+        tag = self._voice_tag
+        self._voice_tag = next(reversed(_VOICE_TAG.findall(text)), tag)
         if normalize and _ONLY_CODE.fullmatch(text):
             return ""
         with suppress(InvalidInputError):
-            return await self._service.engine.prepared(text, normalize=normalize)
+            return await self._service.engine.prepared(tag + text, normalize=normalize)
         return ""
 
     async def _send(self, piece: Piece, utterance: Utterance) -> None:
@@ -395,7 +456,7 @@ class Turn:
         async for samples in utterance:
             await self._sound.write(samples)
 
-    def _finish(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp]) -> None:
+    def _finish(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp], context: Context) -> None:
         """Note when the piece was spoken, and say it."""
         speed, piece, number = self._start.speed, spoken.piece, len(self._spoken) - 1
         if timestamps:
@@ -403,6 +464,8 @@ class Turn:
         else:
             spoken.end = spoken.start
         spoken.words = WordFinder(piece.text, utterance.segments, utterance.spoken).words(timestamps, speed)
+        if context is not None:
+            self._remember(spoken, utterance, timestamps)
         if self._start.timestamps:
             fields: Event = {"captions": [vars(caption) for caption in captions_of(utterance.segments, timestamps, speed)]}
             if self._start.timestamps == "word":

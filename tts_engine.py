@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
+from typing import cast
 
 import anyio
 
@@ -31,7 +32,7 @@ from errors import (
 from hibari_model import HibariModel, VoiceFiles
 from model_host import Heartbeat, ModelHost, RequestQueue, started_threads
 from pronunciations import Pronounce
-from speech_model import ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
+from speech_model import Codes, ContextPart, ModelLoadError, SegmentChunk, SpeechModel, SpeechOptions
 from text_markup import Passage, passages, prepare, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
@@ -66,6 +67,8 @@ class Utterance:
         segments: The text as it was split, as the client wrote it.
         spoken: The words of the segments.
         characters: Length of the text.
+        said: The segments that have codec tokens, for the conversation; by number.
+        on_complete: Called once all samples are there, before the reader sees the end.
         transliterated: How many words in foreign scripts are spoken in Latin letters.
         timestamps: Start and end of each finished segment, in seconds.
     """
@@ -84,6 +87,8 @@ class Utterance:
         self.segments: list[str] = []
         self.spoken = SpokenSegments((), None)
         self.characters = 0
+        self.said: dict[int, ContextPart] = {}
+        self.on_complete: Callable[[], None] = lambda: None
         self.transliterated = 0
         self.timestamps: list[SegmentTimestamp] = []
         # MAX_AUDIO_SECONDS bounds the buffer. A smaller bound would let a slow reader block the model.
@@ -157,6 +162,8 @@ class Utterance:
     def finish_segment(self, last: SegmentChunk) -> None:
         """Add what a segment's last chunk says about its quality. Called on the model's thread."""
         self.retries += last.retries
+        if last.codes is not None:
+            self.said[last.segment] = ContextPart(self.spoken[last.segment].strip(), self.voice.preset.speaker_id, last.codes)
         if last.word_error_rate is not None:
             self.word_error_rate = max(self.word_error_rate or 0.0, last.word_error_rate)
 
@@ -166,6 +173,8 @@ class Utterance:
             self.generation_time = time.monotonic() - self._begun_at
         self._failure = failure
         self._begun_or_ended.set()
+        if failure is None:
+            self.on_complete()
         self._buffer.put_nowait(failure)
 
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -481,6 +490,23 @@ class TTSEngine:
                 "Send it in parts, or with a higher 'speed'.",
                 param="input",
             )
+
+    def takes_context(self, voice: Voice) -> bool:
+        """Return whether the voice's model hears what was said before."""
+        return self.host(voice).model.takes_context
+
+    async def encode(self, samples: Samples) -> Codes:
+        """Return a recording's codec tokens, after the requests before it.
+
+        Raises:
+            ModelNotReadyError: CSM, whose codec it is, is not ready.
+            TTSError: The queue is full, or the wait too long.
+        """
+        host = self._hosts["csm-1b"]
+        if not host.ready:
+            raise host.not_ready_error("Send the turn without a recording, or try again later.")
+        async with host.queue.slot():
+            return await host.run(lambda model: cast(CsmModel, model).encode(samples), Heartbeat())
 
     def _other_voice(self) -> str:
         """Return a sentence that names a voice to use instead."""

@@ -29,6 +29,7 @@ from voice_store import MAX_NAME, MAX_WORDS, StoredVoice, VoiceStore, clean_name
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Form = TypeVar("Form", bound=BaseModel)
 
 MAX_SAMPLE_BYTES = 10 << 20
 """OpenAI's limit for a recording."""
@@ -108,7 +109,7 @@ _FAULTS = {  # by pydantic's error types
 
 
 @asynccontextmanager
-async def read_voice_form(request: Request) -> AsyncIterator[VoiceForm]:
+async def read_form(request: Request, kind: type[Form]) -> AsyncIterator[Form]:
     """Read the form of a request. Its recording is in an unnamed temporary file, which is removed when the context ends.
 
     Raises:
@@ -126,25 +127,31 @@ async def read_voice_form(request: Request) -> AsyncIterator[VoiceForm]:
         logger.error("a form cannot be stored while it is read: %s", error.strerror)  # noqa: TRY400 - the cause is enough
         raise StorageError("The server has no room for a temporary file.") from None
     try:
-        yield _validated(form)
+        yield _validated(form, kind)
     finally:
         await form.close()
 
 
-def _validated(form: FormData) -> VoiceForm:
-    for field in VoiceForm.model_fields:
+def _validated(form: FormData, kind: type[Form]) -> Form:
+    for field in kind.model_fields:
         if (count := len(form.getlist(field))) > 1:
             raise _bad_field(field, f"was sent {count} times.")
     try:
-        checked = VoiceForm.model_validate(dict(form))
+        checked = kind.model_validate(dict(form))
     except ValidationError as error:
         raise _explained(error) from None
-    size = checked.audio_sample.size or 0
+    _check_size(getattr(checked, "audio_sample", None))
+    return checked
+
+
+def _check_size(recording: UploadFile | None) -> None:
+    if recording is None:
+        return
+    size = recording.size or 0
     if not size:
         raise InvalidAudioError("The recording is empty.", param="audio_sample")
     if size > MAX_SAMPLE_BYTES:
         raise BodyTooLargeError(f"The recording has {size} bytes; at most {MAX_SAMPLE_BYTES} (10 MiB) are allowed.", param="audio_sample")
-    return checked
 
 
 def _explained(error: ValidationError) -> InvalidRequestError:
@@ -218,7 +225,7 @@ class VoiceEndpoint:
             ClientDisconnect: The client disconnected.
         """
         require_owner(request, self._settings)
-        async with read_voice_form(request) as form:
+        async with read_form(request, VoiceForm) as form:
             name = clean_name(form.name)
             catalog.check_new_name(name)
             stored = await run_until_gone(self._store_voice(form, name), request.receive)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from client_programs import CLIENTS, assert_says, client_python, documented, last_json, run_program
 from conftest import RunningServer, free_port
 
@@ -35,6 +36,23 @@ def test_pipecat_speaks(server: RunningServer, tmp_path: Path) -> None:
     results = speak(server, "pipecat_speech.py", "Pipecat", tmp_path)
     assert (results["rates"], results["channels"], results["errors"]) == ([24_000], [1], [])
     assert results["frames"] > 1
+
+
+@pytest.mark.parametrize(
+    ("program", "heading"),
+    [
+        ("livekit_stream.py", "LiveKit Agents, while the reply is being written"),
+        ("pipecat_stream.py", "Pipecat, while the reply is being written"),
+    ],
+)
+def test_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path, program: str, heading: str) -> None:
+    (tmp_path / "users.py").write_text(documented(heading, server))
+    text = f"{SENTENCE} We could have breakfast outside. The bread is from the bakery at the corner, and the jam is from last summer."
+    ended = run_program([client_python(".venv"), CLIENTS / program, "users.py", text, "speech.pcm", "8"], tmp_path)
+    assert_says((tmp_path / "speech.pcm").read_bytes(), "pcm", text)
+    results = last_json(ended.stdout)
+    assert 0 < results["share_at_first_audio"] < 1 / 3
+    assert results.get("errors", []) == []
 
 
 @contextmanager

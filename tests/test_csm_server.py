@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_csm
-from conftest import RunningServer, start_server
+from conftest import PROJECT, RunningServer, start_server
 from listening import decode
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
@@ -41,6 +42,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     for name, frames in (("tiny", CAP_FRAMES), ("long", LONG_FRAMES)):
         preset = {"name": name, "voice_key": "conversational_a", "max_audio_length_ms": frames * 80}
         (presets / f"{name}.json").write_text(json.dumps(preset))
+    shutil.copy(PROJECT / "presets" / "heart.json", presets)
     (presets / "hush.json").write_text(json.dumps({"name": "hush", "ref_audio": "hush.wav", "ref_text": "Nothing."}))
     soundfile.write(presets / "hush.wav", np.zeros(48_000), 24_000)
     settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": presets, "MODEL_DTYPE": "float32", "MAX_RETRIES": 2}

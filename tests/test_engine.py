@@ -140,7 +140,7 @@ def test_the_time_for_a_text_is_known_from_the_models_pace_and_its_queue(tmp_pat
         voice = presets.catalog.resolve("heart")
         assert engine.expected_seconds(voice, 100) is None
         for text in ("Hello.", "A much longer sentence than the one before it, and nothing else."):
-            await engine.speak(text, voice, SpeechOptions(seed=1)).samples()
+            await spoken(engine.speak(text, voice, SpeechOptions(seed=1)))
         alone = engine.expected_seconds(voice, 400)
         assert alone is not None
         assert alone > 0.2 + 0.005 * 400

@@ -1,0 +1,340 @@
+"""Conversations: what was said before is the context of the next reply, as in stock mlx-audio, and nothing is kept longer than it may be."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import csm_loading
+import httpx
+import mlx.core as mx
+import numpy as np
+import pytest
+import soundfile
+import tiny_csm
+from conftest import PROJECT, RunningServer, start_server
+from mlx_audio.lm.sample_utils import make_sampler
+from mlx_audio.tts.models.sesame import Model
+from mlx_audio.tts.models.sesame.sesame import Segment
+from tiny_csm import ends_after
+from websockets.sync.client import connect
+
+from config import Settings
+from conversations import Conversations, Turn, heard_part
+from csm_decoding import CONTEXT
+from errors import NotFoundError
+from speech_model import Codes, ContextPart, SpeechOptions
+
+Event = dict[str, Any]
+
+
+def part(text: str, frames: int, speaker: int = 0) -> ContextPart:
+    return ContextPart(text, speaker, np.full((frames, 32), 7, np.int16))
+
+
+def with_conversations(work: Callable[[Conversations], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    async def scenario() -> None:
+        await work(Conversations(Settings(**settings)))
+
+    asyncio.run(scenario())
+
+
+# --- What is kept ---
+
+
+def test_turns_are_kept_in_order_and_those_without_a_recording_are_no_context() -> None:
+    async def work(kept: Conversations) -> None:
+        assert kept.context("a") == ()
+        kept.add("a", Turn("user", 1, [part("Hello?", 5, 1)]))
+        kept.add("a", Turn("user", 2, [part("Nobody heard me.", 0, 2)]))
+        kept.add("a", Turn("assistant", 0, [part("Hi.", 3), part("How are you?", 4)]))
+        assert [each.text for each in kept.context("a")] == ["Hello?", "Hi.", "How are you?"]
+        assert [(turn.text, round(turn.seconds, 2)) for turn in kept.turns("a")][-1] == ("Hi. How are you?", 0.56)
+        assert kept.context("b") == ()
+        kept.forget("a")
+        with pytest.raises(NotFoundError):
+            kept.turns("a")
+        with pytest.raises(NotFoundError):
+            kept.forget("a")
+
+    with_conversations(work)
+
+
+def test_conversations_turns_and_bytes_are_bounded() -> None:
+    async def work(kept: Conversations) -> None:
+        for number in range(9):
+            kept.add("long", Turn("user", 1, [part(str(number), 1)]))
+        assert [turn.text for turn in kept.turns("long")] == ["5", "6", "7", "8"]
+        for key in "abc":
+            kept.add(key, Turn("user", 1, [part("x", 1)]))
+            kept.context("long")
+        with pytest.raises(NotFoundError):
+            kept.turns("a")
+        assert kept.turns("long"), "the one that was not used for longest goes first"
+        kept.add("c", Turn("user", 1, [part("large", 15_000)]))  # 0.96 MB
+        kept.add("d", Turn("user", 1, [part("large", 15_000)]))
+        assert kept.context("c") == kept.context("long") == ()
+        assert len(kept.context("d")) == 1
+
+    with_conversations(work, max_conversations=3, max_conversation_turns=4, max_conversations_mb=1)
+
+
+def test_an_idle_conversation_is_forgotten_without_a_request() -> None:
+    async def work(kept: Conversations) -> None:
+        kept.add("a", Turn("user", 1, [part("x", 1)]))
+        while kept._kept:
+            await asyncio.sleep(0.01)
+        with pytest.raises(NotFoundError):
+            kept.turns("a")
+
+    with_conversations(work, conversation_idle_seconds=0.05)
+
+
+def test_a_part_is_cut_at_tokens_and_words() -> None:
+    def words(text: str, share: float) -> int:
+        return text.rfind(" ", 0, int(len(text) * share)) + 1
+
+    cut = heard_part(part("one two three four", 20), 0.5, words)
+    assert cut is not None
+    assert (cut.text, len(cut.codes)) == ("one two", 10)
+    assert heard_part(part("one two", 20), 0.01, words) is None
+
+
+# --- What CSM hears ---
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The voice prompts with short transcripts."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text("hm, hm.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return csm_loading.load(tiny_csm.build(), small_codec=True)
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Model:
+    return csm_loading.load(tiny_csm.build(), small_codec=True, stock=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def positions_read(model: Model) -> Iterator[list[int]]:
+    """How many positions of prompts were read, by each reading."""
+    original, lengths = model.model.embed, []
+
+    def embed(tokens: mx.array, mask: mx.array) -> object:
+        lengths.append(tokens.shape[1])
+        return original(tokens, mask)
+
+    model.model.embed = embed
+    yield lengths
+    del model.model.embed
+
+
+def stock_codes(model: Model, segments: list[tuple[ContextPart, Codes]], text: str, seed: int, frames: int) -> Codes:
+    """Return the tokens that mlx-audio's own `generate` draws after these segments.
+
+    Its codec is replaced by a table: decoded and encoded again, a reply would not have the tokens that were generated.
+    """
+    drawn: list[mx.array] = []
+    generate_frame = model.model.generate_frame
+    table = [mx.array(codes.T.astype(np.int32))[None] for _, codes in segments]
+
+    def listen(*arguments: object) -> mx.array:
+        drawn.append(generate_frame(*arguments))
+        return drawn[-1]
+
+    model.model.generate_frame, model._audio_tokenizer.encode = listen, lambda audio: table[int(audio.item())]
+    context = [Segment(speaker=said.speaker, text=said.text, audio=mx.array([number])) for number, (said, _) in enumerate(segments)]
+    mx.random.seed(seed)
+    try:
+        sampler = make_sampler(temp=0.9, top_k=50)
+        list(model.generate(text, context=context, sampler=sampler, voice_match=False, max_audio_length_ms=80 * frames))
+    finally:
+        model.model.generate_frame = generate_frame
+        del model._audio_tokenizer.encode
+    return np.concatenate([np.array(frame) for frame in drawn]).astype(np.int16)
+
+
+def test_a_dialogue_of_ten_turns_has_stocks_tokens_and_reads_only_what_is_new(
+    recordings: Path, model: Model, untouched: Model, folder: Path, positions_read: list[int]
+) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
+    voice = csm_loading.voice(max_audio_length_ms=240, voice_match=True)
+    prompt = ContextPart("hm, hm.", 0, speaker._prompts._codes(speaker._prompts._recording(voice)))
+    said: list[ContextPart] = []
+    for turn in range(5):
+        noise = np.random.default_rng(turn).normal(0, 0.1, 4800).astype(np.float32)
+        said.append(ContextPart(f"Question {turn}?", 1, speaker.encode(noise)))
+        positions_read.clear()
+        text = f"This is answer {turn}."
+        (chunk,) = speaker.speak([text], voice, SpeechOptions(turn, context=tuple(said)), lambda: False)
+        assert chunk.codes is not None
+        theirs = stock_codes(untouched, [(each, each.codes) for each in [prompt, *said]], text, turn, 3)
+        np.testing.assert_array_equal(chunk.codes, theirs)
+        new = said[-2:] if turn else [prompt, *said]
+        lengths = [len(speaker._prompts._text(each.text, each.speaker)[0]) + len(each.codes) + 1 for each in new]
+        assert sum(positions_read) == sum(lengths) + len(speaker._prompts.text(voice, text)[0])
+        said.append(ContextPart(text, 0, chunk.codes))
+    (without,) = speaker.speak([text], voice, SpeechOptions(4, context=()), lambda: False)
+    assert not np.array_equal(without.samples, chunk.samples), "the context makes a difference"
+
+
+def test_a_cut_turn_reads_again_only_what_follows_the_cut(recordings: Path, model: Model, folder: Path, positions_read: list[int]) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
+    voice = csm_loading.voice(max_audio_length_ms=80)
+    first, cut = part("One.", 2, 1), part("Two,", 2)
+    for context in ((first,), (first, cut)):  # between them the reply "Two, three." was cut
+        positions_read.clear()
+        list(speaker.speak(["Go on."], voice, SpeechOptions(1, context=context), lambda: False))
+    assert positions_read == [len(speaker._prompts.segments(voice, [cut])[1][0]), len(speaker._prompts.text(voice, "Go on.")[0])]
+
+
+def test_the_latest_turns_that_fit_are_read(recordings: Path, model: Model, folder: Path) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off")
+    voice = csm_loading.voice(max_audio_length_ms=80)
+    context = [part(f"Number {number}.", 300, 1) for number in range(9)]
+    fitting = speaker._fitting(context, ["A new text."], voice)
+    assert [each.text for each in fitting] == [f"Number {number}." for number in range(9)][-len(fitting) :]
+    length = len(speaker._prompt("A new text.", voice, fitting)[0][0])
+    assert CONTEXT - 350 < length < CONTEXT
+    assert speaker._fitting(context, ["A new text."] * 2, voice) == fitting
+    assert speaker._fitting([part("x", 2100)], ["A new text."], voice) == []
+
+
+def test_each_segment_can_hear_the_one_before_it(recordings: Path, model: Model, folder: Path) -> None:
+    texts = ["One here.", "  ", "Two here.", "Three here."]
+    voice = csm_loading.voice(max_audio_length_ms=160)
+    ordered = csm_loading.speaker(model, recordings, folder, guard="off", context_segments=1)
+    chunks = list(ordered.speak(texts, voice, SpeechOptions(5), lambda: False))
+    assert [(chunk.segment, chunk.last) for chunk in chunks] == [(0, True), (1, True), (2, True), (3, True)]
+    assert chunks[2].codes is not None
+    alone = csm_loading.speaker(model, recordings, folder, guard="off")
+    heard = ContextPart("Two here.", 0, chunks[2].codes)
+    (third,) = alone._speak(["Three here."], voice, SpeechOptions(5, context=(heard,)), lambda: None, 3)
+    np.testing.assert_array_equal(chunks[3].samples, third.samples)
+    (deaf,) = alone._speak(["Three here."], voice, SpeechOptions(5, context=()), lambda: None, 3)
+    assert not np.array_equal(third.samples, deaf.samples)
+
+
+# --- Over HTTP ---
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("talking")
+    (folder / "presets").mkdir()
+    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 800}
+    (folder / "presets" / "tiny.json").write_text(json.dumps(preset))
+    shutil.copy(PROJECT / "presets" / "heart.json", folder / "presets")
+    settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": folder / "presets", "MODEL_DTYPE": "float32", "MAX_RETRIES": 0}
+    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script={"": [ends_after(5)]})))
+    try:
+        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+        yield running
+    finally:
+        running.stop()
+
+
+def ask(server: RunningServer, text: str, **fields: Any) -> httpx.Response:
+    body = {"model": "m", "voice": "tiny", "input": text, "response_format": "pcm", "seed": 1} | fields
+    return httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=240)
+
+
+def turns(server: RunningServer, key: str, **query: Any) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{server.url}/v1/audio/conversations/{key}/turns", params=query)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["turns"])
+
+
+def test_replies_and_added_turns_make_a_conversation_that_can_be_forgotten(talking: RunningServer) -> None:
+    url = f"{talking.url}/v1/audio/conversations/kitchen/turns"
+    assert httpx.get(url).json()["error"]["code"] == "not_found"
+    first = ask(talking, "hello there.", conversation="kitchen")
+    assert first.headers["X-Conversation"] == "used"
+    recording = io.BytesIO()
+    soundfile.write(recording, np.random.default_rng(1).normal(0, 0.1, 24_000), 24_000, format="WAV")
+    added = httpx.post(
+        url, data={"text": "what is new?", "speaker": "3"}, files={"audio_sample": ("a.wav", recording.getvalue())}, timeout=120
+    )
+    assert added.json() == {"role": "user", "speaker": 3, "seconds": 1.04, "characters": 12, "text": "what is new?"}
+    assert httpx.post(url, data={"text": "only words."}, files={"x": b""}).json()["seconds"] == 0
+    assert ask(talking, "nothing at all.", conversation="kitchen", response_format="mp3").status_code == 200
+    shown = turns(talking, "kitchen")
+    assert [(turn["role"], turn["speaker"]) for turn in shown] == [("assistant", 0), ("user", 3), ("user", 1), ("assistant", 0)]
+    assert all("text" not in turn for turn in shown)
+    assert [turn["text"] for turn in turns(talking, "kitchen", text=True)][::3] == ["hello there.", "nothing at all."]
+    assert shown[0]["seconds"] == pytest.approx(len(first.content) / 48_000)
+    assert "X-Conversation" not in ask(talking, "hello.").headers
+    assert len(turns(talking, "kitchen")) == 4, "nothing is kept unless a request asks for it"
+    assert httpx.delete(url).json() == {"id": "kitchen", "deleted": True}
+    assert httpx.get(url).status_code == 404
+    log = talking.log_text()
+    assert "nothing at all" not in log
+    assert "what is new" not in log
+
+
+def test_invalid_turns_are_refused(talking: RunningServer) -> None:
+    url = f"{talking.url}/v1/audio/conversations/refused/turns"
+    cases: list[tuple[dict[str, str], bytes, str]] = [
+        ({"text": " "}, b"", "invalid_text"),
+        ({"text": "x", "speaker": "10"}, b"", "invalid_speaker"),
+        ({"text": "x"}, b"no sound", "invalid_audio"),
+    ]
+    for fields, data, code in cases:
+        files = {"audio_sample": ("a.wav", data)} if data else {"none": b""}
+        answer = httpx.post(url, data=fields, files=files, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+    assert httpx.get(url).status_code == 404
+
+
+def test_other_models_ignore_the_conversation_and_say_so(talking: RunningServer) -> None:
+    assert ask(talking, "Hello.", voice="heart", conversation="elsewhere").headers["X-Conversation"] == "ignored"
+    assert httpx.get(f"{talking.url}/v1/audio/conversations/elsewhere/turns").status_code == 404
+
+
+def test_an_interruption_cuts_the_last_turn(talking: RunningServer) -> None:
+    def until(kind: str) -> Event:
+        while True:
+            message = connection.recv(120)
+            if isinstance(message, str) and (event := json.loads(message))["type"] == kind:
+                return dict(event)
+
+    with connect(f"ws://127.0.0.1:{talking.port}/v1/audio/speech/stream", proxy=None) as connection:
+        connection.send(json.dumps({"type": "session.start", "voice": "tiny", "conversation": "cut", "seed": 1}))
+        assert until("session.created")["conversation"] == "used"
+        connection.send(json.dumps({"type": "input_text.append", "text": "one two three four. "}))
+        connection.send(json.dumps({"type": "input_text.flush"}))
+        until("segment.done")
+        connection.send(json.dumps({"type": "input_text.append", "text": "five six seven eight."}))
+        connection.send(json.dumps({"type": "input_text.done"}))
+        second = until("segment.done")
+        until("done")
+        (whole,) = turns(talking, "cut", text=True)
+        assert whole["text"] == "one two three four. five six seven eight."
+        middle = (second["start"] + second["end"]) / 2
+        connection.send(json.dumps({"type": "playback.interrupted", "played_ms": middle * 1000}))
+        answer = until("playback.truncated")
+        assert answer["text"] == "one two three four. five six"
+        (turn,) = turns(talking, "cut", text=True)
+        assert turn["text"] == answer["text"]
+        assert turn["seconds"] == pytest.approx(0.75 * whole["seconds"], abs=0.08)
+        connection.send(json.dumps({"type": "playback.interrupted", "played_ms": 0}))
+        assert until("playback.truncated")["text"] == ""
+        assert turns(talking, "cut") == []
