@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from itertools import accumulate
@@ -13,7 +14,7 @@ import regex
 
 from audio_joiner import SegmentTimestamp
 from text_markup import blanked
-from text_verbalizer import SpokenSegments
+from text_verbalizer import SpokenText, unread
 
 _KEPT_ANSWERS = 64
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
@@ -62,15 +63,15 @@ class WordFinder:
     Args:
         source: The caller's text.
         segments: The text that was spoken, without Markdown, as it was split.
-        spoken: The words of the segments.
+        reading: Returns the words of a segment, by its index; None: they are those of the segments.
     """
 
-    def __init__(self, source: str, segments: Sequence[str], spoken: SpokenSegments) -> None:
+    def __init__(self, source: str, segments: Sequence[str], reading: Callable[[int], SpokenText] | None = None) -> None:
         self._source = source
         readable = blanked(source)
         self._text = "".join(segments)
         self._starts = list(accumulate(map(len, segments), initial=0))
-        self._spoken = spoken
+        self._reading = reading or (lambda index: unread(segments[index]))
         self._here = [match.span() for match in _WORD.finditer(self._text)]
         self._there = _places(self._text, self._here, readable)
 
@@ -84,17 +85,25 @@ class WordFinder:
         """
         words: list[WordCaption] = []
         for timestamp in timestamps:
-            reading = self._spoken.reading(timestamp.segment)
+            reading = self._reading(timestamp.segment)
             for word in timestamp.words:
                 first, last = (self._starts[timestamp.segment] + place for place in reading.source_span(word.start_char, word.end_char))
                 if (place := self._place(first, last)) is not None:
                     _add(words, WordCaption(timestamp.segment, "", word.start / speed, word.end / speed, *place))
         if words and end is not None:
             words[-1] = replace(words[-1], end=end)
-        return [
-            replace(word, text=self._source[word.start_char : word.end_char], start=round(word.start, 3), end=round(word.end, 3))
-            for word in words
-        ]
+        return [self._worded(word) for word in words]
+
+    def located(self, words: Sequence[WordCaption]) -> list[WordCaption]:
+        """Return words whose places are in the joined segments with their places in the caller's text."""
+        located: list[WordCaption] = []
+        for word in words:
+            if (place := self._place(word.start_char, word.end_char)) is not None:
+                _add(located, replace(word, start_char=place[0], end_char=place[1]))
+        return [self._worded(word) for word in located]
+
+    def _worded(self, word: WordCaption) -> WordCaption:
+        return replace(word, text=self._source[word.start_char : word.end_char], start=round(word.start, 3), end=round(word.end, 3))
 
     def _place(self, first: int, last: int) -> tuple[int, int] | None:
         """Return where `text[first:last]` is in the caller's text; None if it is not."""
@@ -104,11 +113,13 @@ class WordFinder:
             last -= 1
         if self._text == self._source:
             return (first, last) if first < last else None
-        found = [
-            (here, there)
-            for here, there in zip(self._here, self._there, strict=True)
-            if there is not None and here[0] < last and here[1] > first
-        ]
+        found = []
+        for number in range(bisect_right(self._here, first, key=lambda span: span[1]), len(self._here)):
+            here, there = self._here[number], self._there[number]
+            if here[0] >= last:
+                break
+            if there is not None:
+                found.append((here, there))
         if not found:
             return None
         (start, _), (_, end) = found[0][1], found[-1][1]

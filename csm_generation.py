@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -281,19 +282,20 @@ class CsmSpeaker:
         order = TextOrder(first)
         context = None if options.context is None else self._fitting(options.context, texts, voice)
         pace = Pace(*self._prompts.reading(voice)) if self._guarded else Pace()
-        pending = []
-        for index, text in enumerate(texts, first):
-            if text.strip():
-                pending.append(self._segment(index, text, voice, pace, options, context))
-            else:
-                order.add(SegmentChunk(index, np.empty(0, np.float32), last=True))
-        yield from order.release()
-        if options.streamed and pending:
-            live = pending.pop(0)
+        coming = _with_text(
+            enumerate(texts, first), lambda index, text: self._segment(index, text, voice, pace, options, context), order
+        )
+        pending: list[Segment] = []
+        if options.streamed and (live := next(coming, None)):
+            yield from order.release()
             yield from self._stream(live, sampling, check)
             order.skip(live.index)
+        while True:
+            # Only as many as the next batch may have: a text is read out when it is taken.
+            pending += islice(coming, max(0, self._max_batch - len(pending)))
             yield from order.release()
-        while pending:
+            if not pending:
+                return
             for row in self._generate(self._next_batch(pending), sampling, check):
                 if not row.left:
                     continue
@@ -486,6 +488,15 @@ class CsmSpeaker:
 def _codes(frames: Sequence[NDArray[np.int32]], count: int) -> Codes | None:
     """Return the first `count` frames as they are kept in a conversation."""
     return np.stack(frames[:count]).astype(np.int16) if frames and count else None
+
+
+def _with_text(texts: Iterable[tuple[int, str]], make: Callable[[int, str], Segment], order: TextOrder) -> Iterator[Segment]:
+    """Yield the segments that have a text; the others are silence."""
+    for index, text in texts:
+        if text.strip():
+            yield make(index, text)
+        else:
+            order.add(SegmentChunk(index, np.empty(0, np.float32), last=True))
 
 
 def _report(segment: Segment, attempt: Attempt) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -134,6 +135,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UsageError("--format is for files: name the file with -o")
     if args.output is not None:
         _check_output(args.output, args.format)
+    if args.words and args.captions is None:
+        raise UsageError("--words is for captions: name their file with --captions")
     if args.captions is not None:
         _check_captions(Path(args.captions))
     return args
@@ -175,12 +178,46 @@ def _main(args: argparse.Namespace) -> int:
         server = _server(args, settings)
         print(voice_table(_run(server.voices()) if server else local_voices(settings)))
         return OK
+    if args.check_words is not None:
+        return _check_words(args, settings)
     text = read_text(args)
     if args.output is None:
         from say_output import require_loudspeaker
 
         require_loudspeaker()
     _say(text, args, settings)
+    return OK
+
+
+def _check_words(args: argparse.Namespace, settings: Settings) -> int:
+    """List the words of a file that are misheard. Without a recogniser, speak them for somebody who listens."""
+    from pronunciations import FILE, read_pronunciations
+    from say_output import ProgressBar
+    from say_words import check_words, words_of
+    from transcription import installed_recognizer
+
+    words = words_of(_decoded(_read_file(Path(args.check_words)), args.check_words))
+    if not words:
+        raise UsageError(f"{args.check_words} has no words: write one a line")
+    recognizer = installed_recognizer()
+    if recognizer is None:
+        _complain("no speech recogniser is installed (uv sync --inexact --extra verify): listen to the words yourself", OK)
+        _say(".\n\n".join(words), args, settings)
+        return OK
+    server, bar = _server(args, settings), ProgressBar([], PROGRAM)
+    known = read_pronunciations(settings.presets_dir / FILE)
+
+    async def check() -> int:
+        misheard = 0
+        async with _speaker(server, args.voice, settings, bar, streamed=False, words=False) as speaker:
+            async for checked in check_words(words, speaker, recognizer, known, args.seed or 0):
+                if not checked.right:
+                    misheard += 1
+                    print(f"{checked.word}: heard {checked.heard!r}", flush=True)
+        return misheard
+
+    misheard = _run(check())
+    print(f"{misheard} of {len(words)} words were misheard")
     return OK
 
 
@@ -192,11 +229,11 @@ def _say(text: str, args: argparse.Namespace, settings: Settings) -> None:
     server = _server(args, settings)
     if server is None:
         import tts_engine  # noqa: F401 - takes seconds; imported inside the event loop, it would delay Ctrl-C
-    output = _output(args, settings)
+    output = replace(_output(args, settings), words=text if args.words else None)
     bar = ProgressBar(sentences(pieces), PROGRAM)
 
     async def say() -> str:
-        async with _speaker(server, args.voice, settings, bar, streamed=output.streamed) as speaker:
+        async with _speaker(server, args.voice, settings, bar, streamed=output.streamed, words=args.words) as speaker:
             seconds = await speak_pieces(pieces, speaker, output, settings, args.seed, bar)
             return f"{seconds:.1f} s, voice {speaker.voice}"
 
@@ -262,16 +299,15 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
 
 @asynccontextmanager
 async def _speaker(
-    server: SpeechServer | None, voice: str | None, settings: Settings, bar: ProgressBar, *, streamed: bool
+    server: SpeechServer | None, voice: str | None, settings: Settings, bar: ProgressBar, *, streamed: bool, words: bool
 ) -> AsyncIterator[Speaker]:
     from say_backends import LocalSpeaker, ServerSpeaker
 
     if server is not None:
-        yield ServerSpeaker(
-            server, voice or server.default_voice or settings.default_voice, bar.status, bar.warn, normalize=settings.normalize_text
-        )
+        name = voice or server.default_voice or settings.default_voice
+        yield ServerSpeaker(server, name, bar.status, bar.warn, normalize=settings.normalize_text, words=words)
         return
-    async with LocalSpeaker(settings, voice or settings.default_voice, bar.status, streamed=streamed) as speaker:
+    async with LocalSpeaker(settings, voice or settings.default_voice, bar.status, streamed=streamed, words=words) as speaker:
         yield speaker
 
 
@@ -347,9 +383,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", metavar="FILE", help="write an audio file instead of playing; - for standard output")
     parser.add_argument("--format", choices=FORMATS, help="the file's format, if its ending does not name one")
     parser.add_argument("--captions", metavar="FILE", help="also write the sentences with their times, as .vtt, .srt or .json")
+    parser.add_argument("--words", action="store_true", help="the captions have each word with its time (built-in voices)")
     parser.add_argument("--voice", metavar="NAME", help="the voice's name (default: DEFAULT_VOICE)")
     parser.add_argument("--speed", type=_number(float, 0.25, 4), default=1.0, metavar="N", help="0.25 to 4; keeps the pitch (default: 1)")
     parser.add_argument("--seed", type=_number(int, 0, _MAX_SEED), metavar="N", help="the same text, voice and seed give the same audio")
+    parser.add_argument("--check-words", metavar="FILE", help="speak each line of FILE, and list those that a speech recogniser mishears")
     parser.add_argument("--list-voices", action="store_true", help="list the voices and exit")
     parser.add_argument("--server", metavar="URL", help="use this server (default: the one on HOST and PORT of the settings, if it runs)")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: API_KEY from the environment or .env)")

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from audio_formats import SAMPLE_RATE
-from captions import Caption, captions_of
+from audio_formats import SAMPLE_RATE, Samples
+from captions import Caption, WordCaption, WordFinder, captions_of
 from config import Settings
 from errors import InputTooLongError, ModelNotReadyError, TTSError
 from say_reading import Part
 from speech_model import SpeechOptions
 
 if TYPE_CHECKING:
+    from audio_joiner import SegmentTimestamp
     from model_host import ModelHost
+    from tts_engine import Utterance
 
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 2.0
@@ -234,18 +236,27 @@ class ServerSpeaker:
         status: Called with a line that says what is being waited for, "" when the wait is over.
         warn: Called with a warning.
         normalize: Have the server read numbers, symbols and abbreviations out as words.
+        words: Also get the times of the words.
     """
 
     sample_rate = SAMPLE_RATE
 
     def __init__(
-        self, server: SpeechServer, voice: str, status: Callable[[str], None], warn: Callable[[str], None], *, normalize: bool
+        self,
+        server: SpeechServer,
+        voice: str,
+        status: Callable[[str], None],
+        warn: Callable[[str], None],
+        *,
+        normalize: bool,
+        words: bool = False,
     ) -> None:
         self.voice = voice
         self.model = ""
         self._server = server
         self._requested = voice
         self._normalize = normalize
+        self._timestamps = "word" if words else True
         self._status = status
         self._warn = warn
 
@@ -258,7 +269,7 @@ class ServerSpeaker:
         # As events, because they carry errors and captions. At speed 1 and as raw samples, because speed and encoding are applied
         # once to all pieces together. Normalizing the text again does not change it.
         body = {"model": "csm-1b", "input": text, "voice": self._requested, "seed": seed, "normalize": self._normalize}
-        body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": True}
+        body |= {"response_format": "pcm", "stream_format": "sse", "timestamps": self._timestamps}
         async with AsyncExitStack() as stack:
             response = await self._accepted(stack, body)
             self._read_headers(response.headers)
@@ -326,12 +337,13 @@ class LocalSpeaker:
         voice: A voice's name or alias.
         status: Called with a line about the load, "" when it is over.
         streamed: The audio is consumed while it is generated.
+        words: Also get the times of the words.
 
     Raises:
         InvalidVoiceError: There is no such voice; lists the voices.
     """
 
-    def __init__(self, settings: Settings, voice: str, status: Callable[[str], None], *, streamed: bool) -> None:
+    def __init__(self, settings: Settings, voice: str, status: Callable[[str], None], *, streamed: bool, words: bool = False) -> None:
         # The engine takes seconds to import, and a running server needs none of it.
         from tts_engine import TTSEngine
         from voice_presets import VoicePresetManager
@@ -348,6 +360,7 @@ class LocalSpeaker:
         self.sample_rate = self._host.model.sample_rate
         self._status = status
         self._streamed = streamed
+        self._words = words
 
     async def __aenter__(self) -> LocalSpeaker:
         """Load the voice's model.
@@ -378,11 +391,19 @@ class LocalSpeaker:
         try:
             async for samples in utterance:
                 timestamps = list(utterance.timestamps)
-                yield Part(samples, tuple(captions_of(utterance.segments, timestamps[yielded:], 1.0)))
+                yield self._part(text, utterance, samples, timestamps[yielded:])
                 yielded = len(timestamps)
-            yield Part(np.zeros(0, np.float32), tuple(captions_of(utterance.segments, utterance.timestamps[yielded:], 1.0)))
+            yield self._part(text, utterance, np.zeros(0, np.float32), utterance.timestamps[yielded:])
         finally:
             await utterance.aclose()
+
+    def _part(self, text: str, utterance: Utterance, samples: Samples, ended: Sequence[SegmentTimestamp]) -> Part:
+        captions = tuple(captions_of(utterance.segments, ended, 1.0))
+        if not self._words or not ended:
+            return Part(samples, captions)
+        end = ended[-1].end if ended[-1].segment == len(utterance.segments) - 1 else None
+        words = WordFinder(text, utterance.segments, utterance.spoken.reading).words(ended, 1.0, end)
+        return Part(samples, captions, tuple(words))
 
     async def _loaded(self) -> None:
         """Wait until the voice has loaded or failed, and show the progress."""
@@ -426,11 +447,16 @@ async def _parts(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[Part, 
             yield Part(np.frombuffer(data[:whole], "<i2").astype(np.float32) / _PCM_SCALE)
         elif kind == "speech.audio.timestamps":
             caption = Caption(event["group"], event["text"], event["start"], event["end"])
-            yield Part(np.zeros(0, np.float32), (caption,))
+            words = tuple(_word(word) for word in event.get("words") or ())
+            yield Part(np.zeros(0, np.float32), (caption,), words)
         elif kind == "speech.audio.error":
             raise RefusedError(500, event["error"])
         elif kind == "speech.audio.done":
             return
+
+
+def _word(word: dict[str, Any]) -> WordCaption:
+    return WordCaption(word["group"], word["text"], word["start"], word["end"], word["start_char"], word["end_char"])
 
 
 def _reason(error: BaseException) -> str:

@@ -17,13 +17,13 @@ import numpy as np
 from anyio import to_thread
 
 from audio_formats import AudioFormat, Samples, SyntheticTag
-from captions import Caption, to_json, to_srt, to_webvtt
+from captions import Caption, WordCaption, WordFinder, to_json, to_srt, to_webvtt
 from config import Settings
 from errors import InputTooLongError, InvalidInputError
 from files import write_output
 from say_output import AudioFile, AudioStream, Descriptor, Loudspeaker, ProgressBar, Sink
 from speech_model import SegmentLengths
-from text_markup import passages, prepare, stretch, with_voices, without_marks
+from text_markup import blanked, passages, prepare, stretch, with_voices, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
 
@@ -40,10 +40,13 @@ class Part:
     Attributes:
         samples: float32, shape (n,).
         captions: Of the segments that ended, in seconds from the start of the piece (from a speaker) or of the text.
+        words: Their words, with their places in the piece or in all pieces; none unless the speaker was asked for them, or if the voice does
+            not know them.
     """
 
     samples: Samples
     captions: tuple[Caption, ...] = ()
+    words: tuple[WordCaption, ...] = ()
 
 
 class Speaker(Protocol):
@@ -78,6 +81,7 @@ class Output:
         format: Of the audio; raw samples for the loudspeaker.
         speed: From 0.25 to 4.0.
         captions: A file for the captions, if they are wanted.
+        words: The text as it was given, if the captions are to have its words; else None.
     """
 
     path: Path | None
@@ -85,6 +89,7 @@ class Output:
     format: AudioFormat
     speed: float = 1.0
     captions: Path | None = None
+    words: str | None = None
 
     @property
     def streamed(self) -> bool:
@@ -142,9 +147,11 @@ async def speak_pieces(
     """
     reading = Reading(pieces, speaker, secrets.randbits(32) if seed is None else seed, settings.pause_ms)
     captions: list[Caption] = []
+    words: list[WordCaption] = []
     seconds = 0.0
     async with aclosing(reading.parts()) as parts, aclosing(_LazySink(lambda: _open(output, speaker, settings))) as sink:
         async for part in parts:
+            words += part.words
             for caption in part.captions:
                 captions.append(caption)
                 bar.caption(caption)
@@ -155,7 +162,8 @@ async def speak_pieces(
         await sink.finish()
     bar.finish(seconds)
     if output.captions is not None:
-        write_output(output.captions, _rendered(captions, output.captions.suffix.lower(), output.speed))
+        found = None if output.words is None else WordFinder(output.words, reading.spoken).located(words)
+        write_output(output.captions, _rendered(captions, found, output.captions.suffix.lower(), output.speed))
     return seconds / output.speed
 
 
@@ -170,9 +178,13 @@ class Reading:
         speaker: Speaks them.
         seed: Of the first piece.
         pause_ms: Silence between two pieces, in milliseconds.
+
+    Attributes:
+        spoken: The pieces so far, without pauses and voice tags; `words` have their places in them, joined.
     """
 
     def __init__(self, pieces: Sequence[str], speaker: Speaker, seed: int, pause_ms: int) -> None:
+        self.spoken: list[str] = []
         self._pieces = deque(pieces)
         self._speaker = speaker
         self._seed = seed
@@ -183,6 +195,7 @@ class Reading:
         self._taken = 0  # samples taken from the queue
         self._segments = 0
         self._offset = 0.0  # seconds from the start of the audio to the current piece
+        self._start_char = 0  # of the current piece in all pieces
 
     async def parts(self) -> AsyncGenerator[Part, None]:
         """Yield the audio. A failure is raised after the audio before it; closing the generator stops the work."""
@@ -220,7 +233,7 @@ class Reading:
                 async for part in parts:
                     if not started:
                         started = True
-                        self._start_piece()
+                        self._start_piece(piece)
                     self._put(part)
         except InputTooLongError:
             smaller = split_pieces(piece, max(1, len(piece) // 2))
@@ -230,20 +243,28 @@ class Reading:
         else:
             self._seed = (self._seed + 1) % _SEEDS
 
-    def _start_piece(self) -> None:
+    def _start_piece(self, piece: str) -> None:
+        self._start_char = sum(map(len, self.spoken))
+        self.spoken.append(blanked(piece))
         if self._queued:
             self._put(Part(np.zeros(self._speaker.sample_rate * self._pause_ms // 1000, np.float32)))
         self._offset = self._queued / self._speaker.sample_rate
 
     def _put(self, part: Part) -> None:
         self._queued += part.samples.size
-        captions = [self._shifted(caption, index) for index, caption in enumerate(part.captions, self._segments)]
-        self._segments += len(captions)
-        self._queue.put_nowait(Part(part.samples, tuple(captions)))
+        groups = {caption.group: group for group, caption in enumerate(part.captions, self._segments)}
+        self._segments += len(groups)
+        captions = tuple(
+            replace(caption, group=groups[caption.group], start=caption.start + self._offset, end=caption.end + self._offset)
+            for caption in part.captions
+        )
+        words = tuple(self._shifted(word, groups[word.group]) for word in part.words)
+        self._queue.put_nowait(Part(part.samples, captions, words))
 
-    def _shifted(self, caption: Caption, segment: int) -> Caption:
-        """Return a piece's caption as a caption of the whole text."""
-        return replace(caption, group=segment, start=caption.start + self._offset, end=caption.end + self._offset)
+    def _shifted(self, word: WordCaption, group: int) -> WordCaption:
+        """Return a piece's word as a word of the whole text."""
+        start_char, end_char = word.start_char + self._start_char, word.end_char + self._start_char
+        return WordCaption(group, word.text, word.start + self._offset, word.end + self._offset, start_char, end_char)
 
 
 class _LazySink:
@@ -285,9 +306,12 @@ def _blocks(samples: Samples, sample_rate: int) -> list[Samples]:
     return [samples[start : start + size] for start in range(0, samples.size, size)]
 
 
-def _rendered(captions: Sequence[Caption], ending: str, speed: float) -> str:
-    """Return the captions in the format of the file's ending, with times at the given speed."""
+def _rendered(captions: Sequence[Caption], words: Sequence[WordCaption] | None, ending: str, speed: float) -> str:
+    """Return the captions in the format of the file's ending, with times at the given speed; a cue for each word if there are any."""
     scaled = [replace(c, start=round(c.start / speed, 3), end=round(c.end / speed, 3)) for c in captions]
+    heard = [replace(word, start=round(word.start / speed, 3), end=round(word.end / speed, 3)) for word in words or ()]
     if ending == ".vtt":
-        return to_webvtt(scaled)
-    return to_srt(scaled) if ending == ".srt" else json.dumps(to_json(scaled), ensure_ascii=False, indent=2) + "\n"
+        return to_webvtt(heard or scaled)
+    if ending == ".srt":
+        return to_srt(heard or scaled)
+    return json.dumps(to_json(scaled, None if words is None else heard), ensure_ascii=False, indent=2) + "\n"

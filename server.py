@@ -36,6 +36,7 @@ from conversations import Conversations
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
+from kokoro_routes import router as kokoro_routes
 from model_host import started_threads
 from monitoring import LOG_FILE, Metrics, configure_logging
 from schemas import (
@@ -291,7 +292,8 @@ def _include_routers(app: FastAPI) -> None:
     app.include_router(service_routes, **shared)  # early: the routes are tried in this order, and nothing is requested as often as /health
     app.include_router(voice_routes, prefix="/v1", **shared)
     app.include_router(conversation_routes, prefix="/v1", **shared)
-    for router in (speech_routes, voice_routes, conversation_routes):
+    app.include_router(kokoro_routes, prefix="/v1", **shared)
+    for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes):
         app.include_router(router, **shared, include_in_schema=False)
     for prefix in ("/v1", ""):
         app.include_router(socket_routes, prefix=prefix)
@@ -405,7 +407,7 @@ def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [
         route
-        for router in (speech_routes, voice_routes, conversation_routes, service_routes)
+        for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes, service_routes)
         for route in router.routes
         if isinstance(route, APIRoute)
     ]

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from audio_converter import Converted, Encoder
 from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
-from captions import AnswerCaptions, CaptionStore, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
+from audio_joiner import SegmentTimestamp
+from captions import AnswerCaptions, CaptionStore, WordCaption, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
 from conversations import Conversations, Turn
 from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
@@ -71,6 +72,21 @@ class _Plan:
     tag: SyntheticTag | None
 
 
+@dataclass(frozen=True)
+class AnswerForm:
+    """Another form of an answer with word times than audio or events.
+
+    Attributes:
+        media_type: Its type.
+        complete: Returns the body for an audio file and its words.
+        lines: Yields the body for the parts of a streamed file, each with the words that have become known.
+    """
+
+    media_type: str
+    complete: Callable[[bytes, Sequence[WordCaption]], bytes]
+    lines: Callable[[AsyncIterator[tuple[bytes, Sequence[WordCaption]]]], AsyncIterator[bytes]]
+
+
 @dataclass
 class _Run:
     """A request in progress: what the log and the metrics need at its end."""
@@ -103,8 +119,21 @@ class SpeechEndpoint:
         self.unread = UnreadAudio(settings)
         self.captions = CaptionStore()
 
-    async def answer(self, body: SpeechRequest, request: Request) -> Response:
+    def knows(self, voice: str) -> bool:
+        """Return whether there is a voice of this name."""
+        return self._presets.catalog.knows(voice)
+
+    def can_speak(self, voice: str) -> bool:
+        """Return whether there is a voice of this name, and it can speak now."""
+        return self.knows(voice) and self._engine.ready(self._presets.catalog.resolve(voice))
+
+    async def answer(self, body: SpeechRequest, request: Request, form: AnswerForm | None = None) -> Response:
         """Return the response to a speech request.
+
+        Args:
+            body: The request.
+            request: The HTTP request.
+            form: Another form than audio or events.
 
         Raises:
             TTSError: The request is refused, or failed before the first byte.
@@ -112,18 +141,18 @@ class SpeechEndpoint:
         """
         async with AsyncExitStack() as stack:
             run = await stack.enter_async_context(self._recorded(request))
-            run.plan = plan = await self._plan(body, request)
+            run.plan = plan = await self._plan(body, request, always_streamed=() if form else ("pcm",))
             run.utterance = utterance = self._speak(plan)
             utterance.on_complete = lambda: self._remember(plan, utterance)
             if not plan.options.streamed:
-                return await self._complete(plan, utterance, request)
+                return await self._complete(plan, utterance, request, form)
             encoded = _EncodedUtterance(plan, utterance, Unread(self.unread, client_address(request)))
             stack.push_async_callback(encoded.close)
             pieces = encoded.pieces()
             # The response starts after its first bytes exist: a failure before that still gets a status of its own.
             first = await run_until_gone(_first(pieces), request.receive)
             run.streaming = True
-            return self._stream(plan, utterance, _chain(first, pieces), stack.pop_all())
+            return self._stream(plan, utterance, _chain(first, pieces), stack.pop_all(), form)
 
     @asynccontextmanager
     async def _recorded(self, request: Request) -> AsyncIterator[_Run]:
@@ -143,7 +172,7 @@ class SpeechEndpoint:
             else:
                 self._metrics.observe(model="-", format_name="-", outcome=outcome)
 
-    async def _plan(self, body: SpeechRequest, request: Request) -> _Plan:
+    async def _plan(self, body: SpeechRequest, request: Request, always_streamed: Collection[str]) -> _Plan:
         """Check everything that can be refused before any speech is generated.
 
         Raises:
@@ -156,7 +185,7 @@ class SpeechEndpoint:
         text = await run_until_gone(self._engine.prepared(body.input, normalize=body.normalize), request.receive)
         voice, replaced = self._in_time(body, request, text, voice, replaced)
         audio_format = choose_format(body, self._settings.default_format)
-        streamed = body.stream or body.stream_format is not None or audio_format.name == "pcm"
+        streamed = body.stream or body.stream_format is not None or audio_format.name in always_streamed
         seed = new_seed() if body.seed is None else body.seed
         options = SpeechOptions(
             seed,
@@ -227,7 +256,7 @@ class SpeechEndpoint:
                 self._engine.check_ready(plan.replaced)
             raise
 
-    async def _complete(self, plan: _Plan, utterance: Utterance, request: Request) -> Response:
+    async def _complete(self, plan: _Plan, utterance: Utterance, request: Request, form: AnswerForm | None) -> Response:
         file = await run_until_gone(_encoded_file(plan, utterance), request.receive)
         headers = _headers(plan, utterance) | {
             "X-Generation-Time": f"{utterance.generation_time:.3f}",
@@ -236,20 +265,28 @@ class SpeechEndpoint:
         }
         if utterance.word_error_rate is not None:
             headers["X-Word-Error-Rate"] = f"{utterance.word_error_rate:.3f}"
+        data, media_type = file.data, plan.format.content_type
         if plan.request.timestamps:
             # The measured speed: ffmpeg's atempo filter meets the requested speed to one percent only.
-            speed = utterance.audio_seconds / file.duration
+            captions = _captions(plan, utterance, utterance.audio_seconds / file.duration)
             key = new_key()
-            self.captions.keep(key, _captions(plan, utterance, speed))
+            self.captions.keep(key, captions)
             headers["X-Timestamps"] = _timestamps_path(key)
+            if form is not None:
+                data, media_type = form.complete(data, captions.words or ()), form.media_type
         unread = Unread(self.unread, client_address(request))
-        unread.check(len(file.data))
-        return SpeechFile(file.data, unread, headers=headers, media_type=plan.format.content_type)
+        unread.check(len(data))
+        return SpeechFile(data, unread, headers=headers, media_type=media_type)
 
-    def _stream(self, plan: _Plan, utterance: Utterance, body: AsyncIterator[bytes], ending: AsyncExitStack) -> SpeechStream:
+    def _stream(
+        self, plan: _Plan, utterance: Utterance, body: AsyncIterator[bytes], ending: AsyncExitStack, form: AnswerForm | None
+    ) -> SpeechStream:
         headers = _headers(plan, utterance)
         media_type = plan.format.content_type
-        if plan.request.stream_format == "sse":
+        if form is not None:
+            body, media_type = form.lines(_with_words(plan, utterance, body)), form.media_type
+            headers["Cache-Control"] = "no-cache"
+        elif plan.request.stream_format == "sse":
             body = _events(plan, utterance, body)
             del headers["Content-Disposition"]
             headers["Cache-Control"] = "no-cache"
@@ -510,9 +547,27 @@ def _timestamp_events(plan: _Plan, utterance: Utterance, sent: int) -> Iterator[
         (caption,) = captions_of(utterance.segments, [timestamp], plan.request.speed)
         fields: dict[str, object] = dict(vars(caption))
         if plan.request.timestamps == "word":
-            end = timestamp.end / plan.request.speed if timestamp.segment == len(utterance.segments) - 1 else None
-            fields["words"] = [vars(word) for word in _finder(plan, utterance).words([timestamp], plan.request.speed, end)]
+            fields["words"] = [vars(word) for word in _words(plan, utterance, timestamp)]
         yield _event("speech.audio.timestamps", **fields)
+
+
+def _words(plan: _Plan, utterance: Utterance, timestamp: SegmentTimestamp) -> list[WordCaption]:
+    """Return the words of a finished segment of a stream."""
+    end = timestamp.end / plan.request.speed if timestamp.segment == len(utterance.segments) - 1 else None
+    return _finder(plan, utterance).words([timestamp], plan.request.speed, end)
+
+
+async def _with_words(
+    plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes]
+) -> AsyncIterator[tuple[bytes, Sequence[WordCaption]]]:
+    """Yield each piece with the words of the segments that have ended since the one before."""
+    sent = 0
+    async for piece in pieces:
+        ended = utterance.timestamps[sent:]
+        sent += len(ended)
+        yield piece, [word for timestamp in ended for word in _words(plan, utterance, timestamp)]
+    if left := utterance.timestamps[sent:]:
+        yield b"", [word for timestamp in left for word in _words(plan, utterance, timestamp)]
 
 
 def _captions(plan: _Plan, utterance: Utterance, speed: float) -> AnswerCaptions:
@@ -525,7 +580,7 @@ def _captions(plan: _Plan, utterance: Utterance, speed: float) -> AnswerCaptions
 
 
 def _finder(plan: _Plan, utterance: Utterance) -> WordFinder:
-    return WordFinder(plan.request.input, utterance.segments, utterance.spoken)
+    return WordFinder(plan.request.input, utterance.segments, utterance.spoken.reading)
 
 
 def _event(kind: str, **fields: object) -> bytes:

@@ -463,7 +463,7 @@ class Turn:
             spoken.start, spoken.end = timestamps[0].start / speed, timestamps[-1].end / speed
         else:
             spoken.end = spoken.start
-        spoken.words = WordFinder(piece.text, utterance.segments, utterance.spoken).words(timestamps, speed)
+        spoken.words = WordFinder(piece.text, utterance.segments, utterance.spoken.reading).words(timestamps, speed)
         if context is not None:
             self._remember(spoken, utterance, timestamps)
         if self._start.timestamps:

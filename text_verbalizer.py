@@ -149,6 +149,11 @@ def verbalize(text: str, language: str = "en", pronounce: Pronounce | None = Non
     return SpokenText(tuple(_pieces(text, _readings(text, owned))))
 
 
+def unread(text: str) -> SpokenText:
+    """Return a text that is spoken as it is written."""
+    return SpokenText((Piece(text, 0, len(text)),))
+
+
 def _is_written(text: str) -> bool:
     return _WRITTEN.search(text) is not None
 
@@ -199,7 +204,7 @@ class SpokenSegments(Sequence[str]):
     def _read(self, index: int) -> SpokenText:
         text = self._segments[index]
         if self._language is None:
-            return SpokenText((Piece(text, 0, len(text)),))
+            return unread(text)
         return verbalize(text, self._language, self._pronounce)
 
     def _needs_reading(self, index: int) -> bool:

@@ -14,7 +14,6 @@ from listening import _whisper, decode
 
 from captions import WordFinder
 from text_normalizer import normalize_text
-from text_verbalizer import SpokenSegments
 
 MARKDOWN = """  # A **bold** plan
 
@@ -142,5 +141,5 @@ def test_words_are_where_a_recogniser_hears_them(server: RunningServer) -> None:
 def test_a_long_text_is_searched_in_linear_time() -> None:
     text = "\n\n".join(f"## Part {number}\n\nThe **{number}th** of the many parts: the end of the part." for number in range(2000))
     spoken = normalize_text(text)
-    finder = WordFinder(text, [spoken], SpokenSegments([spoken], None))
+    finder = WordFinder(text, [spoken])
     assert None not in finder._there

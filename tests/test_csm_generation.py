@@ -135,6 +135,33 @@ def say(
     return list(speaker.speak(segments, csm_loading.voice(max_audio_length_ms=ms), options, lambda: False))
 
 
+class Taken(Sequence[str]):
+    """Texts that note which of them were asked for."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self.places: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.places.append(index)
+        return self._texts[index]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_texts_are_taken_when_their_batch_begins(model: Model, recordings: Path, folder: Path, streamed: bool) -> None:
+    speaker = csm_loading.speaker(model, recordings, folder, guard="off", max_batch=2)
+    texts = Taken([" ", "A.", "B.", " ", "C.", "D.", "E.", " "])
+    voice = csm_loading.voice(max_audio_length_ms=80)
+    chunks = speaker.speak(texts, voice, SpeechOptions(3, streamed=streamed), lambda: False)
+    assert next(chunks).segment == 0
+    assert max(texts.places) == (1 if streamed else 2)
+    order = [chunk.segment for chunk in chunks if chunk.last]
+    assert order == list(range(1, 8))
+
+
 def frames_of(
     model: Model, prompts: PromptStore, texts: Sequence[str], seeds: Sequence[int], temperature: float, count: int
 ) -> list[Frame]:

@@ -107,6 +107,39 @@ def test_captions_in_every_form(server: RunningServer, tmp_path: Path) -> None:
     assert told[1]["end"] == pytest.approx(total, abs=0.002)
 
 
+@pytest.mark.parametrize("where", ["server", "here"])
+def test_words_with_their_times_and_places_in_the_text_as_given(server: RunningServer, tmp_path: Path, where: str) -> None:
+    text = "# Cats & **dogs**\n\n- They have 2 beds. [pause:1s]\n- They sleep on Dec 2."
+    place = ["--server", server.url] if where == "server" else ["--local", "--voice", "heart"]
+    for ending in ("vtt", "srt", "json"):
+        said(tmp_path, text, "-o", "speech.wav", "--speed", 1.5, "--seed", 1, "--captions", f"speech.{ending}", "--words", *place)
+        if where == "here":
+            break
+    if where == "here":
+        said(tmp_path, text, "-o", "speech.wav", "--speed", 1.5, "--seed", 1, "--captions", "speech.json", "--words", *place)
+    words = json.loads((tmp_path / "speech.json").read_text())["words"]
+    assert [word["text"] for word in words] == ["Cats", "dogs", "They", "have", "2", "beds", "They", "sleep", "on", "Dec 2"]
+    assert [text[word["start_char"] : word["end_char"]] for word in words] == [word["text"] for word in words]
+    assert [word["group"] for word in words] == [0] * 2 + [1] * 4 + [2] * 4
+    assert words[6]["start"] - words[5]["end"] == pytest.approx(1.0, abs=0.05)
+    assert words[-1]["end"] == pytest.approx(duration(tmp_path / "speech.wav", "wav"), abs=0.05)
+    vtt = (tmp_path / "speech.vtt").read_text()
+    assert [cue[2] for cue in cues(vtt, ".")] == [word["text"] for word in words]
+    if where == "server":
+        assert [cue[2] for cue in cues((tmp_path / "speech.srt").read_text(), ",")] == [word["text"] for word in words]
+
+
+def test_misheard_words_are_listed(server: RunningServer, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("lighthouse\nquay\n\n  engineer \nlighthouse\n")
+    listed = said(tmp_path, "--check-words", "words.txt", "--voice", "heart", "--server", server.url).decode()
+    assert listed == "quay: heard 'key'\n1 of 3 words were misheard\n"
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    (presets / "pronunciations.json").write_text('{"quay": "key"}')
+    listed = said(tmp_path, "--check-words", "words.txt", "--voice", "heart", "--server", server.url, PRESETS_DIR=presets).decode()
+    assert listed == "0 of 3 words were misheard\n"
+
+
 def test_a_file_is_replaced_as_a_whole_and_keeps_its_permissions_and_its_link(server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "old.wav").write_bytes(b"old")
     (tmp_path / "old.wav").chmod(0o640)

@@ -1,0 +1,109 @@
+"""POST /dev/captioned_speech: speech with word times in Kokoro-FastAPI's form, so that its clients work unchanged."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+import regex
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from captions import WordCaption
+from schemas import SpeechRequest, refusals
+from speech_routes import AnswerForm, Endpoint, SpeechEndpoint
+
+# The types that Kokoro-FastAPI names, which are not all ours.
+_TYPES = {"mp3": "audio/mpeg", "opus": "audio/opus", "aac": "audio/aac", "flac": "audio/flac", "wav": "audio/wav", "pcm": "audio/pcm"}
+# Kokoro's voices: a letter for the language, one for the gender, and a name; several are mixed with "+", and may have a weight.
+_KOKORO_VOICE = regex.compile(r"([a-z])([fm])_[a-z0-9_]+(?:\([0-9.]+\))?(?:[+-].*)?")
+_NEAREST = {("a", "m"): "fenrir", ("b", "f"): "emma", ("b", "m"): "hibari-fable"}
+_ANY = "heart"
+
+
+class NormalizationOptions(BaseModel):
+    """Of Kokoro-FastAPI's options, the one that is known here."""
+
+    normalize: bool = True
+
+
+class CaptionedSpeechRequest(BaseModel):
+    """Kokoro-FastAPI's request. Fields that have no meaning here are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field("kokoro", description="Ignored: the voice decides which model speaks.", max_length=200)
+    input: str = Field(description="The text to speak.", min_length=1)
+    voice: str = Field("af_heart", description="A voice; Kokoro's other voices are spoken by the nearest built-in voice.", max_length=200)
+    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
+    speed: float = Field(1.0, ge=0.25, le=4.0)
+    stream: bool = Field(True, description="Send one JSON object a line while the audio is generated; else a single one.")
+    return_timestamps: bool = Field(True, description="Send the time of each word.")
+    normalization_options: NormalizationOptions = NormalizationOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: object) -> object:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class WordTimestamp(BaseModel):
+    """A word of the input, with its start and end in seconds."""
+
+    word: str
+    start_time: float
+    end_time: float
+
+
+class CaptionedSpeech(BaseModel):
+    """An answer, or a line of a streamed one: a part of the audio file, and the words whose sentence is complete."""
+
+    audio: str
+    audio_format: str
+    timestamps: list[WordTimestamp] | None
+
+
+router = APIRouter(tags=["speech"])
+
+
+@router.post(
+    "/dev/captioned_speech",
+    operation_id="createCaptionedSpeech",
+    summary="Create speech with word times for Kokoro's clients",
+    response_model=CaptionedSpeech,
+    responses=refusals(429),
+)
+async def create_captioned_speech(body: CaptionedSpeechRequest, request: Request, endpoint: Endpoint) -> Response:
+    """Speak a text. The answer has the audio in base64 and the time of each word, as Kokoro-FastAPI's does."""
+    fields: dict[str, Any] = body.model_dump(include={"model", "input", "response_format", "speed", "stream"})
+    if not body.normalization_options.normalize:
+        fields["normalize"] = False
+    speech = SpeechRequest(**fields, voice=_voice(body.voice, endpoint), timestamps="word")
+    return await endpoint.answer(speech, request, _form(_TYPES[body.response_format], body.return_timestamps))
+
+
+def _voice(name: str, endpoint: SpeechEndpoint) -> str:
+    """Return a voice that exists: the first of a mixture that is known, else the ready one nearest to Kokoro's."""
+    kokoro = _KOKORO_VOICE.fullmatch(name.strip().lower())
+    if kokoro is None or endpoint.knows(name):
+        return name
+    parts = [regex.sub(r"\(.*", "", part).strip() for part in regex.split(r"[+-]", name)]
+    candidates = (*parts, _NEAREST.get((kokoro[1], kokoro[2]), _ANY), _ANY)
+    return next((candidate for candidate in candidates if endpoint.can_speak(candidate)), "default")
+
+
+def _form(audio_type: str, timed: bool) -> AnswerForm:
+    def answer(audio: bytes, words: Sequence[WordCaption], empty: list[object] | None) -> bytes:
+        timestamps = [{"word": word.text, "start_time": word.start, "end_time": word.end} for word in words] if timed else empty
+        fields = {"audio": base64.b64encode(audio).decode(), "audio_format": audio_type, "timestamps": timestamps}
+        return json.dumps(fields, ensure_ascii=False).encode()
+
+    async def lines(parts: AsyncIterator[tuple[bytes, Sequence[WordCaption]]]) -> AsyncIterator[bytes]:
+        async for audio, words in parts:
+            yield answer(audio, words, []) + b"\n"
+
+    return AnswerForm("application/json", lambda audio, words: answer(audio, words, None), lines)
