@@ -411,14 +411,20 @@ def _word_times(segment: str, tokens: Sequence[Any], session: _TimedSession, voc
 
 
 def _phoneme_spans(runs: Sequence[tuple[list[int], list[float]]], signs: Mapping[int, str]) -> list[tuple[str, float, float]]:
-    """Return each phoneme other than a space with its start and end in seconds."""
-    spans = []
+    """Return each phoneme other than a space with its start and end in seconds.
+
+    The space between two words that are spoken without a pause belongs to the end of the first: a recogniser's word ends are met best so.
+    """
+    spans: list[tuple[str, float, float]] = []
     now = 0.0
     for ids, frames in runs:
         for number, (identifier, length) in enumerate(zip(ids, frames, strict=True)):
             end = now + length * _FRAME_SECONDS
-            if 0 < number < len(ids) - 1 and signs[identifier] != " ":
-                spans.append((signs[identifier], now, end))
+            if 0 < number < len(ids) - 1:
+                if signs[identifier] != " ":
+                    spans.append((signs[identifier], now, end))
+                elif spans and spans[-1][0] not in _SILENT:
+                    spans[-1] = (*spans[-1][:2], end)
             now = end
     return spans
 
