@@ -282,9 +282,7 @@ class CsmSpeaker:
         order = TextOrder(first)
         context = None if options.context is None else self._fitting(options.context, texts, voice)
         pace = Pace(*self._prompts.reading(voice)) if self._guarded else Pace()
-        coming = _with_text(
-            enumerate(texts, first), lambda index, text: self._segment(index, text, voice, pace, options, context), order
-        )
+        coming = _with_text(enumerate(texts, first), lambda index, text: self._segment(index, text, voice, pace, options, context), order)
         pending: list[Segment] = []
         if options.streamed and (live := next(coming, None)):
             yield from order.release()

@@ -63,6 +63,7 @@ def measure() -> None:
     verbalize("a1b2c3")
     lines = Path(__file__).with_name("reading.tsv").read_text(encoding="utf-8").splitlines()
     texts = [line.split("\t") for line in lines if not line.startswith("#")]
+    measure_verbalizer([text[1] for text in texts])
     total: Counter[str] = Counter()
     right: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for kind, written, expected in texts:
@@ -83,6 +84,21 @@ def measure() -> None:
             for on in (False, True)
         }
         print(f"first audio, median, {name}: {times[False] * 1000:.1f} ms before, {times[True] * 1000:.1f} ms after")
+
+
+def measure_verbalizer(texts: list[str]) -> None:
+    """Processor time of a text that was never read before, which is what the first audio waits for."""
+    lines = (PROJECT / "tests" / "spoken_forms.tsv").read_text(encoding="utf-8").splitlines()
+    texts = texts + [line.split("\t")[1] for line in lines if line.count("\t") > 1 and not line.startswith("#")]
+    times = []
+    for text in texts:
+        started = time.process_time()
+        verbalize(text)
+        times.append((time.process_time() - started) * 1000)
+    middle, most = statistics.median(times), max(times)
+    print(
+        f"verbalizing {len(texts)} texts, processor time: median {middle:.1f} ms, 95 % {sorted(times)[len(times) * 95 // 100]:.1f} ms, most {most:.0f} ms"
+    )
 
 
 if __name__ == "__main__":
