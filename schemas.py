@@ -504,6 +504,21 @@ COMMON_REFUSALS = refusals(400, 401, 408, 413, 415, 421, 500, 503)
 
 _BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
 _TEXT: Document = {"schema": {"type": "string"}}
+_EVENT_KINDS = [f"speech.audio.{kind}" for kind in ("delta", "timestamps", "done", "error")]
+# FastAPI too describes an event of a stream by `itemSchema`, which OpenAPI has since 3.2.
+_EVENTS: Document = {
+    "itemSchema": {
+        "type": "object",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"type": "object", "properties": {"type": {"enum": _EVENT_KINDS}}, "required": ["type"]},
+            }
+        },
+        "required": ["data"],
+    }
+}
 _SPEECH_HEADERS = {
     "X-Voice": "The voice that speaks.",
     "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
@@ -539,7 +554,7 @@ SPEECH_EXAMPLES: Document = {
 
 SPEECH_ANSWER: Document = {
     "description": "The speech",
-    "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _TEXT},
+    "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _EVENTS},
     "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _SPEECH_HEADERS.items()},
 }
 CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip": _TEXT}}

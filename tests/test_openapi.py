@@ -37,7 +37,7 @@ def test_every_answer_is_as_documented(make_server: Callable[..., RunningServer]
     assert {phase: told["status"] for phase, told in report["phases"].items()} == dict.fromkeys(
         ("examples", "coverage", "fuzzing", "stateful"), "success"
     )
-    assert report["operations"]["tested"] == report["operations"]["total"] == 13
+    assert report["operations"]["tested"] == report["operations"]["total"] == 17
     assert report["test_cases"]["generated"] > 300
     log = server.log_text()
     assert "Traceback" not in log
