@@ -2,7 +2,8 @@
 
     TTSError
     ├── InvalidRequestError            400  the request is wrong; repeating it does not help
-    │   ├── InvalidInputError          400  invalid_input: no text, or nothing to speak in it
+    │   ├── InvalidInputError          400  invalid_input: no text, or a text that the voice cannot speak
+    │   │   └── NothingToSpeakError    400  invalid_input: no letter and no digit
     │   ├── InputTooLongError          400  input_too_long
     │   ├── InvalidVoiceError          400  invalid_voice: lists the available voices
     │   ├── InvalidFormatError         400  invalid_format: lists the available formats
@@ -77,9 +78,13 @@ class InvalidRequestError(TTSError):
 
 
 class InvalidInputError(InvalidRequestError):
-    """`input` is empty or has nothing to speak."""
+    """`input` is empty, or the voice cannot speak it."""
 
     code = "invalid_input"
+
+
+class NothingToSpeakError(InvalidInputError):
+    """`input` contains no letter and no digit."""
 
 
 class InputTooLongError(InvalidRequestError):

@@ -22,7 +22,7 @@ from audio_joiner import SegmentTimestamp
 from captions import WordCaption, WordFinder, captions_of
 from config import Settings
 from conversations import Conversations, heard_part
-from errors import InputTooLongError, InternalError, InvalidInputError, TTSError
+from errors import InputTooLongError, InternalError, NothingToSpeakError, TTSError
 from http_middleware import UnreadAudio
 from monitoring import Metrics
 from schemas import SessionStart
@@ -444,7 +444,7 @@ class Turn:
         self._voice_tag = next(reversed(_VOICE_TAG.findall(text)), tag)
         if normalize and _ONLY_CODE.fullmatch(text):
             return ""
-        with suppress(InvalidInputError):
+        with suppress(NothingToSpeakError):
             return await self._service.engine.prepared(tag + text, normalize=normalize)
         return ""
 

@@ -24,6 +24,7 @@ from errors import (
     InvalidInputError,
     InvalidVoiceError,
     ModelNotReadyError,
+    NothingToSpeakError,
     TTSError,
     lacks_memory,
     no_memory,
@@ -364,13 +365,14 @@ class TTSEngine:
             normalize: Overrides NORMALIZE_TEXT.
 
         Raises:
-            InvalidInputError: Nothing in it can be spoken, or a pause in it is too long.
+            NothingToSpeakError: Nothing in it can be spoken.
+            InvalidInputError: A pause in it is too long.
         """
         cleaned = self._settings.normalize_text if normalize is None else normalize
         text = prepare(text, normalize_text if cleaned else str)
         passages(text)
         if not has_speech(without_marks(text)):
-            raise InvalidInputError(
+            raise NothingToSpeakError(
                 "'input' has nothing to speak: without markup and symbols it contains no letter and no digit.", param="input"
             )
         return text

@@ -161,6 +161,19 @@ def test_markup_across_messages_is_not_spoken(server: RunningServer) -> None:
     assert word_error_rate("This is bold. All of it. See the page. Now. That was all.", heard) <= 0.1
 
 
+def test_pauses_are_spoken_and_a_refused_one_is_an_error(server: RunningServer) -> None:
+    seconds = []
+    for text in ("One. Two.", "One. [pause:2s] Two."):
+        with talk(server) as talking:
+            seconds.append(say(talking, text)["audio_seconds"])
+    assert seconds[1] - seconds[0] == pytest.approx(2, abs=0.4)
+    with talk(server) as talking:
+        assert say(talking, "One. [pause:99s] Two.")["status"] == "failed"
+        (error,) = (event["error"] for event in talking.all_of("error"))
+        assert error["code"] == "invalid_input"
+        assert "at most 10 s" in error["message"]
+
+
 def test_emoji_cut_in_two_by_javascript_do_no_harm(server: RunningServer) -> None:
     with talk(server) as talking:
         talking.connection.send('{"type": "input_text.append", "text": "Good \\ud83c"}')
