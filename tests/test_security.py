@@ -275,16 +275,22 @@ def test_malformed_http_is_refused_and_hides_no_second_request(server: RunningSe
         HEAD + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nabcd",
         HEAD + b"X: a\r\n b\r\nContent-Length: 4\r\n\r\nabcd",
         HEAD + b"Expect: 100-continue\r\nContent-Length: 4\r\n\r\nabcd",
-        HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
         HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n",
         HEAD + b"X: y\r\n" * 2000 + b"\r\n",
     ],
-    ids=["same-length-twice", "folded-header", "expect", "websocket", "http2", "many-headers"],
+    ids=["same-length-twice", "folded-header", "expect", "http2", "many-headers"],
 )
 def test_unusual_but_unambiguous_http_is_answered(server: RunningServer, data: bytes) -> None:
     answer = exchange(server, data + HIDDEN)
     assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 100 "))
     assert b'"uptime_seconds"' in answer
+
+
+def test_an_upgrade_of_another_method_ends_the_connection(server: RunningServer) -> None:
+    """A WebSocket's handshake is a GET. What follows on the connection is not read as a request."""
+    answer = exchange(server, HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + HIDDEN)
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"uptime_seconds" not in answer
 
 
 @pytest.mark.parametrize(
