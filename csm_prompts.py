@@ -20,7 +20,7 @@ from audio_formats import Samples
 from config import Settings
 from csm_decoding import PromptTokens
 from errors import InternalError, InvalidAudioError
-from files import file_signature, write_file
+from files import FileSignature, file_signature, write_file
 from speech_model import Codes, ContextPart
 from voice_presets import Voice
 
@@ -74,7 +74,7 @@ class PromptStore:
         self._model = model
         self._prompt_folder = prompt_folder
         self._cache_folder = settings.cache_dir / "prompts"
-        self._in_memory: OrderedDict[object, Codes] = OrderedDict()
+        self._in_memory: OrderedDict[tuple[Path, FileSignature | None], Codes] = OrderedDict()
         self._codec: str | None = None
 
     def tokens(self, voice: Voice, text: str) -> PromptTokens:
@@ -157,6 +157,8 @@ class PromptStore:
             codes = self._in_memory.get(key)
             if codes is None:
                 codes = self._load_or_encode(recording)
+        except FileNotFoundError as error:
+            return self._deleted(recording, error)
         except OSError as error:
             raise _unreadable(recording) from error
         self._in_memory[key] = codes
@@ -164,6 +166,13 @@ class PromptStore:
         while len(self._in_memory) > _PROMPTS_IN_MEMORY:
             self._in_memory.popitem(last=False)
         return codes
+
+    def _deleted(self, recording: _Recording, error: FileNotFoundError) -> Codes:
+        """Return the codes of a voice that was deleted while a request speaks with it: its later segments need them, too."""
+        for (path, _), codes in reversed(self._in_memory.items()):
+            if path == recording.path:
+                return codes
+        raise _unreadable(recording) from error
 
     def _load_or_encode(self, recording: _Recording) -> Codes:
         folder = recording.path.parent if recording.added else self._cache_folder
