@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import stat
@@ -95,6 +96,23 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise ValueError(f"the file is larger than {limit // 1024} KiB")
     return content
+
+
+def read_json(path: Path, limit: int) -> object:
+    """Return what a small JSON file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not a regular file, larger than `limit` bytes, not UTF-8 or not JSON; the message has the place.
+    """
+    try:
+        return json.loads(read_regular_file(path, limit).decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("the file is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
 
 
 def write_output(target: Path, text: str) -> None:

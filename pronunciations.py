@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from errors import shorten
-from files import read_regular_file
+from files import read_json
 
 FILE = "pronunciations.json"
 """Its name, in the folder of the presets."""
@@ -100,17 +99,11 @@ def read_pronunciations(path: Path) -> Pronunciations:
         ValueError: It is invalid; the message has the word and the reason.
     """
     try:
-        content = _FILE_CONTENT.validate_python(json.loads(read_regular_file(path, _MAX_BYTES).decode("utf-8-sig")))
+        content = _FILE_CONTENT.validate_python(read_json(path, _MAX_BYTES))
     except FileNotFoundError:
         return Pronunciations()
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
-    except UnicodeDecodeError:
-        raise ValueError("the file is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("broken JSON: nested too deeply") from None
     except ValidationError as error:
         fault = error.errors(include_url=False)[-1]
         word = shorten(fault["loc"][0]) if fault["loc"] else "the file"

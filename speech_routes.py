@@ -305,15 +305,11 @@ class SpeechEndpoint:
         self.captions.keep(key, _captions(plan, utterance, speed))
 
     def _observe(self, plan: _Plan, utterance: Utterance, outcome: str) -> None:
-        started = utterance.generation_time > 0
         self._metrics.observe(
             model=plan.voice.preset.model,
             format_name=plan.format.name,
             outcome=outcome,
-            queue=utterance.queue_time if started else None,
-            generation=utterance.generation_time if started else None,
-            first_audio=utterance.first_audio_time,
-            audio=utterance.audio_seconds or None,
+            **utterance.measured,
         )
 
 

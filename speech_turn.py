@@ -79,15 +79,11 @@ class SpeechService:
 
     def observe(self, turn: Turn, utterance: Utterance, outcome: str) -> None:
         """Record one piece."""
-        started = utterance.generation_time > 0
         self._metrics.observe(
             model=turn.voice.preset.model,
             format_name=turn.format.name,
             outcome=outcome,
-            queue=utterance.queue_time if started else None,
-            generation=utterance.generation_time if started else None,
-            first_audio=utterance.first_audio_time,
-            audio=utterance.audio_seconds or None,
+            **utterance.measured,
         )
 
 

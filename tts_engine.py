@@ -127,6 +127,17 @@ class Utterance:
         """Seconds since the model started to work on it; 0 before."""
         return 0.0 if self._begun_at is None else time.monotonic() - self._begun_at
 
+    @property
+    def measured(self) -> dict[str, float | None]:
+        """Its measurements for `Metrics.observe`; None for what did not take place."""
+        started = self.generation_time > 0
+        return {
+            "queue": self.queue_time if started else None,
+            "generation": self.generation_time if started else None,
+            "first_audio": self.first_audio_time,
+            "audio": self.audio_seconds or None,
+        }
+
     async def aclose(self) -> None:
         """Stop waiting or speaking, and return when the model is free for the next utterance."""
         self.heartbeat.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from errors import InvalidVoiceError, shorten
-from files import folder_signature, read_regular_file
+from files import folder_signature, read_json
 from pronunciations import FILE as PRONUNCIATIONS
 from pronunciations import Pronunciations, read_pronunciations
 from recordings import RecordingVerdicts
@@ -115,15 +114,9 @@ def read_preset(path: Path) -> VoicePreset:
         ValueError: It is invalid; the message has the key and the reason.
     """
     try:
-        data = json.loads(read_regular_file(path, _MAX_PRESET_BYTES).decode("utf-8-sig"))
+        data = read_json(path, _MAX_PRESET_BYTES)
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
-    except UnicodeDecodeError:
-        raise ValueError("the file is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("broken JSON: nested too deeply") from None
     if not isinstance(data, dict):
         raise ValueError('the file must hold one JSON object, {"name": …}')  # noqa: TRY004 - callers handle one type of error
     try:
