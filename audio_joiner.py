@@ -79,9 +79,16 @@ class SegmentJoiner:
         """Seconds of audio returned so far."""
         return self._length / self._rate
 
+    @property
+    def unfinished(self) -> SegmentTimestamp | None:
+        """The segment that is being received, up to the last sample returned; None if nothing of it has been returned."""
+        segment = self._segment
+        return SegmentTimestamp(segment.index, segment.position / self._rate, self.duration) if segment.begun else None
+
     def push(self, chunk: SegmentChunk) -> Samples:
         """Return the samples that can be played after this chunk: float32, shape (n,), possibly empty."""
         segment = self._segment
+        segment.index = chunk.segment
         if (pause := self._requested.pop(chunk.segment, None)) is not None:
             self._due = (self._due or 0) + round(pause * self._rate)
         segment.append(np.asarray(chunk.samples, dtype=np.float32).reshape(-1))
@@ -202,6 +209,7 @@ class _Segment:
     def __init__(self) -> None:
         self.pending: NDArray[np.float32] = np.zeros(0, np.float32)  # received and not yet returned; starts at offset `base`
         self.base = 0
+        self.index = 0  # in the text
         self.measured = 0
         self.peak = np.float32(0)
         self.sound_start = 0

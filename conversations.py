@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from config import Settings
 from errors import NotFoundError
-from speech_model import ContextPart
-
-_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec
+from speech_model import CODEC_FRAMES_PER_SECOND, ContextPart
 
 Role = Literal["assistant", "user"]
 
@@ -40,7 +37,7 @@ class Turn:
     @property
     def seconds(self) -> float:
         """The length of its audio."""
-        return sum(len(part.codes) for part in self.parts) / _FRAMES_PER_SECOND
+        return sum(len(part.codes) for part in self.parts) / CODEC_FRAMES_PER_SECOND
 
     @property
     def size(self) -> int:
@@ -135,10 +132,3 @@ class Conversations:
             self._kept.popitem(last=False)
         if self._kept:
             self._start_timer(next(iter(self._kept.values())).used + seconds - now)
-
-
-def heard_part(part: ContextPart, share: float, whole_words: Callable[[str, float], int]) -> ContextPart | None:
-    """Return the beginning of a part of which `share` was heard, tokens and text; None if not even a word was."""
-    frames = int(len(part.codes) * share)
-    text = part.text[: whole_words(part.text, share)].rstrip()
-    return ContextPart(text, part.speaker, part.codes[:frames]) if frames and text else None

@@ -461,7 +461,7 @@ class CsmSpeaker:
                 if live.hopeless:
                     break
                 if len(heard):
-                    yield SegmentChunk(segment.index, self._decoder.watermarked(heard), last=False)
+                    yield SegmentChunk(segment.index, self._decoder.watermarked(heard), last=False, codes=_codes(frames, len(frames)))
             attempt = replace(self._judged(segment, live.samples(), row.ended), frames=frames)
             if live.heard:
                 self._record(segment, attempt)

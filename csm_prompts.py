@@ -21,7 +21,7 @@ from config import Settings
 from csm_decoding import PromptTokens
 from errors import InternalError, InvalidAudioError
 from files import FileSignature, file_signature, write_file
-from speech_model import Codes, ContextPart
+from speech_model import CODEC_FRAMES_PER_SECOND, Codes, ContextPart
 from voice_presets import Voice
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _PROMPTS_IN_MEMORY = 64  # of at most 750 frames x 32 codebooks x 2 bytes = 48 KB each
 _DIGEST_BYTES = 32
-_FRAMES_A_SECOND = 12.5
 _ENCODER_PARTS = ("encoder.", "encoder_transformer.", "downsample.", "quantizer.")
 
 # The transcripts of the two prompts that come with CSM's weights, as in mlx-audio 0.6.2 (which has them inside a method that asks the hub
@@ -122,7 +121,7 @@ class PromptStore:
     def reading(self, voice: Voice) -> tuple[str, float]:
         """Return the words of the voice's recording, and its length in seconds."""
         recording = self._recording(voice)
-        return recording.transcript, len(self._codes(recording)) / _FRAMES_A_SECOND
+        return recording.transcript, len(self._codes(recording)) / CODEC_FRAMES_PER_SECOND
 
     def prepare(self, voice: Voice) -> None:
         """Load the voice's prompt into memory; raise as `tokens` does."""

@@ -11,9 +11,10 @@ import regex
 from numpy.typing import NDArray
 
 from audio_formats import SAMPLE_RATE, Samples
+from speech_model import CODEC_FRAMES_PER_SECOND
 from transcription import Hearing
 
-FRAME_MS = 80  # of CSM's codec: 12.5 frames a second
+FRAME_MS = round(1000 / CODEC_FRAMES_PER_SECOND)
 
 # Pace, in syllables a second. Pellegrino, Coupé and Marsico (Language 87, 2011) measured averages from 5.2 (Mandarin) to 7.8 (Japanese),
 # English 6.2; half of that is slower than any reader.

@@ -20,7 +20,7 @@ import anyio
 import numpy as np
 
 from errors import GenerationTimeoutError, ModelNotReadyError, QueueTimeoutError, RateLimitError, ShuttingDownError
-from speech_model import LoadProgress, ModelLoadError, SpeechModel
+from speech_model import CODEC_FRAMES_PER_SECOND, LoadProgress, ModelLoadError, SpeechModel
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ _ASSUMED_SLOT_SECONDS = 5.0  # until some slots have been measured
 _LATEST_SLOT_WEIGHT = 0.3  # in the running mean of how long a slot is held
 
 _MEASURED_UTTERANCES = 32  # from which the pace is taken
-_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec
 
 _WATCH_SECONDS = 1.0  # between two looks at the thread
 
@@ -161,7 +160,7 @@ class Pace:
             return {}
         start, each = self._fit()
         _, audio, work = np.sum(np.array(self._measured), axis=0)
-        frames = float(audio * _FRAMES_PER_SECOND / work) if work else 0.0
+        frames = float(audio * CODEC_FRAMES_PER_SECOND / work) if work else 0.0
         return {
             "frames_per_second": round(frames, 2),
             "start_seconds": round(start, 4),

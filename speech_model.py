@@ -15,6 +15,9 @@ from voice_presets import Voice
 Codes = NDArray[np.int16]
 """Speech as Mimi's tokens, shape (frames, codebooks)."""
 
+CODEC_FRAMES_PER_SECOND = 12.5
+"""Of Mimi, CSM's codec."""
+
 
 @dataclass(frozen=True)
 class ContextPart:
@@ -88,7 +91,7 @@ class SegmentChunk:
         retries: How often the segment was generated again (final chunk only).
         word_error_rate: Between the text and what a recogniser heard, if one checked it (final chunk only).
         words: When each word is heard, in order, if the model knows (final chunk only).
-        codes: Its codec tokens, if the model generates such (final chunk only).
+        codes: Its codec tokens so far, if the model generates such.
     """
 
     segment: int

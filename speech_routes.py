@@ -39,14 +39,13 @@ from schemas import (
     SpeechRequest,
     refusals,
 )
-from speech_model import ContextPart, SpeechOptions
+from speech_model import CODEC_FRAMES_PER_SECOND, ContextPart, SpeechOptions
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
 logger = logging.getLogger(__name__)
 
 _EVENT_BYTES = 45_000  # of audio in one event: 60 kB in Base64
-_CODEC_FRAMES_PER_SECOND = 12.5  # of Mimi, CSM's codec; `usage` counts them as output tokens
 # Pause between an error event and the end of its connection: when a connection breaks, fetch() drops data that it has not delivered yet.
 _ERROR_EVENT_SECONDS = 0.2
 
@@ -532,7 +531,7 @@ async def _events(plan: _Plan, utterance: Utterance, pieces: AsyncIterator[bytes
         yield _event("speech.audio.error", **shown.envelope())
         await asyncio.sleep(_ERROR_EVENT_SECONDS)
         raise
-    frames = round(utterance.audio_seconds * _CODEC_FRAMES_PER_SECOND)
+    frames = round(utterance.audio_seconds * CODEC_FRAMES_PER_SECOND)  # the output tokens, as of a codec model
     characters = len(plan.request.input)
     yield _event("speech.audio.done", usage={"input_tokens": characters, "output_tokens": frames, "total_tokens": characters + frames})
 

@@ -14,8 +14,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from errors import InputTooLongError, InvalidRequestError, TTSError
 from http_middleware import client_address
 from schemas import SessionStart, explain
+from speech_playback import WORD
 from speech_routes import Unread, choose_format
-from speech_turn import WORD, Event, Outbox, SpeechService, Turn
+from speech_turn import Event, Outbox, SpeechService, Turn
 
 _GOING_AWAY = 1001
 

@@ -6,9 +6,7 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -19,30 +17,27 @@ import conversations
 from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
-from captions import WordCaption, WordFinder, captions_of
+from captions import WordFinder, captions_of
 from config import Settings
-from conversations import Conversations, heard_part
+from conversations import Conversations
 from errors import InputTooLongError, InternalError, NothingToSpeakError, TTSError
 from http_middleware import UnreadAudio
 from monitoring import Metrics
 from schemas import SessionStart
 from speech_model import ContextPart, SpeechOptions
+from speech_playback import Playback, Spoken
 from speech_routes import Unread, choose_format
+from text_markup import last_voice
 from text_stream import Piece, TextStream
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import VoicePresetManager
 
 logger = logging.getLogger(__name__)
 
-WORD = regex.compile(r"\S*[\p{L}\p{N}]\S*")
-"""A word as people count them, with its punctuation."""
-
 _MAX_TURN_CHARACTERS = 100_000
 _MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops to read from it
 _AUDIO_BYTES = 48_000  # in one message: a second of pcm
-_CHARACTERS_PER_SECOND = 15.0  # of speech, until a piece has been measured
 _SEEDS = 2**32
-_VOICE_TAG = regex.compile(r"(?i)\[\s*+voice\s*+:[^\[\]\n]{0,200}+\]")
 _ONLY_CODE = regex.compile(r"\s*(?:```|~~~).*(?:```|~~~)\s*", regex.DOTALL)
 
 Event = dict[str, Any]
@@ -160,52 +155,6 @@ class Outbox:
         self._unread.set(self._bytes)
 
 
-@dataclass
-class Spoken:
-    """A piece of the text that is being spoken or was.
-
-    Attributes:
-        piece: The text, as the client wrote it.
-        start: Where its audio begins, in seconds of the turn's audio.
-        end: Where it ends; None until it is complete.
-        words: When each word is heard, if the voice knows that.
-        parts: What the conversation keeps of it, with the start and end of each in seconds of the turn's audio.
-    """
-
-    piece: Piece
-    start: float
-    end: float | None = None
-    words: list[WordCaption] = field(default_factory=list)
-    parts: list[tuple[ContextPart, float, float]] = field(default_factory=list)
-
-    def heard(self, seconds: float, pace: float) -> int:
-        """Return how many characters of the piece were heard at `seconds`: whole words.
-
-        Args:
-            seconds: Of the turn's audio.
-            pace: Characters a second, for a piece that is not complete.
-        """
-        text = self.piece.text
-        if self.end is not None and seconds >= self.end:
-            return len(text)
-        if self.words:
-            return max((word.end_char for word in self.words if word.end <= seconds), default=0)
-        length = self.end - self.start if self.end is not None else len(text) / pace
-        return _whole_words(text, max(0.0, seconds - self.start) / length if length else 0.0)
-
-    def heard_parts(self, seconds: float) -> Iterator[ContextPart]:
-        """Yield the parts that were heard at `seconds`; the last one may be the beginning of one."""
-        for part, start, end in self.parts:
-            heard = part if seconds >= end else heard_part(part, max(0.0, seconds - start) / (end - start), _whole_words)
-            if heard is not None:
-                yield heard
-
-
-def _whole_words(text: str, share: float) -> int:
-    """Return the offset after the words that end within `share` of the text."""
-    return max((word.end() for word in WORD.finditer(text) if word.end() <= len(text) * share), default=0)
-
-
 class _Sound:
     """Encodes a turn's samples and puts the bytes into the outbox; samples of `pcm` become bytes at once."""
 
@@ -275,7 +224,7 @@ class Turn:
         tag = SyntheticTag(self.voice.preset.model, self.voice.preset.name) if service.settings.synthetic_mark else None
         self._sound = _Sound(start, self.format, model.sample_rate, tag, outbox)
         self._joiner = service.engine.new_joiner(model.sample_rate)
-        self._spoken: list[Spoken] = []
+        self._playback = Playback(start.speed)
         self._voice_tag = ""  # the latest in the text: it counts for the next pieces, too
         self._taken = ""  # the text of all pieces, also of those with nothing to speak
         self._changed = asyncio.Event()
@@ -322,21 +271,11 @@ class Turn:
 
     def heard(self, seconds: float) -> str:
         """Return the beginning of the text that was heard, if so many seconds of its audio were played."""
-        complete = [(len(spoken.piece.text), spoken.end - spoken.start) for spoken in self._spoken if spoken.end is not None]
-        length = sum(seconds for _, seconds in complete)
-        pace = sum(count for count, _ in complete) / length if length else _CHARACTERS_PER_SECOND * self._start.speed
-        reached = 0
-        for spoken in self._spoken:
-            if seconds > spoken.start and (count := spoken.heard(seconds, pace)):
-                reached = spoken.piece.start + count
-        return self._taken[:reached].rstrip()
+        return self._taken[: self._playback.heard(seconds)].rstrip()
 
     def keep_heard(self, seconds: float) -> None:
         """Let the conversation keep only what was heard, if so many seconds of the audio were played."""
-        if self._memory is not None:
-            self._memory.parts[:] = [part for spoken in self._spoken for part in spoken.heard_parts(seconds)]
-            if not self._memory.parts:
-                self._service.conversations.remove(self._start.conversation or "", self._memory)
+        self._remember(self._playback.parts(seconds))
 
     async def stop(self) -> None:
         """Stop the work at once, and drop what has not been sent."""
@@ -386,8 +325,7 @@ class Turn:
         if not text:
             return
         start = self._start
-        seed = (self.seed + len(self._spoken)) % _SEEDS
-        context = self._context()
+        seed = (self.seed + len(self._playback)) % _SEEDS
         options = SpeechOptions(
             seed,
             start.temperature,
@@ -396,14 +334,17 @@ class Turn:
             verbalize=start.normalize,
             speed=start.speed,
             word_times=start.timestamps == "word",
-            context=context,
+            context=self._context(),
         )
         first = len(self._joiner.timestamps)
         self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
+        spoken: Spoken | None = None
         outcome = "cancelled"
         try:
-            await self._send(piece, utterance)
-            self._finish(self._spoken[-1], utterance, self._joiner.timestamps[first:], context)
+            await utterance.begun()
+            spoken = self._begin(piece)
+            async for samples in utterance:
+                await self._sound.write(samples)
             outcome = "200"
         except TTSError as error:
             outcome = str(error.status)
@@ -411,7 +352,10 @@ class Turn:
         finally:
             await utterance.aclose()
             self._utterance = None
+            if spoken is not None:
+                self._note(spoken, utterance, self._joiner.timestamps[first:], complete=outcome == "200")
             self._service.observe(self, utterance, outcome)
+        self._finish(spoken, utterance, self._joiner.timestamps[first:])
 
     def _context(self) -> Context:
         """Return what was said before, with the pieces of this turn; None without a conversation, or if the model takes no context."""
@@ -420,48 +364,48 @@ class Turn:
             return None
         return self._service.conversations.context(conversation)
 
-    def _remember(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp]) -> None:
-        """Add a piece to the turn in the conversation."""
-        speed = self._start.speed
-        times = {timestamp.segment: (timestamp.start / speed, timestamp.end / speed) for timestamp in timestamps}
-        spoken.parts = [(part, *times[segment]) for segment, part in utterance.said.items() if segment in times]
-        parts = [part for part, _, _ in spoken.parts]
-        if self._memory is None and parts:
+    def _remember(self, parts: list[ContextPart]) -> None:
+        """Let the conversation have these parts of this turn, if there is a conversation."""
+        conversation, kept = self._start.conversation, self._service.conversations
+        if conversation is None or not (parts or self._memory):
+            return
+        if self._memory is None:
             self._memory = conversations.Turn("assistant", self.voice.preset.speaker_id, parts)
-            self._service.conversations.add(self._start.conversation or "", self._memory)
-        elif self._memory is not None:
-            self._memory.parts += parts
-            self._service.conversations.shrink()
+            kept.add(conversation, self._memory)
+        self._memory.parts = parts
+        if not parts:
+            kept.remove(conversation, self._memory)
+        kept.shrink()
 
     async def _prepared(self, text: str) -> str:
         """Return the text as it will be spoken; empty if there is nothing to speak: the engine would read a block of code that stands alone."""
         normalize = self._service.settings.normalize_text if self._start.normalize is None else self._start.normalize
         tag = self._voice_tag
-        self._voice_tag = next(reversed(_VOICE_TAG.findall(text)), tag)
+        self._voice_tag = last_voice(text) or tag
         if normalize and _ONLY_CODE.fullmatch(text):
             return ""
         with suppress(NothingToSpeakError):
             return await self._service.engine.prepared(tag + text, normalize=normalize)
         return ""
 
-    async def _send(self, piece: Piece, utterance: Utterance) -> None:
-        await utterance.begun()
-        self._spoken.append(Spoken(piece, self.seconds))
+    def _begin(self, piece: Piece) -> Spoken:
+        """Say that a piece is spoken now."""
+        number, start = len(self._playback), self.seconds
         place = {"start_char": piece.start, "end_char": piece.end, "voice": self.voice.name}
-        self._put("segment.start", segment=len(self._spoken) - 1, text=piece.text, **place, start=round(self.seconds, 3))
-        async for samples in utterance:
-            await self._sound.write(samples)
+        self._put("segment.start", segment=number, text=piece.text, **place, start=round(start, 3))
+        return self._playback.begin(piece, start)
 
-    def _finish(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp], context: Context) -> None:
-        """Note when the piece was spoken, and say it."""
-        speed, piece, number = self._start.speed, spoken.piece, len(self._spoken) - 1
-        if timestamps:
-            spoken.start, spoken.end = timestamps[0].start / speed, timestamps[-1].end / speed
-        else:
-            spoken.end = spoken.start
-        spoken.words = WordFinder(piece.text, utterance.segments, utterance.spoken.reading).words(timestamps, speed)
-        if context is not None:
-            self._remember(spoken, utterance, timestamps)
+    def _note(self, spoken: Spoken, utterance: Utterance, finished: list[SegmentTimestamp], *, complete: bool) -> None:
+        """Note when the piece was spoken, or so much of it as there is."""
+        finder = WordFinder(spoken.piece.text, utterance.segments, utterance.spoken.reading)
+        spoken.words = finder.words(finished, self._start.speed)
+        spoken.note(finished, self._joiner.unfinished, utterance.said, self._start.speed)
+        spoken.complete = complete or (bool(finished) and finished[-1].segment == len(utterance.segments) - 1)
+
+    def _finish(self, spoken: Spoken, utterance: Utterance, timestamps: list[SegmentTimestamp]) -> None:
+        """Keep the piece for the conversation, and say when it was spoken."""
+        speed, piece, number = self._start.speed, spoken.piece, len(self._playback) - 1
+        self._remember(self._playback.parts())
         if self._start.timestamps:
             fields: Event = {"captions": [vars(caption) for caption in captions_of(utterance.segments, timestamps, speed)]}
             if self._start.timestamps == "word":

@@ -137,8 +137,13 @@ def with_voices(pieces: list[str]) -> list[str]:
         tags = [mark for mark in _MARK.finditer(piece) if mark[1].lower() == "voice"]
         begins = bool(tags) and not has_speech(without_marks(piece[: tags[0].start()]))
         result.append(piece if begins or not voice else f"{voice} {piece}")
-        voice = tags[-1][0] if tags else voice
+        voice = last_voice(piece) or voice
     return result
+
+
+def last_voice(text: str) -> str:
+    """Return the last voice tag of a text, as it is written there; empty if there is none."""
+    return next((str(mark[0]) for mark in reversed(list(_MARK.finditer(text))) if mark[1].lower() == "voice"), "")
 
 
 def stretch(text: str, factor: float) -> str:

@@ -68,7 +68,7 @@ class Utterance:
         segments: The text as it was split, as the client wrote it.
         spoken: The words of the segments.
         characters: Length of the text.
-        said: The segments that have codec tokens, for the conversation; by number.
+        said: The segments that have codec tokens, for the conversation, by number; of an unfinished segment, its tokens so far.
         on_complete: Called once all samples are there, before the reader sees the end.
         transliterated: How many words in foreign scripts are spoken in Latin letters.
         timestamps: Start and end of each finished segment, in seconds.
@@ -171,11 +171,14 @@ class Utterance:
         self.audio_seconds += samples.size / self.sample_rate
         self._loop.call_soon_threadsafe(self._buffer.put_nowait, samples)
 
+    def note_codes(self, chunk: SegmentChunk) -> None:
+        """Note the codec tokens of a segment so far. Called on the model's thread."""
+        if chunk.codes is not None:
+            self.said[chunk.segment] = ContextPart(self.spoken[chunk.segment].strip(), self.voice.preset.speaker_id, chunk.codes)
+
     def finish_segment(self, last: SegmentChunk) -> None:
         """Add what a segment's last chunk says about its quality. Called on the model's thread."""
         self.retries += last.retries
-        if last.codes is not None:
-            self.said[last.segment] = ContextPart(self.spoken[last.segment].strip(), self.voice.preset.speaker_id, last.codes)
         if last.word_error_rate is not None:
             self.word_error_rate = max(self.word_error_rate or 0.0, last.word_error_rate)
 
@@ -480,6 +483,7 @@ class TTSEngine:
         finished = 0
         for chunk in _spoken(turns, utterance, model, options):
             utterance.push(joiner.push(chunk))
+            utterance.note_codes(chunk)
             self._check_seconds(utterance.audio_seconds / options.speed, "more than ")
             if chunk.last:
                 finished += 1

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from conftest import PROJECT, RunningServer, start_server
 from mlx_audio.lm.sample_utils import make_sampler
 from mlx_audio.tts.models.sesame import Model
 from mlx_audio.tts.models.sesame.sesame import Segment
-from tiny_csm import ends_after
-from websockets.sync.client import connect
+from tiny_csm import NEVER, ends_after
+from websockets.sync.client import ClientConnection, connect
 
 from config import Settings
-from conversations import Conversations, Turn, heard_part
+from conversations import Conversations, Turn
 from csm_decoding import CONTEXT
 from errors import NotFoundError
 from speech_model import Codes, ContextPart, SpeechOptions
+from speech_playback import SpokenPart
 
 Event = dict[str, Any]
 
@@ -96,13 +98,23 @@ def test_an_idle_conversation_is_forgotten_without_a_request() -> None:
 
 
 def test_a_part_is_cut_at_tokens_and_words() -> None:
-    def words(text: str, share: float) -> int:
-        return text.rfind(" ", 0, int(len(text) * share)) + 1
-
-    cut = heard_part(part("one two three four", 20), 0.5, words)
+    spoken = SpokenPart(part("one two three four", 20), start=1, end=2.6, complete=True)
+    cut = spoken.heard(1.8, pace=15)
     assert cut is not None
     assert (cut.text, len(cut.codes)) == ("one two", 10)
-    assert heard_part(part("one two", 20), 0.01, words) is None
+    assert spoken.heard(1.01, pace=15) is None
+    assert spoken.heard(9, pace=15) is spoken.part
+
+
+def test_of_an_unfinished_part_the_text_is_cut_at_the_pace_and_the_tokens_at_the_time() -> None:
+    spoken = SpokenPart(part("one two three four", 10), start=1, end=1.8, complete=False)
+    for seconds, text, frames in ((1.41, "one", 5), (1.8, "one two", 10), (9, "one two", 10)):
+        cut = spoken.heard(seconds, pace=10)
+        assert cut is not None
+        assert (cut.text, len(cut.codes)) == (text, frames)
+    late = SpokenPart(part("one two", 40), start=0, end=3.2, complete=False).heard(1.6, pace=100)
+    assert late is not None
+    assert late.text == "one", "it takes longer than the pace would have it"
 
 
 # --- What CSM hears ---
@@ -240,11 +252,11 @@ def test_each_segment_can_hear_the_one_before_it(recordings: Path, model: Model,
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("talking")
     (folder / "presets").mkdir()
-    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 800}
+    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 8000}
     (folder / "presets" / "tiny.json").write_text(json.dumps(preset))
     shutil.copy(PROJECT / "presets" / "heart.json", folder / "presets")
     settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": folder / "presets", "MODEL_DTYPE": "float32", "MAX_RETRIES": 0}
-    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script={"": [ends_after(5)]})))
+    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]})))
     try:
         running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
         yield running
@@ -309,32 +321,95 @@ def test_other_models_ignore_the_conversation_and_say_so(talking: RunningServer)
     assert httpx.get(f"{talking.url}/v1/audio/conversations/elsewhere/turns").status_code == 404
 
 
-def test_an_interruption_cuts_the_last_turn(talking: RunningServer) -> None:
-    def until(kind: str) -> Event:
+class Talk:
+    """A client of the WebSocket, with one conversation."""
+
+    def __init__(self, connection: ClientConnection, conversation: str, **fields: Any) -> None:
+        self._connection = connection
+        self.audio = b""
+        self.send("session.start", voice="tiny", conversation=conversation, seed=1, **fields)
+        assert self.until("session.created")["conversation"] == "used"
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self._connection.send(json.dumps({"type": kind, **fields}))
+
+    def until(self, kind: str) -> Event:
         while True:
-            message = connection.recv(120)
-            if isinstance(message, str) and (event := json.loads(message))["type"] == kind:
+            message = self._connection.recv(120)
+            if isinstance(message, bytes):
+                self.audio += message
+            elif (event := json.loads(message))["type"] == kind:
                 return dict(event)
 
-    with connect(f"ws://127.0.0.1:{talking.port}/v1/audio/speech/stream", proxy=None) as connection:
-        connection.send(json.dumps({"type": "session.start", "voice": "tiny", "conversation": "cut", "seed": 1}))
-        assert until("session.created")["conversation"] == "used"
-        connection.send(json.dumps({"type": "input_text.append", "text": "one two three four. "}))
-        connection.send(json.dumps({"type": "input_text.flush"}))
-        until("segment.done")
-        connection.send(json.dumps({"type": "input_text.append", "text": "five six seven eight."}))
-        connection.send(json.dumps({"type": "input_text.done"}))
-        second = until("segment.done")
-        until("done")
+    def until_audio(self, seconds: float) -> None:
+        while len(self.audio) < 48_000 * seconds:
+            message = self._connection.recv(120)
+            self.audio += message if isinstance(message, bytes) else b""
+
+
+@contextmanager
+def talk(server: RunningServer, conversation: str, **fields: Any) -> Iterator[Talk]:
+    with connect(f"ws://127.0.0.1:{server.port}/v1/audio/speech/stream", proxy=None) as connection:
+        yield Talk(connection, conversation, **fields)
+
+
+def test_an_interruption_cuts_the_last_turn(talking: RunningServer) -> None:
+    with talk(talking, "cut") as client:
+        client.send("input_text.append", text="one two three four. ")
+        client.send("input_text.flush")
+        client.until("segment.done")
+        client.send("input_text.append", text="five six seven eight.")
+        client.send("input_text.done")
+        second = client.until("segment.done")
+        client.until("done")
         (whole,) = turns(talking, "cut", text=True)
         assert whole["text"] == "one two three four. five six seven eight."
         middle = (second["start"] + second["end"]) / 2
-        connection.send(json.dumps({"type": "playback.interrupted", "played_ms": middle * 1000}))
-        answer = until("playback.truncated")
+        client.send("playback.interrupted", played_ms=middle * 1000)
+        answer = client.until("playback.truncated")
         assert answer["text"] == "one two three four. five six"
         (turn,) = turns(talking, "cut", text=True)
         assert turn["text"] == answer["text"]
         assert turn["seconds"] == pytest.approx(0.75 * whole["seconds"], abs=0.08)
-        connection.send(json.dumps({"type": "playback.interrupted", "played_ms": 0}))
-        assert until("playback.truncated")["text"] == ""
+        client.send("playback.interrupted", played_ms=0)
+        assert client.until("playback.truncated")["text"] == ""
         assert turns(talking, "cut") == []
+
+
+@pytest.mark.parametrize("before", ["", "one two three four. "])
+def test_an_interruption_inside_an_unfinished_sentence_keeps_what_was_heard_of_it(talking: RunningServer, before: str) -> None:
+    long = "Long ago there was a house in the hills, and in it lived a man who had never seen the sea or the towns by the sea"
+    key = f"early {len(before)}"
+    with talk(talking, key) as client:
+        if before:
+            client.send("input_text.append", text=before)
+            client.send("input_text.flush")
+            client.until("segment.done")
+        client.send("input_text.append", text=long)
+        client.send("input_text.done")
+        start = client.until("segment.start")["start"]
+        client.until_audio(start + 0.8)
+        played = start + 0.6
+        client.send("playback.interrupted", played_ms=1000 * played)
+        assert client.until("done")["status"] == "cancelled"
+        answer = client.until("playback.truncated")
+    (turn,) = turns(talking, key, text=True)
+    assert turn["text"] == answer["text"]
+    assert (before + long).startswith(answer["text"])
+    assert len(before) + 1 < answer["end_char"] < len(before) + len(long) / 2
+    pause = 0.3 if before else 0  # between the sentences: no tokens
+    assert turn["seconds"] == pytest.approx(played - pause, abs=0.15)
+    assert talking.health()["models"]["csm-1b"]["active"] == 0
+
+
+def test_a_sentence_that_is_cancelled_leaves_the_conversation_as_it_was(talking: RunningServer) -> None:
+    with talk(talking, "cancelled") as client:
+        client.send("input_text.append", text="one two three four. ")
+        client.send("input_text.flush")
+        client.until("segment.done")
+        client.send("input_text.append", text="Long ago there was a house in the hills, and in it lived a man. ")
+        client.until("segment.start")
+        client.until_audio(0.9)
+        client.send("cancel")
+        client.until("done")
+    assert [turn["text"] for turn in turns(talking, "cancelled", text=True)] == ["one two three four."]
