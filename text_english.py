@@ -12,19 +12,10 @@ from collections.abc import Callable, Iterable
 
 import regex
 
+import text_english_words as table
+
 Match = re.Match[str]  # those of `regex` have the same methods
 Reader = Callable[[Match], "str | None"]
-
-
-def _table(text: str) -> dict[str, str]:
-    """Return a table that is written as "form, form: words; form: words"."""
-    entries = [entry.split(": ", 1) for entry in " ".join(text.split()).split("; ")]
-    return {form: words for forms, words in entries for form in forms.split(", ")}
-
-
-def _list(text: str) -> list[str]:
-    """Return the words of a list."""
-    return text.split()
 
 
 def _any_of(forms: Iterable[str]) -> str:
@@ -34,12 +25,6 @@ def _any_of(forms: Iterable[str]) -> str:
 
 # --- Numbers ---
 
-_ONES = _list(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-)
-_TENS = _list("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
-_SCALES = _list("thousand million billion trillion quadrillion quintillion sextillion septillion octillion nonillion decillion")
-_ORDINALS = _table("one: first; two: second; three: third; five: fifth; eight: eighth; nine: ninth; twelve: twelfth")
 _LONGEST_NUMBER = 36  # digits: there are words up to decillions
 _CODE_LENGTH = 10
 _YEAR = re.compile(r"1[1-9]\d\d|20\d\d")
@@ -54,7 +39,7 @@ def cardinal(digits: str) -> str:
     if len(digits) > _LONGEST_NUMBER or (digits[0] == "0" and len(digits) > 1):
         return spelled(digits)
     groups = [int(digits[max(0, end - 3) : end]) for end in range(len(digits), 0, -3)]
-    words = [f"{_hundreds(group)} {_SCALES[power]}" for power, group in enumerate(groups[1:]) if group]
+    words = [f"{_hundreds(group)} {table.SCALES[power]}" for power, group in enumerate(groups[1:]) if group]
     if groups[0]:
         joined = "and " if groups[0] < 100 and len(groups) == 2 else ""
         words.insert(0, joined + _hundreds(groups[0], " and "))
@@ -64,30 +49,30 @@ def cardinal(digits: str) -> str:
 def _hundreds(number: int, joint: str = " ") -> str:
     """Return 1 to 999 in words, with `joint` between the hundreds and the rest."""
     hundreds, rest = divmod(number, 100)
-    words = [f"{_ONES[hundreds]} hundred"] if hundreds else []
+    words = [f"{table.ONES[hundreds]} hundred"] if hundreds else []
     return joint.join([*words, _below_hundred(rest)] if rest else words)
 
 
 def _below_hundred(number: int) -> str:
     if number < 20:
-        return _ONES[number]
-    return _TENS[number // 10] + (f" {_ONES[number % 10]}" if number % 10 else "")
+        return table.ONES[number]
+    return table.TENS[number // 10] + (f" {table.ONES[number % 10]}" if number % 10 else "")
 
 
 def _two_digits(number: int) -> str:
     """Return the second half of a year or a time: "oh five"."""
-    return f"oh {_ONES[number]}" if number < 10 else _below_hundred(number)
+    return f"oh {table.ONES[number]}" if number < 10 else _below_hundred(number)
 
 
 def spelled(digits: str) -> str:
     """Return each digit in words: "007" is "zero zero seven"."""
-    return " ".join(_ONES[int(digit)] for digit in digits)
+    return " ".join(table.ONES[int(digit)] for digit in digits)
 
 
 def ordinal(digits: str) -> str:
     """Return "21" as "twenty first"."""
     head, _, last = cardinal(digits).replace(" and ", " ").rpartition(" ")
-    last = _ORDINALS.get(last) or (f"{last[:-1]}ieth" if last.endswith("y") else f"{last}th")
+    last = table.ORDINALS.get(last) or (f"{last[:-1]}ieth" if last.endswith("y") else f"{last}th")
     return f"{head} {last}".strip()
 
 
@@ -97,7 +82,7 @@ def year(digits: str) -> str:
         return _two_digits(int(digits))
     first, last = int(digits[:2]), int(digits[2:])
     if digits[1:3] == "00":
-        return cardinal(digits[0] + "000") + (f" {_ONES[last]}" if last else "")
+        return cardinal(digits[0] + "000") + (f" {table.ONES[last]}" if last else "")
     return f"{_below_hundred(first)} {_two_digits(last) if last else 'hundred'}"
 
 
@@ -156,7 +141,7 @@ def house_number(digits: str) -> str:
     if len(digits) == 4 and digits[1:] != "000":
         return year(digits) if digits[2:] != "00" else f"{_below_hundred(int(digits[:2]))} hundred"
     if len(digits) == 3 and digits[1:] != "00":
-        return f"{_ONES[int(digits[0])]} {_two_digits(int(digits[1:]))}"
+        return f"{table.ONES[int(digits[0])]} {_two_digits(int(digits[1:]))}"
     return spelled(digits) if len(digits) == 5 or digits[0] == "0" else cardinal(digits)
 
 
@@ -181,17 +166,15 @@ def _stopped_before_starter(words: str, match: Match) -> str:
 
 # --- Calendar ---
 
-_MONTH_NAMES = _list("January February March April May June July August September October November December")
-_MONTHS = {name[:3]: name for name in _MONTH_NAMES}
-_WEEKDAYS = {name[:3]: name for name in _list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")}
-_MONTH = rf"(?i:({'|'.join(_MONTH_NAMES)}|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
+_MONTHS = {name[:3]: name for name in table.MONTH_NAMES}
+_WEEKDAYS = {name[:3]: name for name in table.WEEKDAY_NAMES}
+_MONTH = rf"(?i:({'|'.join(table.MONTH_NAMES)}|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?)"
 _SHORT_WEEKDAY = r"Mon|Tues?|Weds?|Thu(?:rs?)?|Fri|Sat|Sun"
 _WEEKDAY = rf"(?:({_SHORT_WEEKDAY})\b\.?,? )?"
 _DAY = r"(0?[1-9]|[12]\d|3[01])"
 _DAYS = rf"{_DAY}(?:st|nd|rd|th)?(?:\s?[-–—]\s?{_DAY}(?:st|nd|rd|th)?)?"
 _OF_YEAR = r"(?:(,? |-)(\d{4}))?"
 _DECADE = r"(1[1-9]|20)?(\d)0(?:['’]|(?<=\d{4})\s)?s"
-_QUARTERS = _list("first second third fourth")
 
 
 def _month(text: str) -> str:
@@ -217,14 +200,14 @@ def _numeric_date(match: Match) -> str | None:
         return _date(second, third, first)
     if int(first) > 12:
         words = _date(second, first, third)
-        return words and f"the {_day(first)} of {_MONTH_NAMES[int(second) - 1]}, {year(third)}"
+        return words and f"the {_day(first)} of {table.MONTH_NAMES[int(second) - 1]}, {year(third)}"
     return _date(first, second, third)
 
 
 def _date(month: str, day: str, digits: str) -> str | None:
     if not (1 <= int(month) <= 12 and 1 <= int(day) <= 31):
         return None
-    return f"{_MONTH_NAMES[int(month) - 1]} {_day(day)}, {year(digits)}"
+    return f"{table.MONTH_NAMES[int(month) - 1]} {_day(day)}, {year(digits)}"
 
 
 def _month_day(match: Match) -> str | None:
@@ -255,21 +238,23 @@ def _decade(century: str | None, tens: str) -> str | None:
         return cardinal(f"{century[0]}000") + "s" if century == "20" else f"{_below_hundred(int(century))} hundreds"
     if tens == "0":
         return None
-    plural = "tens" if tens == "1" else f"{_TENS[int(tens)][:-1]}ies"
+    plural = "tens" if tens == "1" else f"{table.TENS[int(tens)][:-1]}ies"
     return f"{_below_hundred(int(century))} {plural}" if century else plural
 
 
 def _era(match: Match) -> str:
     digits = match[1].replace(",", "")
     words = (
-        f"{_ONES[int(digits[0])]} {_below_hundred(int(digits[1:]))}" if len(digits) == 3 and digits[1] != "0" else _number_or_year(digits)
+        f"{table.ONES[int(digits[0])]} {_below_hundred(int(digits[1:]))}"
+        if len(digits) == 3 and digits[1] != "0"
+        else _number_or_year(digits)
     )
     return _stopped(f"{words} {match[2].replace('.', '')}", match)
 
 
 def _quarter(match: Match) -> str:
     digits = match[3] if len(match[3]) == 4 else f"20{match[3]}"
-    return f"the {_QUARTERS[int(match[1] or match[2]) - 1]} quarter of {year(digits)}"
+    return f"the {table.QUARTERS[int(match[1] or match[2]) - 1]} quarter of {year(digits)}"
 
 
 # --- Clock ---
@@ -309,48 +294,23 @@ def _clock_seconds(match: Match) -> str:
 
 # --- Money ---
 
-_CURRENCIES = _table(
-    """
-    $: dollar/dollars/cent/cents; £: pound/pounds/penny/pence; €: euro/euros/cent/cents; ¥: yen/yen/sen/sen; ₹, Rs: rupee/rupees/paisa/paise;
-    ₩: won/won/jeon/jeon; ₽: ruble/rubles/kopek/kopeks; ₺: lira/lira/kurus/kurus; ₿: bitcoin/bitcoins/satoshi/satoshis;
-    ₴: hryvnia/hryvnias/kopiyka/kopiykas; ₪: shekel/shekels/agora/agorot; ฿: baht/baht/satang/satang; CNY, RMB: yuan/yuan/fen/fen;
-    CHF: Swiss franc/Swiss francs/centime/centimes; MXN: Mexican peso/Mexican pesos/centavo/centavos; BRL: real/reais/centavo/centavos;
-    SEK: Swedish krona/Swedish kronor/ore/ore; NOK: Norwegian krone/Norwegian kroner/ore/ore; DKK: Danish krone/Danish kroner/ore/ore;
-    PLN: zloty/zlotys/grosz/groszy
-    """
-)
-_CODES = _table("USD: $; EUR: €; GBP: £; JPY: ¥; INR: ₹; KRW: ₩; RUB: ₽; BTC: ₿; TRY: ₺; UAH: ₴; ILS: ₪; THB: ฿")
-_DOLLARS = _table("US: US; C, CA, CAD: Canadian; A, AU, AUD: Australian; NZ: New Zealand; HK: Hong Kong; S: Singapore")
-_MAGNITUDES = _table(
-    "k, thousand: thousand; m, mn, mm, mio, million: million; b, bn, billion: billion; t, tn, trillion: trillion; hundred: hundred"
-)
-_PERIODS = _table(
-    """
-    yr, y, year: year; mo, mth, month: month; wk, week: week; d, day: day; hr, h, hour: hour; min: minute; kg: kilogram; g: gram; lb: pound;
-    oz: ounce; gal: gallon; mi: mile; km: kilometer; kWh: kilowatt hour; GB: gigabyte; person: person; user: user; unit: unit; night: night;
-    share: share; sq: square; ea: each
-    """
-)
-_MAGNITUDE = rf"(?:\s?((?i:{_any_of(_MAGNITUDES)}))\b)?"
-_PER = rf"(?:/({_any_of(_PERIODS)})\b)?"
-_MONEY_SIGN = rf"[{''.join(name for name in _CURRENCIES if len(name) == 1)}]"
-_MONEY_CODE = rf"(?:{_any_of([*_CODES, *(name for name in _CURRENCIES if len(name) > 1)])})\b"
-_CURRENCY = rf"(?:({_any_of(_DOLLARS)})(?=\$))?({_MONEY_SIGN}|\b{_MONEY_CODE}\.?)"
+_MAGNITUDE = rf"(?:\s?((?i:{_any_of(table.MAGNITUDES)}))\b)?"
+_PER = rf"(?:/({_any_of(table.PERIODS)})\b)?"
+_MONEY_SIGN = rf"[{''.join(name for name in table.CURRENCIES if len(name) == 1)}]"
+_MONEY_CODE = rf"(?:{_any_of([*table.CODES, *(name for name in table.CURRENCIES if len(name) > 1)])})\b"
+_CURRENCY = rf"(?:({_any_of(table.DOLLARS)})(?=\$))?({_MONEY_SIGN}|\b{_MONEY_CODE}\.?)"
 _MINUS = r"(?:(?<![\w)\]}])([-−–]))?"
 _ARTICLE = re.compile(r"\b[Aa]n? $")
 _NOUN = re.compile(r" (?!(?:of|per|and|or|in|for|on|at|to|from|by|is|was|a|an|the|each|every|more|less)\b)[a-z]{3}")
-_ATTRIBUTES = _table("feet: foot; inches: inch") | {
-    f"{one}s": one for one in _list("dollar euro pound degree meter gram liter mile byte minute hour second watt volt")
-}
 
 
 def _amount(name: str, amount: str, magnitude: str | None, country: str | None = None) -> str:
     """Return an amount of money in words: two decimals are cents, more are read out."""
     code = name.rstrip(".")
-    one, many, cent, cents = _CURRENCIES[_CODES.get(code, code)].split("/")
-    prefix = f"{_DOLLARS[country]} " if country else ""
+    one, many, cent, cents = table.CURRENCIES[table.CODES.get(code, code)].split("/")
+    prefix = f"{table.DOLLARS[country]} " if country else ""
     if magnitude:
-        return f"{_round(amount)} {_MAGNITUDES[magnitude.lower()]} {prefix}{many}"
+        return f"{_round(amount)} {table.MAGNITUDES[magnitude.lower()]} {prefix}{many}"
     whole, _, decimals = amount.replace(",", "").partition(".")
     decimals = decimals.rstrip("0").ljust(2, "0")
     if len(decimals) > 2:
@@ -381,41 +341,22 @@ def _money_after(match: Match) -> str:
 
 
 def _per(period: str | None) -> str:
-    return f" per {_PERIODS[period]}" if period else ""
+    return f" per {table.PERIODS[period]}" if period else ""
 
 
 def _attributive(words: str, match: Match) -> str:
     """Return an amount or measure in the singular where it describes a noun: "a $500 fine", "a 90° turn"."""
     if not (_ARTICLE.search(match.string, max(0, match.start() - 3), match.start()) and _NOUN.match(match.string, match.end())):
         return words
-    for many, one in _ATTRIBUTES.items():
+    for many, one in table.ATTRIBUTES.items():
         words = words.replace(many, one)
     return words
 
 
 # --- Measures ---
 
-_UNITS = _table(
-    """
-    km: kilometer; m: meter; cm: centimeter; mm: millimeter; µm, μm: micrometer; nm: nanometer; kg, KG, Kg: kilogram; g: gram; mg: milligram;
-    µg, μg, mcg: microgram; lb, lbs: pound; oz: ounce; ft: foot; in: inch; yd, yds: yard; mi: mile; l, L: liter; ml, mL: milliliter;
-    cl: centiliter; gal: gallon; qt: quart; pt: pint; tsp: teaspoon; tbsp, Tbsp: tablespoon; ha: hectare; Hz: hertz; kHz: kilohertz;
-    MHz: megahertz; GHz: gigahertz; KB, kB: kilobyte; MB: megabyte; GB: gigabyte; TB: terabyte; PB: petabyte; KiB: kibibyte; MiB: mebibyte;
-    GiB: gibibyte; TiB: tebibyte; kbps: kilobit per second; Mbps, mbps: megabit per second; Gbps, gbps: gigabit per second; hr, hrs, h: hour;
-    min, mins: minute; s, sec, secs: second; ms: millisecond; µs, μs: microsecond; ns: nanosecond; mph: mile per hour;
-    kph, kmh: kilometer per hour; rpm: revolution per minute; bpm: beat per minute; fps: frame per second; dpi: dot per inch; W: watt;
-    kW: kilowatt; MW: megawatt; GW: gigawatt; kWh: kilowatt hour; MWh: megawatt hour; mAh: milliamp hour; V: volt; mV: millivolt; kV: kilovolt;
-    mA: milliamp; J: joule; kJ: kilojoule; kcal: kilocalorie; cal: calorie; N: newton; Pa: pascal; hPa: hectopascal; kPa: kilopascal; bar: bar;
-    psi: PSI; dB: decibel; px: pixel; cc: CC; K: kelvin; Ω: ohm; kΩ: kiloohm; sq ft: square foot; sq mi: square mile; sq m: square meter;
-    cu ft: cubic foot; fl oz: fluid ounce; pct, %: percent; ‰: per mille; pp: percentage point; °C, ° C, ºC, ℃: degree Celsius;
-    °F, ° F, ºF, ℉: degree Fahrenheit; °, º, deg: degree; ¢: cent
-    """
-)
 _SPACED = frozenset("sKNJ")  # letters that name something else right after a number: "4s", "5K"
-_IRREGULAR = _table("foot: feet; inch: inches; percent: percent; mille: mille; PSI: PSI; CC: CC; kelvin: kelvin") | {
-    f"{prefix}hertz": f"{prefix}hertz" for prefix in ("", "kilo", "mega", "giga")
-}
-_UNIT = f"(?:{_any_of(_UNITS)})"
+_UNIT = f"(?:{_any_of(table.UNITS)})"
 _POWERS = {"²": "square ", "2": "square ", "³": "cubic ", "3": "cubic ", "^2": "square ", "^3": "cubic ", "": ""}
 _MEASURE = rf"({_UNIT})(²|³|\^?[23])?(?:/({_UNIT}|yr|year|day|week|month|person|d|wk|mo)(²|³)?)?(?![\w²³])\.?"
 _BIG = r"(?:\s((?i:hundred|thousand|million|billion|trillion)))?"
@@ -428,14 +369,14 @@ def _plural(name: str) -> str:
         return name.replace("degree", "degrees")
     head, per, tail = name.partition(" per ")
     first, space, last = head.rpartition(" ")
-    return f"{first}{space}{_IRREGULAR.get(last, last + 's')}{per}{tail}"
+    return f"{first}{space}{table.IRREGULAR.get(last, last + 's')}{per}{tail}"
 
 
 def _unit_names(match: Match, at: int) -> tuple[str, str]:
     """Return the singular and plural of the unit whose groups begin at `at`."""
     unit, power, per, per_power = (match[group] or "" for group in range(at, at + 4))
-    one = _POWERS[power] + _UNITS[unit]
-    suffix = f" per {_POWERS[per_power]}{_UNITS.get(per) or _PERIODS[per]}" if per else ""
+    one = _POWERS[power] + table.UNITS[unit]
+    suffix = f" per {_POWERS[per_power]}{table.UNITS.get(per) or table.PERIODS[per]}" if per else ""
     return one + suffix, _plural(one) + suffix
 
 
@@ -460,13 +401,13 @@ def _measure_range(match: Match) -> str | None:
     first, first_unit, last = match[1], match[2], match[3]
     if not _is_unit(match, 4):
         return None
-    words = number(first) + (f" {_plural(_UNITS[first_unit])}" if first_unit else "")
+    words = number(first) + (f" {_plural(table.UNITS[first_unit])}" if first_unit else "")
     return _stopped(f"{words} to {number(last)} {_unit_names(match, 4)[1]}", match)
 
 
 def _adjective(match: Match) -> str:
     """Return "a 4-kilogram bag" with the unit as it is written."""
-    return f"{number(match[1])} {_UNITS.get(match[2], match[2])}"
+    return f"{number(match[1])} {table.UNITS.get(match[2], match[2])}"
 
 
 def _dimensions(match: Match) -> str:
@@ -522,22 +463,6 @@ def _mixed(match: Match, part: str, unit_at: int) -> str:
 _FRACTION_SIGNS = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_BOUNDS = _table(">: more than; <: less than; >=, ≥: at least; <=, ≤: at most")
-_ROOTS = _table("√: square; ∛: cube; ∜: fourth")
-_OPERATORS = _table(
-    """
-    -, −, –: minus; +: plus; *, ×, x, ·: times; ÷, /: divided by; =, ==: equals; ≠, !=: is not equal to; ≈: is about; ≥, >=: is at least;
-    ≤, <=: is at most; >: is greater than; <: is less than; ±: plus or minus; ^: to the power of
-    """
-)
-_SYMBOLS = _table(
-    r"""
-    ®, ™, ←, *, _, |, •: ; &: and; %: percent; +: plus; @: at; °, º: degrees; §: section; ¶: paragraph; ©: copyright; =: equals; ×: times;
-    ÷: divided by; ±: plus or minus; ≥: at least; ≤: at most; ≠: is not equal to; ≈, ~: about; √: the square root of; ∞: infinity; π: pi;
-    µ: micro; Ω: ohm; →: to; ↔: to and from; ⇒: implies; #: hash; $: dollar; £: pound; €: euro; ¥: yen; ₹: rupee; ₩: won; ¢: cents;
-    <: less than; >: greater than; ^: caret; \: backslash; /: slash; ★, ☆: star; −: minus; ²: squared; ³: cubed; ‰: per mille
-    """
-)
 _OPERAND = rf"(?:(?:[-−]?{_NUM}|[A-Za-zπ])(?:[²³]|\^[23])?|[a-z]{{2}}(?:[²³]|\^[23]))"
 _RELATION = r"(?:[=≠≈≥≤<>]|[<>!=]=)"
 _MORE_OPERANDS = rf"(?: ?[-−–+*×x·÷/±^=] ?{_OPERAND}){{0,12}}(?![\w^²³])"
@@ -548,10 +473,10 @@ def _equation(match: Match) -> str:
     words, expect_operand = [], True
     for part in _EQUATION_PART.finditer(match[0]):
         if part[3] or (part[1] == "x" and not expect_operand):
-            words.append("minus" if expect_operand else _OPERATORS[part[0]])
+            words.append("minus" if expect_operand else table.OPERATORS[part[0]])
             expect_operand = True
         elif part[1]:
-            words.append(number(part[1]) if part[1][0] in "0123456789." else _SYMBOLS.get(part[1], part[1]))
+            words.append(number(part[1]) if part[1][0] in "0123456789." else table.SYMBOLS.get(part[1], part[1]))
             words += [_to_the(part[2])] if part[2] else []
             expect_operand = False
     return " ".join(words)
@@ -577,44 +502,19 @@ def _scientific(match: Match) -> str:
 
 
 def _root(match: Match) -> str:
-    return f"the {_ROOTS[match[1]]} root of {number(match[2]) if match[2][0] in '0123456789.' else match[2]}"
+    return f"the {table.ROOTS[match[1]]} root of {number(match[2]) if match[2][0] in '0123456789.' else match[2]}"
 
 
 def signs() -> dict[str, str]:
     """Return the words for each sign that the rules read by itself."""
     fractions = {sign: _sign_fraction(sign) for sign in _FRACTION_SIGNS}
-    return _SYMBOLS | fractions | {form: words for form, words in _LITERALS.items() if len(form) == 1}
+    return table.SYMBOLS | fractions | {form: words for form, words in table.LITERALS.items() if len(form) == 1}
 
 
 # --- Telephone numbers, versions, addresses ---
 
-_STREETS = _table(
-    """
-    St: Street; Ave: Avenue; Blvd: Boulevard; Rd: Road; Dr: Drive; Ln: Lane; Ct: Court; Pl: Place; Sq: Square; Hwy: Highway; Pkwy: Parkway;
-    Expy: Expressway; Ter: Terrace; Cir: Circle
-    """
-)
-_COMPASS = _table("N: North; S: South; E: East; W: West; NE: Northeast; NW: Northwest; SE: Southeast; SW: Southwest")
-_STATES = _table(
-    """
-    AL: Alabama; AK: Alaska; AZ: Arizona; AR: Arkansas; CA: California; CO: Colorado; CT: Connecticut; DE: Delaware; FL: Florida; GA: Georgia;
-    HI: Hawaii; ID: Idaho; IL: Illinois; IN: Indiana; IA: Iowa; KS: Kansas; KY: Kentucky; LA: Louisiana; ME: Maine; MD: Maryland;
-    MA: Massachusetts; MI: Michigan; MN: Minnesota; MS: Mississippi; MO: Missouri; MT: Montana; NE: Nebraska; NV: Nevada; NH: New Hampshire;
-    NJ: New Jersey; NM: New Mexico; NY: New York; NC: North Carolina; ND: North Dakota; OH: Ohio; OK: Oklahoma; OR: Oregon; PA: Pennsylvania;
-    RI: Rhode Island; SC: South Carolina; SD: South Dakota; TN: Tennessee; TX: Texas; UT: Utah; VT: Vermont; VA: Virginia; WA: Washington;
-    WV: West Virginia; WI: Wisconsin; WY: Wyoming
-    """
-)
 _STREET_WORDS = (
-    rf"((?:(?:[NSEW]{{1,2}}\.? )?(?:[A-Z][A-Za-z'’]{{1,20}}|\d{{1,3}}(?:st|nd|rd|th)) ){{1,3}}?)({'|'.join(_STREETS)}|st|hwy)\b\.?"
-)
-_NAMED_BY_NUMBER = (
-    r"Room|Flight|Highway|Route|Interstate|Suite|Apartment|Apt|Boeing|Airbus|Gate|Exit|Channel|Bus|Building|Studio|Unit|Area|Hwy\.?|Peugeot|"
-    "Porsche|BMW|room|suite|apartment|flight"
-)
-_SOFTWARE = (
-    "Python|python|iOS|macOS|Android|Node|Java|Ubuntu|Debian|Windows|Linux|Ruby|Swift|Go|Rust|PHP|version|Version|CUDA|Chrome|Firefox|Safari|"
-    "Django|React|Xcode"
+    rf"((?:(?:[NSEW]{{1,2}}\.? )?(?:[A-Z][A-Za-z'’]{{1,20}}|\d{{1,3}}(?:st|nd|rd|th)) ){{1,3}}?)({'|'.join(table.STREETS)}|st|hwy)\b\.?"
 )
 
 
@@ -653,12 +553,12 @@ def _address(match: Match) -> str:
     parts = [house_number(digits), letter]
     for word in names.split():
         numbered = re.fullmatch(r"(\d+)(?:st|nd|rd|th)", word)
-        parts.append(ordinal(numbered[1]) if numbered else _COMPASS.get(word.rstrip("."), word))
-    return _stopped(" ".join(filter(None, [*parts, _STREETS[street.capitalize()]])), match)
+        parts.append(ordinal(numbered[1]) if numbered else table.COMPASS.get(word.rstrip("."), word))
+    return _stopped(" ".join(filter(None, [*parts, table.STREETS[street.capitalize()]])), match)
 
 
 def _state(match: Match) -> str:
-    return _STATES[match[1]] + (f" {_groups(match[2])}" if match[2] else "")
+    return table.STATES[match[1]] + (f" {_groups(match[2])}" if match[2] else "")
 
 
 def _code(match: Match) -> str:
@@ -675,74 +575,29 @@ def _letters_and_number(match: Match) -> str | None:
 
 # --- Abbreviations ---
 
-# Before a name.
-_TITLES = _table(
-    """
-    Mr: Mister; Mrs: Misses; Ms: Miz; Dr: Doctor; Prof: Professor; St: Saint; Mt: Mount; Ft: Fort; Gen: General; Gov: Governor; Sen: Senator;
-    Rep: Representative; Capt: Captain; Lt: Lieutenant; Col: Colonel; Sgt: Sergeant; Cmdr: Commander; Rev: Reverend; Hon: Honorable;
-    Pres: President; Cpl: Corporal; Maj: Major; Adm: Admiral; Fr: Father; Messrs: Messieurs
-    """
-)
-# Before a number.
-_NUMBERED = _table(
-    """
-    no, nr: number; nos: numbers; fig: figure; figs: figures; vol: volume; vols: volumes; ch, chap: chapter; sec, sect: section; art: article;
-    eq: equation; ex: example; tab: table; pg, p: page; pp: pages; pt: part; ep: episode; ed: edition; apt: apartment; rm: room; ste: suite;
-    bldg: building; app: appendix; par: paragraph; rte: route; tel: telephone; ext: extension; approx: approximately; est: established;
-    ca, c: circa; max: maximum; min: minimum; avg: average; temp: temperature; ver: version
-    """
-)
-# Anywhere; their full stop ends a sentence only before a capital or at the end.
-_ABBREVIATIONS = _table(
-    """
-    vs: versus; approx: approximately; etc: et cetera; Inc: Incorporated; Ltd: Limited; Corp: Corporation; Co: Company; Bros: Brothers;
-    Jr: Junior; Sr: Senior; dept: department; Dept: Department; govt: government; Govt: Government; Univ: University; Assn: Association;
-    Ave: Avenue; Blvd: Boulevard; Rd: Road; Hwy: Highway; Pkwy: Parkway; Bldg: Building; Apt: Apartment; Jan: January; Feb: February;
-    Apr: April; Aug: August; Sept, Sep: September; Oct: October; Nov: November; Dec: December; Mon: Monday; Tues, Tue: Tuesday; Wed: Wednesday;
-    Thurs, Thu: Thursday; Fri: Friday; cf: compare; incl: including; excl: excluding; misc: miscellaneous; al: al; esp: especially;
-    Esq: Esquire; Atty: Attorney; Supt: Superintendent; resp: respectively; max: maximum; avg: average; temp: temperature; tsp: teaspoon;
-    tbsp: tablespoon; hrs: hours; mins: minutes; lbs: pounds
-    """
-)
-_PHRASES = _table(
-    """
-    i.e.: that is; e.g.: for example; a.k.a., aka, AKA: also known as; Ph.D., Ph.D, PhD: PHD; M.D.: MD; B.Sc.: BSC; M.Sc.: MSC;
-    No.1: number one; P.S.: PS; P.O.: PO; D.C.: DC; U.S.A.: USA; U.S.: US; U.K.: UK; E.U.: EU; U.N.: UN; btw, BTW: by the way; FYI: FYI;
-    TBD: to be determined; IMO: in my opinion; vs: versus; tv: TV
-    """
-)
-_LITERALS = _table(
-    """
-    24/7: twenty four seven; 9/11: nine eleven; 50/50, 50-50: fifty fifty; 20/20: twenty twenty; 401(k): four oh one k; C#: C sharp; F#: F sharp;
-    C++, c++: C plus plus; .NET: dot net; CO2, CO₂: CO two; H2O, H₂O: H two O; O₂: O two; B2B: B to B; B2C: B to C; P2P: P to P;
-    COVID-19, Covid-19, covid-19: covid nineteen; w/o: without; w/: with; b/c: because; c/o: care of; and/or: and or;
-    n/a, N/A: not applicable; R&D: R and D; Q&A: Q and A; R&B: R and B; AT&T: AT and T; I/O: IO; TCP/IP: TCPIP; km/h: kilometers per hour;
-    MP3, mp3: MP three; MP4, mp4: MP four; №: number; ℃: degrees Celsius; ℉: degrees Fahrenheit
-    """
-)
 _AFTER_NAME = re.compile(r"[A-Z][a-z]+ $")
 # What may be short for something before a full stop or a hyphen; `\b[A-Z]` is an initial.
-ABBREVIATED = rf"[A-Z]|{_any_of([*_TITLES, *_ABBREVIATIONS, *_STREETS])}|{_SHORT_WEEKDAY}|(?i:{_any_of(_NUMBERED)})"
+ABBREVIATED = rf"[A-Z]|{_any_of([*table.TITLES, *table.ABBREVIATIONS, *table.STREETS])}|{_SHORT_WEEKDAY}|(?i:{_any_of(table.NUMBERED)})"
 
 
 def _title(match: Match) -> str | None:
     """Return a title before a name; "Elm St. It" ends a sentence, and has none."""
     is_street = match[1] in ("St", "Dr", "Mt", "Ft") and _AFTER_NAME.search(match.string, max(0, match.start() - 24), match.start())
-    return None if is_street and _STARTER.match(match.string, match.end()) else f"{_TITLES[match[1]]} "
+    return None if is_street and _STARTER.match(match.string, match.end()) else f"{table.TITLES[match[1]]} "
 
 
 def _street(match: Match) -> str:
     name = f"{ordinal(match[1][:-3])} " if match[1][0].isdigit() else match[1]
-    return name + _stopped(_STREETS[match[2]], match)
+    return name + _stopped(table.STREETS[match[2]], match)
 
 
 def _numbered(match: Match) -> str:
-    spoken = _NUMBERED[match[1].lower()]
+    spoken = table.NUMBERED[match[1].lower()]
     return f"{spoken.capitalize() if match[1][0].isupper() else spoken} "
 
 
 def _phrase(match: Match) -> str:
-    return _PHRASES[match[1]] if match[1] in ("i.e.", "e.g.") else _stopped_before_starter(_PHRASES[match[1]], match)
+    return table.PHRASES[match[1]] if match[1] in ("i.e.", "e.g.") else _stopped_before_starter(table.PHRASES[match[1]], match)
 
 
 def _initialism(match: Match) -> str:
@@ -755,17 +610,6 @@ def _initial(match: Match) -> str | None:
 
 # --- Roman numerals ---
 
-_PARTS = (
-    "Chapter|Part|Act|Scene|Section|Volume|Book|Article|Appendix|Phase|Type|Level|Stage|Class|Grade|Unit|Title|Figure|Table|Lesson|Episode|"
-    "Season|Round|Group|Zone|Step|Rule|War|Bowl|Fantasy|Rocky|Mark|Apollo|Olympiad|Corps|Canto|Psalm|Question|Item|Schedule|Division"
-)
-_SMALL_PARTS = "chapter|part|act|scene|section|volume|book|article|appendix|phase|type"
-_REIGNS = (
-    "Henry|Edward|Richard|George|William|Charles|James|Louis|Elizabeth|Mary|Victoria|Catherine|Peter|Alexander|Nicholas|Frederick|Philip|"
-    "Ferdinand|Napoleon|Pius|Benedict|Francis|Gregory|Leo|Clement|Innocent|Urban|Paul|John|Ramses|Ramesses|Darius|Xerxes|Ptolemy|Cleopatra|Otto|"
-    "Rudolf|Leopold|Joseph|Ivan|Carl|Gustav|Gustavus|Christian|Haakon|Harald|Olav|Juan|Felipe|Alfonso|Albert|Robert|David|Edmund|Stephen|"
-    "Baldwin|Constantine|Theodosius|Justinian|Mehmed|Suleiman|Wilhelm|Friedrich|Umberto|Vittorio|Emmanuel|Sam|Thomas"
-)
 _PRONOUN_I = re.compile(r"\s+(?:am|have|do|can|think|know|like|love|want|see|need|don)\b|['’]")
 
 
@@ -781,23 +625,6 @@ def _reign(match: Match) -> str | None:
 
 # --- Names of files, hosts and mailboxes ---
 
-_ENDINGS = _table(
-    """
-    com: com; org: org; net: net; edu: EDU; gov: gov; io: IO; ai: AI; co: co; dev: dev; app: app; info: info; uk: UK; de: DE
-    """
-)
-_EXTENSIONS = _table(
-    """
-    py: pie; js: JS; ts: TS; md: MD; txt: TXT; json: jason; html: HTML; css: CSS; csv: CSV; pdf: PDF; exe: EXE; zip: zip; tar: tar; gz: GZ;
-    png: PNG; jpg, jpeg: jpeg; gif: gif; svg: SVG; doc: doc; docx: doc X; xls: XLS; xlsx: XLSX; ppt: PPT; pptx: PPTX; yaml: yaml; yml: YML;
-    toml: toml; xml: XML; sh: SH; log: log; cfg: CFG; ini: INI; conf: conf; env: ENV; rs: RS; go: go; java: java; cpp: CPP; wav: wave;
-    mp3: MP three; mp4: MP four; ogg: ogg; flac: flack; sql: SQL; db: DB; lock: lock; bak: back; tmp: temp; dmg: DMG; iso: ISO; bin: bin;
-    dll: DLL; php: PHP; rb: RB; ipynb: IPYNB; plist: P list
-    """
-)
-_SUFFIXES = _ENDINGS | _EXTENSIONS
-_SIGNS_IN_NAMES = _table(".: dot; -: dash; _: underscore; @: at; +: plus; /: slash; :: colon; ~: tilde; &: ampersand")
-_TLD = "com|org|net|edu|gov|io|ai|co|dev|app|info|me|tv|uk|de|fr|us|eu|ca|au|jp|ch|it|es|nl|se|no|sm|xyz|tech|cloud"
 _NAME_PART = re.compile(r"\d+|[^\W\d_]+|[^\w]|_")
 _VOWEL = re.compile(r"[aeiouyAEIOUY]")
 
@@ -809,10 +636,10 @@ def spell_name(name: str, *, separators: bool = True) -> str:
     for before, part in zip(["", *parts], parts, strict=False):
         if part[0].isdigit():
             words.append(_digits_in_name(part, name))
-        elif part in _SIGNS_IN_NAMES:
-            words += [_SIGNS_IN_NAMES[part]] if separators or part == "." else []
-        elif before == "." and part.lower() in _SUFFIXES:
-            words.append(_SUFFIXES[part.lower()])
+        elif part in table.SIGNS_IN_NAMES:
+            words += [table.SIGNS_IN_NAMES[part]] if separators or part == "." else []
+        elif before == "." and part.lower() in table.SUFFIXES:
+            words.append(table.SUFFIXES[part.lower()])
         else:
             words.append(part.upper() if not _VOWEL.search(part) and len(part) < 6 else part)
     return " ".join(words)
@@ -829,7 +656,7 @@ def _name(match: Match) -> str:
 
 def _unknown_host(match: Match) -> str | None:
     """Return a name like "news.abc"; a common word after the full stop starts a sentence that lacks its space."""
-    return None if match[0].rpartition(".")[2].upper() in _COMMON else spell_name(match[0])
+    return None if match[0].rpartition(".")[2].upper() in table.COMMON else spell_name(match[0])
 
 
 def _handle(match: Match) -> str:
@@ -865,7 +692,7 @@ def _range(match: Match) -> str:
 def _scaled(match: Match) -> str:
     if match[2] == "K" and len(match[1]) == 1:
         return f"{number(match[1])} K"  # a screen, a race
-    return f"{_round(match[1])} {_MAGNITUDES[match[2].lower()]}"
+    return f"{_round(match[1])} {table.MAGNITUDES[match[2].lower()]}"
 
 
 def _plain_number(match: Match) -> str:
@@ -878,36 +705,19 @@ def _last_digits(match: Match) -> str:
 
 # --- Capitals ---
 
-_ACRONYMS = frozenset(
-    _list("""
-    AI AM API ASAP ATM BBC CEO CFO CIA CNN CPU CSS CSV CTO DIY DNA DNS DVD EU FAQ FBI GDP GPS GPU HR HTML HTTP HTTPS IBM ID IDE IO IP IQ IRS
-    ISO IT JPG JSON LLM MIT MRI NASA NATO NBA NFL NGO NHS NSA OECD OPEC OS PC PDF PHD PIN PM PR QA RAM RNA ROM RSS SDK SMS SQL SSD SSH SSL
-    SUV TCP TLS TTS TV UAE UFO UI UK UN UNESCO UNICEF URL US USA USB UX VAT VIP VPN WHO WIFI WWW XML YAML ZIP
-    """)
-)
-_COMMON = frozenset(
-    _list("""
-    A ALL ALWAYS AN AND ANY ARE AS AT BE BUT BY CAN CAN'T DO DON'T FOR FROM GO GOT HAD HAS HAVE HE HER HERE HIM HIS HOW IF IN INTO IS IT ITS MAY
-    ME MUST MY NEVER NO NOT NOW OF OFF ON ONLY OR OUR OUT PLEASE SHE SO STOP THAT THE THEIR THEM THEN THERE THEY THIS TO TOO UP VERY WARNING
-    WAS WE WERE WHAT WHEN WHERE WHY WILL WITH YES YOU YOUR
-    """)
-)
-# Acronyms that are words in a shouted sentence.
-_ALSO_WORDS = frozenset(_list("IT WHO US AM ID PIN ZIP"))
-_EMPHASIZED = "NOT|NO|ALL|ANY|AND|BUT|IF|IS|ARE|WAS|DO|SO|TO|OF|ON|IN|VERY|NEVER|ALWAYS|MUST|YOU|MY|WE|HE|SHE|NOW"
 _CAPITALS = r"[A-Z][A-Z'’]*"
 
 
 def _shouted(match: Match) -> str | None:
     """Return words written in capitals in lower case; acronyms among them stay."""
     words = re.findall(_CAPITALS, match[0])
-    if not any(len(word) > 1 and word in _COMMON for word in words):
+    if not any(len(word) > 1 and word in table.COMMON for word in words):
         return None
     return re.sub(_CAPITALS, lambda word: _lowered(word[0]), match[0])
 
 
 def _lowered(word: str) -> str:
-    keeps = word == "I" or (word in _ACRONYMS and word not in _ALSO_WORDS) or not _VOWEL.search(word)
+    keeps = word == "I" or (word in table.ACRONYMS and word not in table.ALSO_WORDS) or not _VOWEL.search(word)
     return word if keeps else word.lower()
 
 
@@ -928,11 +738,14 @@ def _from(table: dict[str, str], after: str = "") -> Reader:
 
 # Patterns in the order they are tried. `(?|…|…)` numbers the groups of each alternative anew.
 RULES = _rules(
-    (rf"(?<![\w/.])(?:{_any_of(_LITERALS)})(?![\w/])", _from(_LITERALS)),
+    (rf"(?<![\w/.])(?:{_any_of(table.LITERALS)})(?![\w/])", _from(table.LITERALS)),
     # names
     (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", _name),
-    (rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}(?:[./-][A-Za-z0-9_][\w-]{{0,63}}){{0,6}}\.(?:{_any_of(_EXTENSIONS)})(?![\w/]|\.\w)", _name),
-    (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{_TLD})\b(?![\w/@]|\.[\w])", _name),
+    (
+        rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}(?:[./-][A-Za-z0-9_][\w-]{{0,63}}){{0,6}}\.(?:{_any_of(table.EXTENSIONS)})(?![\w/]|\.\w)",
+        _name,
+    ),
+    (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{table.TLD})\b(?![\w/@]|\.[\w])", _name),
     (r"(?<![\w.@/-])[a-z][a-z0-9]{2,30}\.[a-z]{2,4}(?![\w./@])", _unknown_host),
     (r"(?<![\w@/])@([A-Za-z_]\w{0,40})", _handle),
     (r"(?<![\w&#/])#([A-Za-z]\w{0,60})(?![\w#$])", _hashtag),
@@ -995,41 +808,41 @@ RULES = _rules(
         r"([-.]?(?:alpha|beta|rc|dev|post|a|b)\.?)?(\d{1,4})?\b(?!\.\d)",
         _version,
     ),
-    (rf"\b({_SOFTWARE})[ -](\d{{1,6}}\.\d{{1,6}})()()\b(?!\.\d)", _version),
+    (rf"\b({table.SOFTWARE})[ -](\d{{1,6}}\.\d{{1,6}})()()\b(?!\.\d)", _version),
     # arithmetic
     (rf"(?<![\w.,])(?:{_OPERAND} ?[-−–+*×x·÷/±^] ?){{1,12}}{_OPERAND} ?{_RELATION} ?{_OPERAND}{_MORE_OPERANDS}", _equation),
     (rf"(?<![\w.,])(?:[A-Za-zπ]|{_NUM}) ?{_RELATION} ?{_OPERAND}{_MORE_OPERANDS}", _equation),
     (rf"(?<![\w.,])(?:{_NUM}(?: ?[*×÷·±+] ?| [x/] )){{1,12}}{_NUM}(?![\w^]|[.,]\d)", _equation),
     (r"(?<!\w)(\d{1,9}(?:\.\d{1,9})?)[eE]([-+−]?\d{1,3})\b", _scientific),
     (r"(?<![<-])[-=]>|→", _always("to")),
-    (r"(?<!\S)([<>]=?|[≥≤])\s?(?=[$£€]?\d)", lambda match: f"{_BOUNDS[match[1]]} "),
-    (rf"(?<=[\w)] ){_RELATION}(?= [\w-])", _from(_OPERATORS)),
+    (r"(?<!\S)([<>]=?|[≥≤])\s?(?=[$£€]?\d)", lambda match: f"{table.BOUNDS[match[1]]} "),
+    (rf"(?<=[\w)] ){_RELATION}(?= [\w-])", _from(table.OPERATORS)),
     (r"\b([A-Za-z]|\d{1,12}(?:\.\d{1,6})?)([⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,4}|\^-?\d{1,4})", _power),
     (rf"([√∛∜]) ?({_NUM}|[A-Za-z]\b)", _root),
     # words before and after numbers
-    (rf"(?<=, )({'|'.join(_STATES)})(?:,? (\d{{5}}(?:-\d{{4}})?))?\b(?=[\s,.;)]|$)", _state),
-    (rf"\b({_NAMED_BY_NUMBER})[ -](\d{{3,4}})([A-Z]?)\b(?![.,]?\d|[-–:/]\d)", _named_number),
+    (rf"(?<=, )({'|'.join(table.STATES)})(?:,? (\d{{5}}(?:-\d{{4}})?))?\b(?=[\s,.;)]|$)", _state),
+    (rf"\b({table.NAMED_BY_NUMBER})[ -](\d{{3,4}})([A-Z]?)\b(?![.,]?\d|[-–:/]\d)", _named_number),
     (r"(?<![\w-])(?!UTC|GMT)([A-Z]{1,3})-?(\d{1,4})\b(?![\w/-]|[.,]\d)", _letters_and_number),
     (
         r"\b(\d{1,3})x(?= (?:faster|slower|more|less|better|bigger|larger|smaller|cheaper|higher|the|as)\b)",
         lambda match: f"{number(match[1])} times",
     ),
     (r"(?i:\b((?:ending in|pin|otp|pass ?code|password|code)(?: is|:)? ))((?=[a-z]{0,6}\d)[a-z0-9]{3,12})\b(?![-.]\w)", _code),
-    (rf"(?|\b(?i:({_any_of(_NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(p|pp|fig|figs|no|vol|ch|sec|eq))\s(?=\d))", _numbered),
+    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(p|pp|fig|figs|no|vol|ch|sec|eq))\s(?=\d))", _numbered),
     (r"(?<=UTC|GMT)[-−](?=\d)", _always(" minus ")),
     (r"(?<![\w&])#\s?(?=\d)", _always("number ")),
-    (rf"\b({_PARTS}|(?i:{_SMALL_PARTS}))\s{_ROMAN}(?![\w'’])", _part),
-    (rf"\b({_REIGNS})\s{_ROMAN}(?![\w]|\.\w)", _reign),
+    (rf"\b({table.PARTS}|(?i:{table.SMALL_PARTS}))\s{_ROMAN}(?![\w'’])", _part),
+    (rf"\b({table.REIGNS})\s{_ROMAN}(?![\w]|\.\w)", _reign),
     (r"(?<=[A-Za-z] )(?=[IVX]{2,6}\b)(?:X{0,3})(?:IX|IV|V?I{0,3})\b(?!['’.]\w)", lambda match: cardinal(roman(match[0]))),
     # abbreviations
-    (rf"(?<![\w.])({_any_of(_PHRASES)})(?![\w])", _phrase),
-    (rf"(?<![\w.])({'|'.join(_TITLES)})\.?\s(?=[A-Z])", _title),
-    (rf"((?:\b[A-Z][\w'’]+|\b\d{{1,3}}(?:st|nd|rd|th)) )({'|'.join(_STREETS)})\b\.", _street),
-    (rf"(?<![\w.])({_any_of(_ABBREVIATIONS)})\.(?!\w)", lambda match: _stopped(_ABBREVIATIONS[match[1]], match)),
+    (rf"(?<![\w.])({_any_of(table.PHRASES)})(?![\w])", _phrase),
+    (rf"(?<![\w.])({'|'.join(table.TITLES)})\.?\s(?=[A-Z])", _title),
+    (rf"((?:\b[A-Z][\w'’]+|\b\d{{1,3}}(?:st|nd|rd|th)) )({'|'.join(table.STREETS)})\b\.", _street),
+    (rf"(?<![\w.])({_any_of(table.ABBREVIATIONS)})\.(?!\w)", lambda match: _stopped(table.ABBREVIATIONS[match[1]], match)),
     (r"(?<![\w.])(?:[A-Z]\.){2,8}(?![\w])|(?<![\w.])(?:[A-Z]\.){1,8}[A-Z]\b", _initialism),
     (r"\b([A-Z])\.(?=\s[A-Z](?:[a-z]{2,}|\.))", _initial),
     (r"\b((?i:what|who|where|when|why|how|there|here))['’]re\b", lambda match: f"{match[1]} are"),
-    (rf"\b({_SHORT_WEEKDAY})(?=, (?:{'|'.join(_MONTH_NAMES)}|\d))", lambda match: _WEEKDAYS[match[1][:3]]),
+    (rf"\b({_SHORT_WEEKDAY})(?=, (?:{'|'.join(table.MONTH_NAMES)}|\d))", lambda match: _WEEKDAYS[match[1][:3]]),
     # numbers
     (r"(?<![\w.,-])(\d{1,3}(?:,\d{3}){1,10}|\d{1,36})((?i:st|nd|rd|th))\b", _ordinal),
     (rf"(?<![\w.,/-])({_NUM})(?:[-–—−]| [-–—−] )({_NUM})(?![\w/-]|[.,]\d|\s?=)", _range),
@@ -1041,7 +854,7 @@ RULES = _rules(
     (rf"(?<![\w.,@/-]){_SIGNED}(?![\w@]|[.,]\d|[-–/@]\w)", _plain_number),
     # capitals
     (rf"\b{_CAPITALS}(?:[ ,:;-]+{_CAPITALS}){{1,60}}\b", _shouted),
-    (rf"(?<=[a-z,] )(?:{_EMPHASIZED})\b(?=[ ,.!?])", lambda match: match[0].lower()),
+    (rf"(?<=[a-z,] )(?:{table.EMPHASIZED})\b(?=[ ,.!?])", lambda match: match[0].lower()),
 )
 
 # What is left after the rules and the grammar: digits and symbols one by one.
@@ -1049,5 +862,5 @@ LAST_RULES = _rules(
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,12}", lambda match: _to_the(match[0])),
     (r"[₀₁₂₃₄₅₆₇₈₉]{1,12}", lambda match: spelled(match[0].translate(_SUBSCRIPTS))),
     (r"[0-9]{1,36}", _last_digits),
-    (f"[{re.escape(''.join(_SYMBOLS))}]", _from(_SYMBOLS)),
+    (f"[{re.escape(''.join(table.SYMBOLS))}]", _from(table.SYMBOLS)),
 )
