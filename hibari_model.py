@@ -237,7 +237,7 @@ class HibariModel:
 
     def unavailable(self, voice: Voice) -> str | None:
         """Return why this voice cannot speak: its file has not been downloaded."""
-        return self._files.missing(_key(voice))
+        return None if _key(voice) in self._voices else self._files.missing(_key(voice))
 
     def fits(self, text: str, voice: Voice) -> bool:
         """Return True: hibari has no context limit."""

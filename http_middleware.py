@@ -298,13 +298,16 @@ def _request_id(headers: Headers) -> str:
 
 
 def _log(scope: Scope, status: object, seconds: float) -> None:
+    level = _log_level(scope["path"], status)
+    if not logger.isEnabledFor(level):
+        return
     state = scope["state"]
     method = scope.get("method", "WS")[:_LOGGED_METHOD_CHARACTERS]
     fields = {"id": state["request_id"], "method": method, "path": shorten(scope["path"]), "status": status}
     error: TTSError | None = state.get("error")
     fields |= state["log_fields"] | ({"code": error.code} if error else {}) | {"seconds": f"{seconds:.3f}"}
     line = " ".join(f"{name}={value}" for name, value in fields.items())
-    logger.log(_log_level(scope["path"], status), line, extra={"fields": fields | ({"reason": error.message} if error else {})})
+    logger.log(level, line, extra={"fields": fields | ({"reason": error.message} if error else {})})
 
 
 def _log_level(path: str, status: object) -> int:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
@@ -26,7 +26,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Mount
+from starlette.routing import Mount, NoMatchFound
 from starlette.staticfiles import StaticFiles
 
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
@@ -191,30 +191,41 @@ async def _server(request: Request) -> Server:
 
 CurrentServer = Annotated[Server, Depends(_server)]
 
-service_routes = APIRouter(tags=["service"])
+# Nothing is requested as often as the health checks: their routes are tried first, and FastAPI resolves no dependency and validates no
+# answer for them, which takes most of the time of such a request.
+status_routes = APIRouter(tags=["service"], responses=COMMON_REFUSALS)
+_KEY_ACCEPTED: dict[str, Any] = {"security": [{"HTTPBearer": []}]}
 
 
-@service_routes.get(
-    "/health", operation_id="getHealth", summary="Get the server's state", response_model=Health, response_model_exclude_unset=True
+@status_routes.get(
+    "/health", operation_id="getHealth", summary="Get the server's state", response_model=Health, openapi_extra=_KEY_ACCEPTED
 )
-async def health(request: Request, server: CurrentServer) -> Health:
+async def health(request: Request) -> Response:
     """Return the state of models, queue, ffmpeg and voices. If API_KEY is set, requests without the key get `status` only."""
-    if server.settings.api_key and not request.state.authorized:
-        return Health(status=server.status())
-    return server.health(to_owner=is_owner(request))
+    server = await _server(request)
+    await fresh_voices(request)
+    stranger = server.settings.api_key and not request.state.authorized
+    state = Health(status=server.status()) if stranger else server.health(to_owner=is_owner(request))
+    return Response(state.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-@service_routes.get(
+@status_routes.get(
     "/health/ready",
     operation_id="getReadiness",
     summary="Check whether the default voice is ready",
     response_model=Readiness,
     responses={503: {"model": Readiness, "description": "The default voice is not ready"}},
+    openapi_extra=_KEY_ACCEPTED,
 )
-async def ready(server: CurrentServer) -> JSONResponse:
+async def ready(request: Request) -> JSONResponse:
     """Return 200 if the default voice can speak, else 503."""
+    server = await _server(request)
+    await fresh_voices(request)
     is_ready = server.default_ready()
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+
+service_routes = APIRouter(tags=["service"])
 
 
 @service_routes.get(
@@ -247,7 +258,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(started_threads(_HELPER_THREADS, "helper"))
         watch_children_without_threads()
-        await asyncio.to_thread(_prepare, server)
+        await asyncio.to_thread(_prepare, app, server)
         await server.engine.start()
         watching = asyncio.create_task(terminal.watch(server.voices_now)) if terminal else None
         yield
@@ -288,8 +299,9 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
 def _include_routers(app: FastAPI) -> None:
     """Add the API. Only its routes refresh the voices: the page's files do not need them."""
     shared: dict[str, Any] = {"dependencies": [Depends(fresh_voices), _BEARER], "responses": COMMON_REFUSALS}
+    app.router.routes.extend(status_routes.routes)
     app.include_router(speech_routes, prefix="/v1", **shared)
-    app.include_router(service_routes, **shared)  # early: the routes are tried in this order, and nothing is requested as often as /health
+    app.include_router(service_routes, **shared)
     app.include_router(voice_routes, prefix="/v1", **shared)
     app.include_router(conversation_routes, prefix="/v1", **shared)
     app.include_router(kokoro_routes, prefix="/v1", **shared)
@@ -299,8 +311,10 @@ def _include_routers(app: FastAPI) -> None:
         app.include_router(socket_routes, prefix=prefix)
 
 
-def _prepare(server: Server) -> None:
-    """Do slow work that would otherwise delay the first requests: clean folders, find ffmpeg, read the voices."""
+def _prepare(app: FastAPI, server: Server) -> None:
+    """Do slow work that would otherwise delay the first requests: build the routes, clean folders, find ffmpeg, read the voices."""
+    with suppress(NoMatchFound):
+        app.url_path_for("")  # FastAPI builds what it needs of an included router when it first looks for a route there
     clean_temporary_files()
     server.store.clean()
     find_ffmpeg()
@@ -407,7 +421,7 @@ def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [
         route
-        for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes, service_routes)
+        for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes, service_routes, status_routes)
         for route in router.routes
         if isinstance(route, APIRoute)
     ]

@@ -37,10 +37,10 @@ _BACKLOG = 2048
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _KEEP_ALIVE_SECONDS = 75  # longer than most connection pools keep a connection, so that the client closes it first
 _MAX_HEAD_BYTES = 64 * 1024
-_MAX_HEAD_LINES = 4096  # of a head that is not complete
+_MAX_HEAD_LINES = 1000  # of a head that is not complete; a line costs some 10 µs
 _MAX_FRAMING_BYTES = 8 * 1024  # of chunk headers, beside one eighth of the body: a chunk costs some 20 µs, whatever it contains
 _MAX_MESSAGE_BYTES = 64 * 1024  # of a WebSocket; the longest text, 4096 characters, takes 49 kB if each is escaped twice (\\ud83d\\ude00)
-_SLICE_BYTES = 8 * 1024  # parsed at once
+_SLICE_BYTES = 4 * 1024  # parsed at once
 _PIECE_BYTES = 64 * 1024  # sent at once
 _STALLED_SECONDS = 2.0  # without reading; at the limit of connections such a client's connection is closed
 _LINGER_SECONDS = 1.0
@@ -223,6 +223,9 @@ class GuardedProtocol(H11Protocol):
                 break
             piece, self._held = self._held[:_SLICE_BYTES], self._held[_SLICE_BYTES:]
             self._parse_slice(piece)
+            if self._framing:
+                self.loop.call_soon(self._parse)  # the rest in the next round of the event loop: many small chunks take long
+                break
         self._watch()
 
     def _parse_slice(self, piece: bytes) -> None:

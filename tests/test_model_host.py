@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from errors import GenerationTimeoutError
 from hibari_model import HibariModel
 from model_host import Heartbeat, ModelHost, Pace, RequestQueue
+from speech_model import LoadProgress
 
 # The tests end threads on purpose, and pytest warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -44,6 +47,35 @@ async def reached(host: ModelHost, state: str) -> None:
     while host.state != state:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
+
+
+def test_a_full_garbage_collection_does_not_look_at_a_loaded_model_but_finds_what_it_leaves_behind() -> None:
+    left: list[weakref.ref[HibariModel]] = []
+
+    class Cyclic(HibariModel):
+        def load(self, report: Callable[[LoadProgress], None]) -> None:
+            super().load(report)
+            part = HibariModel()
+            part.__dict__["itself"] = part
+            left.append(weakref.ref(part))
+            self.part: HibariModel | None = part
+
+        def close(self) -> None:
+            super().close()
+            self.part = None
+
+    async def work() -> None:
+        host = ModelHost(Cyclic, RequestQueue(5, 30), stall_seconds=600, idle_seconds=0.2)
+        host.start()
+        await host.settled()
+        assert not any(each is host.model for each in gc.get_objects())
+        await reached(host, "unloaded")
+        gc.unfreeze()
+        gc.collect()
+        assert left[0]() is None
+        await host.close()
+
+    asyncio.run(work())
 
 
 def test_a_thread_that_dies_fails_one_request_and_the_model_recovers() -> None:

@@ -43,6 +43,25 @@ def test_requests_are_served_in_the_order_of_arrival() -> None:
     assert asyncio.run(scenario()) == list(range(30))
 
 
+def test_new_requests_and_returning_ones_take_turns_so_that_neither_wait_for_all_of_the_others() -> None:
+    async def scenario(new: str, returning: str) -> str:
+        queue, order = RequestQueue(limit=50, timeout=10), []
+
+        async def one(name: str) -> None:
+            async with queue.slot(again=name in returning):
+                order.append(name)
+
+        async with queue.slot():
+            tasks = [asyncio.create_task(one(name)) for name in returning + new]
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*tasks)
+        return "".join(order)
+
+    assert asyncio.run(scenario(new="xyz", returning="ABC")) == "xAyBzC"
+    assert asyncio.run(scenario(new="x", returning="ABC")) == "xABC"
+    assert asyncio.run(scenario(new="xyz", returning="A")) == "xAyz"
+
+
 def test_one_request_too_many_is_refused_with_a_retry_after() -> None:
     async def scenario() -> RateLimitError:
         queue = RequestQueue(limit=2, timeout=10)
