@@ -67,7 +67,7 @@ class RequestQueue:
         self._new: deque[anyio.Event] = deque()
         self._returning: deque[anyio.Event] = deque()
         self._latest = self._returning  # the line that got the slot last
-        self._waits: set[anyio.CancelScope] = set()  # of the new ones
+        self._waits: dict[anyio.CancelScope, bool] = {}  # of the new ones, and whether a closed queue takes them
         self._closed = False
         self._mean_seconds = _ASSUMED_SLOT_SECONDS
 
@@ -77,11 +77,12 @@ class RequestQueue:
         return len(self._new) + len(self._returning)
 
     @asynccontextmanager
-    async def slot(self, *, again: bool = False) -> AsyncIterator[float]:
+    async def slot(self, *, again: bool = False, continued: bool = False) -> AsyncIterator[float]:
         """Wait for the slot and hold it. Yields the time spent waiting, in seconds.
 
         Args:
             again: The request has held the slot before, and let others go first. It waits as long as it takes.
+            continued: It continues one that has held the slot before: a closed queue takes it.
 
         Raises:
             RateLimitError: The queue is full.
@@ -89,7 +90,7 @@ class RequestQueue:
             ShuttingDownError: The queue is closed.
         """
         asked = time.monotonic()
-        await (self._wait(self._returning) if again else self._acquire())
+        await (self._wait(self._returning) if again else self._acquire(continued))
         self.active += 1
         started = time.monotonic()
         try:
@@ -100,17 +101,18 @@ class RequestQueue:
             self._release()
 
     def close(self) -> None:
-        """Refuse the waiting requests and all later ones; the active one continues."""
+        """Refuse the waiting requests and all later ones; those that have begun continue."""
         self._closed = True
-        for wait in self._waits:
-            wait.cancel()
+        for wait, continued in self._waits.items():
+            if not continued:
+                wait.cancel()
 
     def retry_after(self) -> int:
         """Estimate in how many seconds the waiting requests will be done, from the mean time a slot is held."""
         return max(1, math.ceil(self._mean_seconds * max(1, self.waiting)))
 
-    async def _acquire(self) -> None:
-        if self._closed:
+    async def _acquire(self, continued: bool) -> None:
+        if self._closed and not continued:
             raise ShuttingDownError
         if self._free:  # no wait, so the queue's limit does not apply
             self._free = False
@@ -121,12 +123,12 @@ class RequestQueue:
                 headers={"Retry-After": str(self.retry_after())},
             )
         with anyio.move_on_after(self._timeout) as wait:
-            self._waits.add(wait)
+            self._waits[wait] = continued
             try:
                 await self._wait(self._new)
             finally:
-                self._waits.remove(wait)
-        if wait.cancelled_caught and self._closed:
+                del self._waits[wait]
+        if wait.cancelled_caught and self._closed and not continued:
             raise ShuttingDownError
         if wait.cancelled_caught:
             raise QueueTimeoutError(

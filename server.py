@@ -105,6 +105,7 @@ class Server:
     def drain(self) -> None:
         """Refuse new requests and those in the queues; requests in progress continue."""
         self.engine.drain()
+        self.turns.drain()
         self.voices.drain()
 
     def default_ready(self) -> bool:

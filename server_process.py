@@ -28,6 +28,7 @@ import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from config import Settings, SettingsError
 from errors import ConnectionsExhaustedError, InvalidRequestError, RequestTimeoutError, ShuttingDownError, TTSError
@@ -394,6 +395,16 @@ async def _send_in_pieces(protocol: GuardedProtocol, app: ASGIApp, scope: Scope,
     await app(scope, receive, send_piece)
 
 
+class _SocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol for WebSockets; at the shutdown it leaves an open one to the application, which completes its speech and closes it."""
+
+    def shutdown(self) -> None:
+        """Close the connection only if it is not open."""
+        self.close_timeout = _LINGER_SECONDS  # for the client to answer the close message
+        if self.close_sent or not self.handshake_complete:
+            super().shutdown()
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, with a callback when the shutdown begins and exit status 0 after it.
 
@@ -572,7 +583,7 @@ def serve(app: ASGIApp, settings: Settings, bound: list[socket.socket], on_stop:
         http=protocol_for(settings, open_files),
         forwarded_allow_ips=list(_LOCAL_ADDRESSES),
         backlog=max(1, min(512, open_files // 8)),
-        ws="websockets-sansio",
+        ws=_SocketProtocol,
         ws_max_size=_MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # audio does not become smaller, and what a small message unpacks to has no bound
     )

@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 from fastapi import APIRouter
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from errors import InputTooLongError, InvalidRequestError, TTSError
+from errors import InputTooLongError, InvalidRequestError, ShuttingDownError, TTSError
 from http_middleware import client_address
 from schemas import SessionStart, explain
 from speech_playback import WORD
@@ -19,6 +20,8 @@ from speech_routes import Unread, choose_format
 from speech_turn import Event, Outbox, SpeechService, Turn
 
 _GOING_AWAY = 1001
+_RESTARTING = 1012
+_CLOSING_SECONDS = 0.5  # of SHUTDOWN_TIMEOUT, for the last messages of a turn that takes longer
 
 
 class Session:
@@ -42,7 +45,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve until the end of the connection; nothing is left running."""
-        tasks = {asyncio.create_task(self._receive()), asyncio.create_task(self._outbox.run())}
+        tasks = {asyncio.create_task(work) for work in (self._receive(), self._outbox.run(), self._close_at_shutdown())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -63,6 +66,16 @@ class Session:
                 self._outbox.put({"type": "error", **error.envelope()})
             await self._outbox.room()
         await self._websocket.close(_GOING_AWAY, "idle")
+
+    async def _close_at_shutdown(self) -> None:
+        """Wait for the shutdown; complete the turn that has begun, for SHUTDOWN_TIMEOUT at most, and close the connection."""
+        await self._service.stopping.wait()
+        with anyio.move_on_after(max(0.0, int(self._service.settings.shutdown_timeout) - _CLOSING_SECONDS)):
+            if self._turn:
+                await self._turn.complete()
+        await self._stop()
+        await self._outbox.sent()
+        await self._websocket.close(_RESTARTING, "the server is shutting down")
 
     async def _next_message(self) -> str | None:
         """Return the next message; None if the client has sent nothing for SOCKET_IDLE_TIMEOUT and waits for nothing."""
@@ -113,6 +126,8 @@ class Session:
         if not isinstance(text, str):
             raise InvalidRequestError("'text' must be a string.", param="text", code="invalid_text")
         turn = self._open_turn()
+        if self._service.stopping.is_set():
+            raise ShuttingDownError
         if turn.ended:
             raise _too_early("input_text.append")
         try:
@@ -126,6 +141,8 @@ class Session:
         if self._start is None:
             raise InvalidRequestError("Send 'session.start' first.", param="type", code="invalid_event")
         if self._turn is None or self._turn.finished:
+            if self._service.stopping.is_set():
+                raise ShuttingDownError
             self._service.unread.check(client_address(self._websocket))
             self._turn = Turn(self._service, self._start, self._turns, self._outbox)
             self._turns += 1

@@ -20,7 +20,7 @@ from audio_joiner import SegmentTimestamp
 from captions import WordFinder, captions_of
 from config import Settings
 from conversations import Conversations
-from errors import InputTooLongError, InternalError, NothingToSpeakError, TTSError
+from errors import InputTooLongError, InternalError, NothingToSpeakError, ShuttingDownError, TTSError
 from http_middleware import UnreadAudio
 from monitoring import Metrics
 from schemas import SessionStart
@@ -54,6 +54,9 @@ class SpeechService:
         metrics: Gets one observation for each piece of text.
         unread: Counts the audio that clients have not read.
         conversations: What was said before.
+
+    Attributes:
+        stopping: Set when the shutdown begins.
     """
 
     def __init__(
@@ -70,7 +73,12 @@ class SpeechService:
         self.presets = presets
         self.engine = engine
         self.unread = unread
+        self.stopping = asyncio.Event()
         self._metrics = metrics
+
+    def drain(self) -> None:
+        """Let all connections complete what they have begun, and close."""
+        self.stopping.set()
 
     def observe(self, turn: Turn, utterance: Utterance, outcome: str) -> None:
         """Record one piece."""
@@ -97,12 +105,18 @@ class Outbox:
         self._filled = asyncio.Event()
         self._roomy = asyncio.Event()
         self._roomy.set()
+        self._sent = asyncio.Event()
+        self._sent.set()
         self._bytes = 0
 
     @property
     def empty(self) -> bool:
         """Whether everything has been sent."""
-        return not self._items
+        return self._sent.is_set()
+
+    async def sent(self) -> None:
+        """Wait until everything has been sent."""
+        await self._sent.wait()
 
     def put(self, item: Event | bytes) -> None:
         """Add an event, or audio.
@@ -115,6 +129,7 @@ class Outbox:
             self._unread.check()
         self._items.append(item)
         self._filled.set()
+        self._sent.clear()
         if len(self._items) > _MAX_WAITING_EVENTS:
             self._roomy.clear()
 
@@ -137,6 +152,7 @@ class Outbox:
                     if len(self._items) <= _MAX_WAITING_EVENTS:
                         self._roomy.set()
                 self._filled.clear()
+                self._sent.set()
         finally:
             self.drop_audio()
             self._unread.set(0)
@@ -231,6 +247,7 @@ class Turn:
         self._utterance: Utterance | None = None
         self._memory: conversations.Turn | None = None  # this turn in the conversation
         self.ended = False
+        self._stopping = False
         self._task = asyncio.create_task(self._run())
 
     @property
@@ -277,6 +294,12 @@ class Turn:
         """Let the conversation keep only what was heard, if so many seconds of the audio were played."""
         self._remember(self._playback.parts(seconds))
 
+    async def complete(self) -> None:
+        """Speak what is there at the server's shutdown, without an incomplete word at its end."""
+        self._stopping = True
+        self._changed.set()
+        await asyncio.wait({self._task})
+
     async def stop(self) -> None:
         """Stop the work at once, and drop what has not been sent."""
         if not self.finished:
@@ -291,6 +314,8 @@ class Turn:
                 self._taken += piece.text
                 await self._speak(piece)
             await self._sound.finish()
+            if not self.ended:
+                raise ShuttingDownError
             status = "completed"
         except Exception as error:
             status = "failed"
@@ -306,10 +331,10 @@ class Turn:
         self._put("error", **error.envelope())
 
     async def _next_piece(self) -> Piece | None:
-        """Wait for the next piece of the text; None after the last one."""
+        """Wait for the next piece of the text; None after the last one, or if the server stops and nothing is left to speak."""
         while True:
-            piece = self.text.take()
-            if piece is None and not self.ended:
+            piece = self.text.take(paused=self._stopping)
+            if piece is None and not self.ended and not self._stopping:
                 seconds = self._service.settings.socket_pause_ms / 1000
                 with anyio.move_on_after(seconds if self.text.pending else None) as pause:
                     await self._changed.wait()
@@ -317,7 +342,7 @@ class Turn:
                 if piece is None and pause.cancelled_caught:
                     await self._changed.wait()  # what is left cannot be spoken yet
                 self._changed.clear()
-            if piece is not None or (self.ended and not self.text.pending):
+            if piece is not None or self._stopping or (self.ended and not self.text.pending):
                 return piece
 
     async def _speak(self, piece: Piece) -> None:

@@ -400,7 +400,8 @@ class TTSEngine:
             text: The text.
             voice: The voice.
             options: How to speak.
-            joiner: Continues the audio of an earlier utterance, which has ended; its timestamps continue, too.
+            joiner: Continues the audio of an earlier utterance, which has ended; its timestamps continue, too. Then the text is spoken even
+                if the shutdown has begun.
 
         Raises:
             InvalidInputError: The voice's model cannot speak this text.
@@ -421,13 +422,17 @@ class TTSEngine:
         utterance = Utterance(voice, host.model.sample_rate, options.seed)
         utterance.transliterated, utterance.characters = transliterated, len(text)
 
-        work = partial(self._take_turns, host, utterance, partial(self._speak_on_thread, script, utterance, options, joiner))
+        continued = joiner is not None and joiner.duration > 0
+        speak = partial(self._speak_on_thread, script, utterance, options, joiner)
+        work = partial(self._take_turns, host, utterance, speak, continued=continued)
 
         self._running.add(utterance)
         utterance.start(work).add_done_callback(lambda _: self._running.discard(utterance))
         return utterance
 
-    async def _take_turns(self, host: ModelHost, utterance: Utterance, speak: Callable[[SpeechModel], Iterator[None]]) -> None:
+    async def _take_turns(
+        self, host: ModelHost, utterance: Utterance, speak: Callable[[SpeechModel], Iterator[None]], *, continued: bool
+    ) -> None:
         """Hold the model's slot until the utterance is complete; let waiting ones go first where `speak` pauses after `_TURN_SECONDS`."""
         speaking: list[Iterator[None]] = []
 
@@ -437,7 +442,7 @@ class TTSEngine:
             end = time.monotonic() + _TURN_SECONDS
             return all(not host.queue.waiting or time.monotonic() < end for _ in speaking[0])
 
-        async with host.queue.slot() as waited:
+        async with host.queue.slot(continued=continued) as waited:
             utterance.begin(waited)
             complete = await host.run(finished, utterance.heartbeat)
         while not complete:

@@ -62,6 +62,27 @@ def test_new_requests_and_returning_ones_take_turns_so_that_neither_wait_for_all
     assert asyncio.run(scenario(new="xyz", returning="A")) == "xAyz"
 
 
+def test_a_closed_queue_takes_only_what_continues_a_request_that_has_begun() -> None:
+    async def scenario() -> None:
+        queue, spoken = RequestQueue(limit=9, timeout=10), []
+
+        async def one(name: str, *, continued: bool) -> None:
+            async with queue.slot(continued=continued):
+                spoken.append(name)
+                await asyncio.sleep(0.01)
+
+        names = {"held": False, "new": False, "next": True}
+        waiting = [asyncio.create_task(one(name, continued=continued)) for name, continued in names.items()]
+        await asyncio.sleep(0)
+        queue.close()
+        waiting += [asyncio.create_task(one(f"late {name}", continued=continued)) for name, continued in names.items()]
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results].count(ShuttingDownError) == 3
+        assert spoken == ["held", "next", "late next"]
+
+    asyncio.run(scenario())
+
+
 def test_one_request_too_many_is_refused_with_a_retry_after() -> None:
     async def scenario() -> RateLimitError:
         queue = RequestQueue(limit=2, timeout=10)

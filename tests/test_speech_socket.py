@@ -378,17 +378,54 @@ def refused_connection(server: RunningServer) -> bool:
     return False
 
 
-def test_a_shutdown_closes_the_connection(make_server: Callable[..., RunningServer]) -> None:
+def until_closed(talking: Talk) -> tuple[int, str]:
+    """Receive up to the end of the connection; return the code of its end and the types of the last two events."""
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            talking.until("done")
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, " ".join(event["type"] for event in talking.events[-2:])
+
+
+def test_a_shutdown_completes_a_text_that_has_begun(make_server: Callable[..., RunningServer]) -> None:
     server = make_server()
-    with talk(server) as talking:
-        talking.send("input_text.append", text=TEXT * 20)
+    with talk(server) as talking, talk(server) as idle:
+        talking.send("input_text.append", text=TEXT * 3)
+        talking.send("input_text.done")
         talking.until_audio()
         server.process.terminate()
-        with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                talking.until("done")
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1012
+        assert until_closed(idle)[0] == 1012
+        assert until_closed(talking) == (1012, "segment.done done")
+    assert talking.events[-1]["status"] == "completed"
+    assert "".join(event["text"] for event in talking.all_of("segment.start")) == TEXT * 3
+    assert word_error_rate(TEXT * 3, transcribe(*decode(talking.audio, "pcm"))) <= 0.05
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_shutdown_speaks_what_was_written_of_a_text_and_says_that_it_is_not_all(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(SOCKET_PAUSE_MS=60_000)
+    with talk(server, response_format="mp3") as talking:
+        talking.send("input_text.append", text=TEXT[:36] + "Nobody had exp")
+        talking.until("segment.start")
+        server.process.terminate()
+        assert until_closed(talking) == (1012, "error done")
+    assert (talking.events[-2]["error"]["code"], talking.events[-1]["status"]) == ("shutting_down", "failed")
+    assert words(transcribe(*decode(talking.audio, "mp3"))) == words(TEXT[:36] + "Nobody had")
+    assert server.process.wait(30) == 0
+
+
+def test_a_shutdown_waits_no_longer_than_its_limit(make_server: Callable[..., RunningServer]) -> None:
+    server = make_server(SHUTDOWN_TIMEOUT=1, MAX_INPUT_LENGTH=100_000)
+    with talk(server) as talking:
+        for _ in range(20):
+            talking.send("input_text.append", text=TEXT * 20)
+        talking.until_audio()
+        began = time.monotonic()
+        server.process.terminate()
+        assert until_closed(talking)[0] == 1012
+        assert time.monotonic() - began < 3
+    assert talking.events[-1]["status"] == "cancelled"
     assert server.process.wait(30) == 0
 
 
