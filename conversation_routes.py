@@ -38,7 +38,8 @@ class TurnForm(BaseModel):
     text: Annotated[str, Field(max_length=4000, description="What was said."), AfterValidator(_words)]
     speaker: int = Field(1, ge=0, le=9, description="CSM's number of the speaker. The voices that come with the server have 0.")
     audio_sample: Annotated[UploadFile | None, WithJsonSchema({"type": "string", "format": "binary"})] = Field(
-        None, description="1 to 60 s of it, as for a voice. Without it the turn is listed, but has no effect on the next reply."
+        None,
+        description="1 to 60 s of it, as for a voice. Without it the turn is listed, but is not in the next reply's prompt (`in_prompt`).",
     )
 
 
@@ -86,6 +87,7 @@ class ConversationEndpoint:
 def described(turn: Turn, *, with_text: bool) -> dict[str, Any]:
     """Return a turn as the API shows it."""
     shown = {"role": turn.role, "speaker": turn.speaker, "seconds": round(turn.seconds, 2), "characters": len(turn.text)}
+    shown |= {"in_prompt": any(len(part.codes) for part in turn.parts)}
     return shown | ({"text": turn.text} if with_text else {})
 
 
@@ -109,7 +111,7 @@ router = APIRouter(tags=["conversations"], prefix="/audio/conversations/{convers
     responses=refusals(429),
 )
 async def add_turn(conversation: str, request: Request, endpoint: Endpoint) -> dict[str, Any]:
-    """Add what somebody else has said, with its recording if there is one: CSM hears it before the next reply."""
+    """Add what somebody else has said, with its recording if there is one: CSM hears it before the next reply. A turn without a recording is listed only."""
     return await endpoint.add(conversation, request)
 
 

@@ -116,6 +116,12 @@ class SpeechFields(BaseModel):
     sample_rate: Annotated[int, _Number] = Field(
         SAMPLE_RATE, ge=8000, le=48_000, description="Sample rate of `pcm` and `wav` in Hz, such as 8000 for telephony."
     )
+    deadline_ms: Annotated[int | None, _Number] = Field(
+        None, ge=1, le=3_600_000, description="Refuse at once if the speech cannot be complete in so many milliseconds."
+    )
+    on_deadline: Literal["error", "fallback"] = Field(
+        "error", description="`fallback` lets the built-in voice speak if the deadline cannot be met."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -137,12 +143,6 @@ class SpeechRequest(SpeechFields):
     input: Annotated[str, BeforeValidator(_clean_text)] = Field(
         description="The text to speak; up to MAX_INPUT_LENGTH (4096) characters. `[pause:1.5s]` is silence, `[voice:NAME]` changes the voice.",
         min_length=1,
-    )
-    deadline_ms: Annotated[int | None, _Number] = Field(
-        None, ge=1, le=3_600_000, description="Refuse at once if the speech cannot be complete in so many milliseconds."
-    )
-    on_deadline: Literal["error", "fallback"] = Field(
-        "error", description="`fallback` lets the built-in voice speak if the deadline cannot be met."
     )
 
     def check_length(self, limit: int) -> None:
@@ -307,6 +307,7 @@ class ConversationTurn(_Answer):
     speaker: int
     seconds: float
     characters: int
+    in_prompt: bool
     text: str | None = None
 
 

@@ -182,7 +182,8 @@ class SpeechEndpoint:
         body.check_length(self._settings.max_input_length)
         voice, replaced = self._engine.choose_voice(body.voice_name)
         text = await run_until_gone(self._engine.prepared(body.input, normalize=body.normalize), request.receive)
-        voice, replaced = self._in_time(body, request, text, voice, replaced)
+        chosen = voice_in_time(self._engine, voice, len(text), _deadline_ms(body, request), body.on_deadline)
+        voice, replaced = chosen, replaced if chosen is voice else replaced or voice
         audio_format = choose_format(body, self._settings.default_format)
         streamed = body.stream or body.stream_format is not None or audio_format.name in always_streamed
         seed = new_seed() if body.seed is None else body.seed
@@ -213,31 +214,6 @@ class SpeechEndpoint:
         if plan.options.context is not None and plan.request.conversation is not None and utterance.said:
             turn = Turn("assistant", plan.voice.preset.speaker_id, list(utterance.said.values()))
             self._conversations.add(plan.request.conversation, turn)
-
-    def _in_time(
-        self, body: SpeechRequest, request: Request, text: str, voice: Voice, replaced: Voice | None
-    ) -> tuple[Voice, Voice | None]:
-        """Return the voice that can speak `text` before the request's deadline, and the voice it replaces.
-
-        Raises:
-            DeadlineError: Neither can, or no other voice may speak.
-        """
-        deadline = _deadline_ms(body, request)
-        needed = None if deadline is None else self._engine.expected_seconds(voice, len(text))
-        if deadline is None or needed is None or needed * 1000 <= deadline:
-            return voice, replaced
-        fallback = self._engine.built_in_voice() if body.on_deadline == "fallback" else None
-        if (
-            fallback is not None
-            and fallback.id != voice.id
-            and (self._engine.expected_seconds(fallback, len(text)) or 0) * 1000 <= deadline
-        ):
-            return fallback, replaced or voice
-        raise DeadlineError(
-            f"The speech would be complete in about {needed:.1f} s, not within 'deadline_ms'={deadline}. Allow more time, or send 'on_deadline': 'fallback'.",
-            param="deadline_ms",
-            headers={"X-Needed-Ms": str(math.ceil(needed * 1000)), "X-Should-Retry": "false"},
-        )
 
     def _speak(self, plan: _Plan) -> Utterance:
         """Start the utterance.
@@ -326,6 +302,27 @@ def _deadline_ms(body: SpeechRequest, request: Request) -> int | None:
             f"X-Deadline-Ms={shorten(given)} is not a number of milliseconds.", param="deadline_ms", code="invalid_deadline_ms"
         )
     return int(given)
+
+
+def voice_in_time(
+    engine: TTSEngine, voice: Voice, characters: int, deadline: int | None, on_deadline: Literal["error", "fallback"]
+) -> Voice:
+    """Return the voice that can speak so many characters before the deadline, in milliseconds from now: `voice`, or else the built-in one.
+
+    Raises:
+        DeadlineError: Neither can, or no other voice may speak.
+    """
+    needed = None if deadline is None else engine.expected_seconds(voice, characters)
+    if deadline is None or needed is None or needed * 1000 <= deadline:
+        return voice
+    fallback = engine.built_in_voice() if on_deadline == "fallback" else None
+    if fallback is not None and fallback.id != voice.id and (engine.expected_seconds(fallback, characters) or 0) * 1000 <= deadline:
+        return fallback
+    raise DeadlineError(
+        f"The speech would be complete in about {needed:.1f} s, not within 'deadline_ms'={deadline}. Allow more time, or send 'on_deadline': 'fallback'.",
+        param="deadline_ms",
+        headers={"X-Needed-Ms": str(math.ceil(needed * 1000)), "X-Should-Retry": "false"},
+    )
 
 
 def choose_format(fields: SpeechFields, default: str) -> AudioFormat:

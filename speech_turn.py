@@ -26,7 +26,7 @@ from monitoring import Metrics
 from schemas import SessionStart
 from speech_model import ContextPart, SpeechOptions
 from speech_playback import Playback, Spoken
-from speech_routes import Unread, choose_format
+from speech_routes import Unread, choose_format, voice_in_time
 from text_markup import last_voice
 from text_stream import Piece, TextStream
 from tts_engine import TTSEngine, Utterance, new_seed
@@ -232,7 +232,7 @@ class Turn:
         self._start = start
         self._number = number
         self._outbox = outbox
-        self.voice, _ = service.engine.choose_voice(start.voice_name)
+        self.voice, self._replaced = service.engine.choose_voice(start.voice_name)
         model = service.engine.host(self.voice).model
         self.text = TextStream(model.segment_lengths)
         self.format = choose_format(start, "pcm")
@@ -350,6 +350,9 @@ class Turn:
         if not text:
             return
         start = self._start
+        voice = voice_in_time(self._service.engine, self.voice, len(text), start.deadline_ms, start.on_deadline)
+        if voice is not self.voice:  # for the rest of the turn
+            self._replaced, self.voice = self.voice, voice
         seed = (self.seed + len(self._playback)) % _SEEDS
         options = SpeechOptions(
             seed,
@@ -416,8 +419,10 @@ class Turn:
     def _begin(self, piece: Piece) -> Spoken:
         """Say that a piece is spoken now."""
         number, start = len(self._playback), self.seconds
-        place = {"start_char": piece.start, "end_char": piece.end, "voice": self.voice.name}
-        self._put("segment.start", segment=number, text=piece.text, **place, start=round(start, 3))
+        fields: Event = {"start_char": piece.start, "end_char": piece.end, "voice": self.voice.name, "start": round(start, 3)}
+        if self._replaced:
+            fields["fallback_for"] = self._replaced.id
+        self._put("segment.start", segment=number, text=piece.text, **fields)
         return self._playback.begin(piece, start)
 
     def _note(self, spoken: Spoken, utterance: Utterance, finished: list[SegmentTimestamp], *, complete: bool) -> None:

@@ -208,6 +208,12 @@ def test_a_dialogue_of_ten_turns_has_stocks_tokens_and_reads_only_what_is_new(
     assert not np.array_equal(without.samples, chunk.samples), "the context makes a difference"
 
 
+def test_stock_has_no_layout_for_a_turn_without_a_recording(untouched: Model) -> None:
+    """So such a turn is not in our prompt either: CSM's own chat template refuses it, too."""
+    with pytest.raises(TypeError):
+        list(untouched.generate("Hi.", context=[Segment(speaker=1, text="Hello?", audio=None)], voice_match=False))
+
+
 def test_a_cut_turn_reads_again_only_what_follows_the_cut(recordings: Path, model: Model, folder: Path, positions_read: list[int]) -> None:
     speaker = csm_loading.speaker(model, recordings, folder, guard="off")
     voice = csm_loading.voice(max_audio_length_ms=80)
@@ -285,11 +291,13 @@ def test_replies_and_added_turns_make_a_conversation_that_can_be_forgotten(talki
     added = httpx.post(
         url, data={"text": "what is new?", "speaker": "3"}, files={"audio_sample": ("a.wav", recording.getvalue())}, timeout=120
     )
-    assert added.json() == {"role": "user", "speaker": 3, "seconds": 1.04, "characters": 12, "text": "what is new?"}
-    assert httpx.post(url, data={"text": "only words."}, files={"x": b""}).json()["seconds"] == 0
+    assert added.json() == {"role": "user", "speaker": 3, "seconds": 1.04, "characters": 12, "in_prompt": True, "text": "what is new?"}
+    unheard = httpx.post(url, data={"text": "only words."}, files={"x": b""}).json()
+    assert (unheard["seconds"], unheard["in_prompt"]) == (0, False)
     assert ask(talking, "nothing at all.", conversation="kitchen", response_format="mp3").status_code == 200
     shown = turns(talking, "kitchen")
     assert [(turn["role"], turn["speaker"]) for turn in shown] == [("assistant", 0), ("user", 3), ("user", 1), ("assistant", 0)]
+    assert [turn["in_prompt"] for turn in shown] == [True, True, False, True]
     assert all("text" not in turn for turn in shown)
     assert [turn["text"] for turn in turns(talking, "kitchen", text=True)][::3] == ["hello there.", "nothing at all."]
     assert shown[0]["seconds"] == pytest.approx(len(first.content) / 48_000)
@@ -327,7 +335,7 @@ class Talk:
     def __init__(self, connection: ClientConnection, conversation: str, **fields: Any) -> None:
         self._connection = connection
         self.audio = b""
-        self.send("session.start", voice="tiny", conversation=conversation, seed=1, **fields)
+        self.send("session.start", **({"voice": "tiny", "conversation": conversation, "seed": 1} | fields))
         assert self.until("session.created")["conversation"] == "used"
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -413,3 +421,29 @@ def test_a_sentence_that_is_cancelled_leaves_the_conversation_as_it_was(talking:
         client.send("cancel")
         client.until("done")
     assert [turn["text"] for turn in turns(talking, "cancelled", text=True)] == ["one two three four."]
+
+
+def test_a_deadline_counts_for_each_sentence(talking: RunningServer) -> None:
+    ask(talking, "hello.")  # before the first one the pace is unknown
+    sentences = "one two three four. five six seven eight. "
+    with talk(talking, "late", deadline_ms=600_000) as client:
+        client.send("input_text.append", text=sentences)
+        client.send("input_text.done")
+        begun = client.until("segment.start")
+        assert (begun["voice"], begun.get("fallback_for")) == ("tiny", None)
+        assert client.until("done")["status"] == "completed"
+    with talk(talking, "late", deadline_ms=1) as client:
+        client.send("input_text.append", text=sentences)
+        error = client.until("error")["error"]
+        assert (error["code"], error["param"]) == ("deadline_unreachable", "deadline_ms")
+        assert client.until("done")["status"] == "failed"
+    pace = talking.health()["models"]["csm-1b"]["pace"]
+    half = 500 * (pace["start_seconds"] + pace["seconds_per_character"] * len("one two three four."))
+    with talk(talking, "late", deadline_ms=int(half), on_deadline="fallback", seed=2) as client:
+        client.send("input_text.append", text=sentences + "And the rest.")
+        client.send("input_text.done")
+        for _ in range(2):
+            begun = client.until("segment.start")
+            assert (begun["voice"], begun["fallback_for"]) == ("heart", "tiny")
+        assert client.until("done")["status"] == "completed"
+    assert len(turns(talking, "late")) == 1, "only what CSM has spoken"
