@@ -109,10 +109,15 @@ class _RefusedError(ModelLoadError):
         super().__init__(f"{repo} does not exist, is private, or is gated, and {token}. {advice}", retry=False)
 
 
+class HubUnreachableError(ModelLoadError):
+    """The hub does not answer: a fault of the network, not of a file."""
+
+
 def download_file(repo: str, name: str, size: int, sha256: str, folder: Path) -> Path:
     """Return the path of a public file of `repo`, downloaded to `folder` under the name of its SHA-256. Continues an earlier attempt.
 
     Raises:
+        HubUnreachableError: The hub does not answer.
         ModelLoadError: With what failed and what to do. What has been downloaded is kept.
     """
     file = _HubFile(repo, None, name, size, Path("main"), folder / sha256)
@@ -448,7 +453,7 @@ def _translated(repo: str, what: str, place: _Place = _HF_CACHE) -> Iterator[Non
     except HfHubHTTPError as error:
         raise _http_error(repo, what, error.response.status_code) from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise ModelLoadError(
+        raise HubUnreachableError(
             f"The hub cannot be reached ({type(error).__name__}) to download {what} of {repo}: check the network, or HF_ENDPOINT. "
             "What has been downloaded is kept."
         ) from error

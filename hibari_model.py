@@ -113,11 +113,12 @@ class VoiceFiles:
         raise ModelLoadError(f"Voice '{key}' {self.missing(key) or 'has a damaged file: delete it from the folder of hibari.'}")
 
     def fetch(self, keys: Iterable[str]) -> bool:
-        """Download the files that are missing; return whether all are here now."""
-        for key in keys:
-            if self._folder and not self._closed and self.missing(key):
-                self._fetch(key, self._folder)
-        return not any(self.missing(key) for key in keys)
+        """Download the files that are missing; return whether all are here now. A hub that does not answer is asked for one file only."""
+        missing = [key for key in keys if self.missing(key)]
+        for index in range(len(missing)):
+            if self._folder is None or self._closed or not self._fetch(missing[index:], self._folder):
+                break
+        return not any(self.missing(key) for key in missing)
 
     def keep_fetching(self, keys: Callable[[], Iterable[str]]) -> None:
         """Download the files in the background until `close`, and try again after a failure: the pauses grow."""
@@ -141,26 +142,37 @@ class VoiceFiles:
             self._wake.wait(_LONGEST_RETRY_SECONDS if complete else pause)
             pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
 
-    def _fetch(self, key: str, folder: Path) -> None:
+    def _fetch(self, keys: Sequence[str], folder: Path) -> bool:
+        """Download the file of the first voice; return False after a fault that all of `keys` share: there is no network."""
         from huggingface_hub import constants
 
-        from csm_files import download_file
+        from csm_files import HubUnreachableError, download_file
 
         if constants.is_offline_mode():
-            self._faults[key] = "HF_HUB_OFFLINE is set."
-            return
-        about = _registered(key)
+            self._faults |= dict.fromkeys(keys, "HF_HUB_OFFLINE is set.")
+            return False
+        key, about = keys[0], _registered(keys[0])
         logger.info("voice %s: downloading %.1f MB", key, about["bytes"] / 1e6)
         try:
             download_file(_REPO, f"voices/{about['file']}", about["bytes"], about["sha256"], folder)
+        except HubUnreachableError as error:
+            cause = type(error.__cause__).__name__
+            self._fail(keys, f"the hub cannot be reached ({cause}): check the network, or HF_ENDPOINT. The server tries again by itself.")
+            return False
         except ModelLoadError as error:
-            self._faults[key] = error.message
-            logger.warning("voice %s: %s", key, error.message)
+            self._fail([key], error.message)
         except Exception as error:
             self._faults[key] = f"unexpected error ({type(error).__name__}). See the server's log."
             logger.exception("voice %s: unexpected error during the download", key)
         else:
             logger.info("voice %s: downloaded", key)
+        return True
+
+    def _fail(self, keys: Sequence[str], fault: str) -> None:
+        """Keep the fault of the last attempt. A warning says so once: a machine without a network asks again every half an hour."""
+        known = all(self._faults.get(key) == fault for key in keys)
+        self._faults |= dict.fromkeys(keys, fault)
+        logger.log(logging.DEBUG if known else logging.WARNING, "%s %s: %s", "voices" if keys[1:] else "voice", ", ".join(keys), fault)
 
     def _places(self, key: str) -> list[Path]:
         from hibari import voices

@@ -170,13 +170,29 @@ def voice_table(voices: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows)
 
 
+def resting_notes(voices: list[dict[str, Any]]) -> list[str]:
+    """Return why voices are not ready: one line for all voices with the same reason.
+
+    Args:
+        voices: As in the answer of `/v1/audio/voices`.
+    """
+    resting: dict[str, list[str]] = {}
+    for voice in voices:
+        if voice.get("reason"):
+            resting.setdefault(voice["reason"].removeprefix(f"Voice '{voice['id']}' is "), []).append(voice["id"])
+    return [f"{', '.join(names)}: {reason}" for reason, names in resting.items()]
+
+
 def _main(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.list_voices:
         from say_backends import local_voices
 
         server = _server(args, settings)
-        print(voice_table(_run(server.voices()) if server else local_voices(settings)))
+        voices = _run(server.voices()) if server else local_voices(settings)
+        print(voice_table(voices), flush=True)
+        for note in resting_notes(voices):
+            print(f"{PROGRAM}: {note}", file=sys.stderr)
         return OK
     if args.check_words is not None:
         return _check_words(args, settings)
@@ -384,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=FORMATS, help="the file's format, if its ending does not name one")
     parser.add_argument("--captions", metavar="FILE", help="also write the sentences with their times, as .vtt, .srt or .json")
     parser.add_argument("--words", action="store_true", help="the captions have each word with its time (built-in voices)")
-    parser.add_argument("--voice", metavar="NAME", help="the voice's name (default: DEFAULT_VOICE)")
+    parser.add_argument("-v", "--voice", metavar="NAME", help="the voice's name (default: DEFAULT_VOICE)")
     parser.add_argument("--speed", type=_number(float, 0.25, 4), default=1.0, metavar="N", help="0.25 to 4; keeps the pitch (default: 1)")
     parser.add_argument("--seed", type=_number(int, 0, _MAX_SEED), metavar="N", help="the same text, voice and seed give the same audio")
     parser.add_argument("--check-words", metavar="FILE", help="speak each line of FILE, and list those that a speech recogniser mishears")

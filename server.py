@@ -272,7 +272,8 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
         version=VERSION,
         lifespan=lifespan,
         redoc_url=None,
-        openapi_tags=[{"name": name} for name in ("speech", "voices", "service")],
+        openapi_tags=[{"name": name} for name in ("speech", "voices", "conversations", "service")],
+        swagger_ui_parameters={"tryItOutEnabled": True, "defaultModelsExpandDepth": 0, "displayRequestDuration": True},
         static_url=DOCS_FILES,
         description="OpenAI's speech API on your own machine.",
     )

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ _POLL_SECONDS = 0.5
 _SPEED_SECONDS = 30.0  # the speed of a download is that of the last seconds; huggingface_hub reports every 10 MB
 _DEFAULT_WIDTH = 80
 _LABEL_WIDTH = 9
+_LEAST_WIDTH = 40  # a narrower terminal breaks the lines itself
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW = "1", "2", "31", "32", "33"
 _CLEAR_LINE = "\r\033[K"
@@ -89,6 +91,20 @@ class Voices:
     models: Mapping[str, Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line for the terminal: its text, and how many of its first characters have the colour; None: all of them."""
+
+    text: str
+    color: str
+    colored: int | None = None
+
+    def painted(self, wrapped: str, paint: Callable[[str, str], str]) -> str:
+        """Return the text, which has been wrapped, in its colour."""
+        end = len(wrapped) if self.colored is None else self.colored
+        return paint(wrapped[:end], self.color) + wrapped[end:]
+
+
 class Terminal(logging.Handler):
     """A log handler for a person: requests, warnings and errors as short lines in local time, above a live line that shows a load.
 
@@ -112,9 +128,11 @@ class Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, unless it is of no use to a person."""
         try:
-            line = self._line(record)
-            if line is not None:
-                self._print(f"{self._paint(time.strftime('%H:%M:%S', time.localtime(record.created)), _DIM)}  {line}")
+            if (line := self._line(record)) is not None:
+                clock = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  "
+                self._print(
+                    self._paint(clock, _DIM) + line.painted(self._wrapped(clock + line.text, len(clock))[len(clock) :], self._paint)
+                )
         except Exception:
             self.handleError(record)
 
@@ -136,20 +154,20 @@ class Terminal(logging.Handler):
         finally:
             self._show("")
 
-    def _line(self, record: logging.LogRecord) -> str | None:
+    def _line(self, record: logging.LogRecord) -> _Line | None:
         fields: dict[str, Any] | None = getattr(record, "fields", None)
         if fields is not None:
             return self._request(fields)
         if record.levelno < logging.WARNING and record.name != "server_process" and not self._verbose:
             return None
         color = _RED if record.levelno >= logging.ERROR else _YELLOW if record.levelno >= logging.WARNING else ""
-        return self._paint(_printable(record.getMessage()), color)
+        return _Line(_printable(record.getMessage()), color)
 
-    def _request(self, fields: Mapping[str, Any]) -> str:
+    def _request(self, fields: Mapping[str, Any]) -> _Line:
         status = fields["status"]  # a number, or "aborted"
         color = _RED if not isinstance(status, int) or status >= 500 else _YELLOW if status >= 400 else _GREEN
         place = f"{fields['method']} {fields['path'][1:-1]}" if "path" in fields else "incomplete request"
-        return f"{self._paint(str(status), color)}  {_printable(place)}  {_printable(_outcome(fields))}"
+        return _Line(f"{status}  {_printable(place)}  {_printable(_outcome(fields))}", color, len(str(status)))
 
     def _banner(self, voices: Voices) -> str:
         facts = self._facts
@@ -159,8 +177,17 @@ class Terminal(logging.Handler):
         rows += [("Clients", f"{facts.url}/v1, {'with a key from API_KEY' if facts.keyed else 'any API key'}")]
         rows += [("Voice", _voice(voices)), ("CSM-1B", _csm(voices.models["csm-1b"]))]
         rows += [("Log", _short(facts.log) if facts.log.exists() else "none: CACHE_DIR cannot be written"), ("Stop", "Ctrl-C")]
-        lines = [f"  {self._paint(label.ljust(_LABEL_WIDTH), _DIM)}{_printable(text)}" for label, text in rows]
+        lines = [self._row(label, _printable(text)) for label, text in rows]
         return "\n".join(["", f"  {self._paint(title, _BOLD)}", "", *lines, ""])
+
+    def _row(self, label: str, text: str) -> str:
+        margin = f"  {label.ljust(_LABEL_WIDTH)}"
+        return self._paint(margin, _DIM) + self._wrapped(margin + text, len(margin))[len(margin) :]
+
+    def _wrapped(self, text: str, indent: int) -> str:
+        """Return the text in lines that fit into the terminal, broken between words; all but the first are indented."""
+        width = max(self._width(), _LEAST_WIDTH)
+        return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
     def _progress(self, name: str, model: Mapping[str, Any]) -> str:
         """Return the live line: the figures first, because the line is cut at the terminal's width."""

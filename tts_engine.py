@@ -639,4 +639,4 @@ def _not_downloaded(message: str) -> ModelNotReadyError:
 def _why_disabled(settings: Settings) -> str:
     if settings.csm == "off":
         return "CSM=off."
-    return "this machine has neither Apple Silicon nor MLX's CUDA backend, and CSM-1B is far too slow without (CSM=on loads it anyway)."
+    return "it needs Apple Silicon, or an NVIDIA GPU with MLX's CUDA backend; without them it is far too slow (CSM=on loads it anyway)."

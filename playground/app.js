@@ -14,7 +14,7 @@ import { Previews } from "./previews.js";
 import { figuresOf, Recent } from "./recent.js";
 import { neverWords, ServerState } from "./server_state.js";
 import { newSeed, SettingsForm } from "./settings.js";
-import { FORMS } from "./share.js";
+import { FORMS, requestOf } from "./share.js";
 import { Speech } from "./speech.js";
 import { MOST_CHARACTERS, Stage } from "./stage.js";
 import { VoiceDialog } from "./voice_dialog.js";
@@ -278,7 +278,7 @@ function csmReady() {
 function showAdding() {
   const csm = server.models["csm-1b"];
   const never = csm?.state === "disabled";
-  const why = never ? `${neverWords(csm)}: CSM-1B, which speaks added voices, does not run on this server.` : "";
+  const why = never ? `Added voices need CSM-1B, which ${neverWords(csm) === "Switched off" ? "is switched off" : "needs Apple Silicon"}.` : "";
   byId("add-voice").disabled = never;
   byId("add-note").hidden = !never;
   if (byId("add-note").textContent !== why) byId("add-note").textContent = why;
@@ -306,8 +306,19 @@ async function tryAgain() {
 async function begin() {
   byId("key-button").hidden = !apiKey.value;
   showChoice();
+  openLink();
   await Promise.all([server.ask(), listVoices()]);
   showChoice();
+}
+
+/** Take text, voice and speed from the page's address, if it is a link made under Share. Nothing is spoken before the user presses Speak. */
+function openLink() {
+  const linked = requestOf(location.hash);
+  if (!linked) return;
+  history.replaceState(null, "", location.pathname); // a reload keeps what the user has changed since
+  stage.replace(linked.input, "Opened the link");
+  settings.restore(linked);
+  if (linked.voice) voices.choose(linked.voice);
 }
 
 /** @param unasked Whether this happens without an action of the user; then no dialog opens. */
@@ -354,6 +365,7 @@ document.addEventListener("keydown", (event) => {
     previews.stop();
   }
 });
+addEventListener("hashchange", openLink);
 text.addEventListener("click", seekToWord);
 stage.addEventListener("change", edited);
 stage.addEventListener("done", ({ detail }) => say(detail));

@@ -35,8 +35,12 @@ export function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
-/** Format a duration: 6.7 s, or 1:58 from one minute on. */
-export const lasting = (seconds) => (seconds < 59.95 ? `${seconds.toFixed(1)} s` : clock(seconds));
+/** Format a duration: 6.7 s, or 1 min 58 s. Unlike 1:58, it is not taken for a time of day. */
+export function lasting(seconds) {
+  if (seconds < 59.95) return `${seconds.toFixed(1)} s`;
+  const whole = Math.round(seconds);
+  return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+}
 
 /** Capitalise the first letter. */
 export const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1);

@@ -1,6 +1,6 @@
 // The list of recent takes, newest first: play, use the settings again, delete. It survives a reload.
 
-import { brief, byId, clock, icon, lasting, make } from "./dom.js";
+import { brief, byId, icon, lasting, make } from "./dom.js";
 import { forgetTake, forgetTakes, MOST_TAKES, storedSamples, storedTakes, storeTake } from "./store.js";
 import { Take } from "./take.js";
 
@@ -93,7 +93,7 @@ export class Recent {
     play.setAttribute("aria-label", `Play: ${excerpt(take)}`);
     play.addEventListener("click", () => this.#play(take));
     const state = { stopped: "stopped", failed: "incomplete" }[take.state];
-    const meta = [take.voiceName, clock(take.duration), ago(take.made), state].filter(Boolean).join(" · ");
+    const meta = [take.voiceName, lasting(take.duration), ago(take.made), state].filter(Boolean).join(" · ");
     const again = this.#button("Use again", "Use this text and these settings again", take, () => this.#actions.restore(take));
     const remove = this.#button("Delete", "Delete this take", take, () => this.#remove(take));
     return make("li", {}, play, make("p", { className: "said" }, excerpt(take)), make("p", { className: "meta" }, meta), make("div", { className: "acts" }, again, remove));

@@ -97,8 +97,8 @@ function summary(health) {
   const loading = models.find(([, model]) => model.state === "loading");
   if (loading) return [`Loading ${loading[0]}${percent(loading[1].progress)}`, "wait"];
   const { active = 0, waiting = 0 } = health.queue ?? {};
-  if (waiting) return [`Speaking, ${waiting} waiting`, "good"];
-  if (active) return ["Speaking", "good"];
+  if (waiting) return [`Busy, ${waiting} waiting`, "good"]; // not "Speaking": the page may be silent, or still play what has arrived
+  if (active) return ["Busy", "good"];
   const failed = models.find(([, model]) => model.state === "failed");
   if (failed) return [`${failed[0]} failed`, "bad"];
   return [WORDS[health.status] ?? health.status, DOTS[health.status] ?? ""];
@@ -168,7 +168,7 @@ function missingWords(reason) {
   const why = sentence(reason.replace(/^.*is not downloaded: /, ""));
   if (/HF_HUB_OFFLINE/.test(why)) return { kind: "offline", line: "Not downloaded (HF_HUB_OFFLINE)", reason: "The server downloads nothing while HF_HUB_OFFLINE is set.", dot: "", again: false };
   if (/has not finished/.test(why)) return { kind: "fetching", line: "Downloading, 8 MB each", reason: "The server downloads these voices in the background.", dot: "wait", again: false };
-  return { kind: "missing", line: "Could not be downloaded", reason: why, dot: "bad", again: true };
+  return { kind: "missing", line: "Could not be downloaded", reason: why, dot: "", again: true };
 }
 
 /** Return why a model never runs on this server, in three or four words. */

@@ -1,10 +1,13 @@
-// The current request as code: a curl command, OpenAI's Python client, JavaScript, and OpenClaw's configuration.
+// The current request as code: a curl command, OpenAI's Python client, JavaScript, OpenClaw's configuration; and as a link to this page.
 
 import { address, apiKey, withoutEmpty } from "./api.js";
 
 // The code never contains the key, because people paste code into chats and tickets.
 const KEY_VARIABLE = "SESAME_API_KEY";
 const EXPORT = `# export ${KEY_VARIABLE}=...`;
+
+/** Return the fields that differ from the server's defaults. */
+const needed = ({ speed, ...request }) => withoutEmpty(speed === 1 ? request : { ...request, speed });
 
 /** Quote for a POSIX shell. */
 const shellQuoted = (text) => `'${text.replaceAll("'", String.raw`'\''`)}'`;
@@ -19,7 +22,7 @@ export function curlCode(request) {
   if (apiKey.value) notes.unshift(EXPORT);
   const lines = [`curl ${shellQuoted(address("v1/audio/speech"))}`];
   if (apiKey.value) lines.push(`  -H "Authorization: Bearer $${KEY_VARIABLE}"`);
-  lines.push("  -H 'Content-Type: application/json'", `  -d ${shellQuoted(JSON.stringify(withoutEmpty(request)))}`);
+  lines.push("  -H 'Content-Type: application/json'", `  -d ${shellQuoted(JSON.stringify(needed(request)))}`);
   lines.push(`  --fail-with-body -o speech.${request.response_format}`);
   return [...notes, lines.join(" \\\n")].join("\n");
 }
@@ -31,13 +34,13 @@ export function pythonCode({ model, input, voice, response_format: format, speed
     ...(apiKey.value ? [EXPORT, "import os", ""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${quoted(address("v1"))}, api_key=${apiKey.value ? `os.environ["${KEY_VARIABLE}"]` : '"none"'})`,
+    `client = OpenAI(base_url=${quoted(address("v1"))}, api_key=${apiKey.value ? `os.environ["${KEY_VARIABLE}"]` : '"local"'})`,
     "with client.audio.speech.with_streaming_response.create(",
     `    model=${quoted(model)},`,
     `    voice=${quoted(voice)},`,
     `    input=${quoted(input)},`,
     `    response_format=${quoted(format)},`,
-    `    speed=${speed},`,
+    ...(speed === 1 ? [] : [`    speed=${speed},`]),
     ...(extra.length ? [`    extra_body={${extra.join(", ")}},`] : []),
     ") as response:",
     `    response.stream_to_file("speech.${format}")`,
@@ -54,7 +57,7 @@ export function javascriptCode(request) {
     `const response = await fetch(${quoted(address("v1/audio/speech"))}, {`,
     '  method: "POST",',
     `  headers: { "Content-Type": "application/json"${key} },`,
-    `  body: JSON.stringify(${quoted(withoutEmpty(request), 2).replaceAll("\n", "\n  ")}),`,
+    `  body: JSON.stringify(${quoted(needed(request), 2).replaceAll("\n", "\n  ")}),`,
     "});",
     "if (!response.ok) throw new Error(await response.text());",
     `await writeFile("speech.${request.response_format}", Buffer.from(await response.arrayBuffer()));`,
@@ -68,10 +71,22 @@ export function openclawCode({ model, voice }) {
   return `openclaw config set tts ${shellQuoted(JSON.stringify(settings))} --strict-json --merge`;
 }
 
+/** Return a link that opens this page with the text, the voice and the speed. They are in the fragment, which browsers send to no server. */
+export function linkCode({ input, voice, speed }) {
+  return `${address("")}#${new URLSearchParams({ text: input, voice, speed })}`;
+}
+
+/** Return what a link holds, or null if this is none. */
+export function requestOf(fragment) {
+  const fields = new URLSearchParams(fragment.slice(1));
+  return fields.get("text") ? { input: fields.get("text"), voice: fields.get("voice"), speed: Number(fields.get("speed")) || 1 } : null;
+}
+
 /** The forms of the request: code, and a note for people. */
 export const FORMS = {
   curl: [curlCode, "Saves the speech to a file in the current folder."],
   python: [pythonCode, "Needs the package openai."],
   javascript: [javascriptCode, "Save it as speak.mjs and run it with Node 18 or later."],
   openclaw: [openclawCode, "Run it once in a terminal. OpenClaw then speaks with this voice."],
+  link: [linkCode, "Opens this page with this text and voice, for everybody who can reach this server."],
 };

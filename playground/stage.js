@@ -2,7 +2,7 @@
 //
 // The highlight is a mark in a copy of the text that lies exactly under the text box and is itself invisible.
 
-import { byId, make } from "./dom.js";
+import { byId, make, memory } from "./dom.js";
 
 /** The page keeps the samples of a take in memory: an hour of speech has about 54,000 characters and 173 MB. */
 export const MOST_CHARACTERS = 50_000;
@@ -50,7 +50,8 @@ export class Stage extends EventTarget {
     byId("text-file").addEventListener("change", ({ target }) => this.#open(target.files[0]).then(() => (target.value = "")));
     for (const kind of ["wheel", "touchmove", "keydown"]) this.#sheet.addEventListener(kind, () => (this.#scrolled = performance.now()), { passive: true });
     this.#acceptDrops(byId("stage"));
-    this.value = SAMPLES[0][1];
+    addEventListener("pagehide", () => memory.write("text", this.untouched ? null : this.value, sessionStorage));
+    this.value = memory.read("text", sessionStorage) ?? SAMPLES[0][1]; // a reload keeps the user's own text
     this.#text.setSelectionRange(this.value.length, this.value.length);
   }
 

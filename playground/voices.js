@@ -59,6 +59,7 @@ export class VoiceList extends EventTarget {
     this.#wanted = id;
     memory.write("voice", id);
     this.#check();
+    this.#renderResting();
     this.#showMeanwhile();
     this.dispatchEvent(new Event("change"));
   }
@@ -122,7 +123,7 @@ export class VoiceList extends EventTarget {
   #renderResting() {
     const groups = this.#groups();
     const speaker = this.voice;
-    const now = JSON.stringify([groups.map(({ key, voices }) => [key, voices.map(({ id }) => id)]), speaker?.id]);
+    const now = JSON.stringify([groups.map(({ key, voices }) => [key, voices.map(({ id }) => id)]), speaker?.id, this.#wanted]);
     if (now !== this.#folded) {
       const open = new Set([...this.#resting.querySelectorAll("details[open]")].flatMap(({ dataset }) => dataset.voices.split(" ")));
       const focused = this.#resting.contains(document.activeElement);
@@ -149,7 +150,7 @@ export class VoiceList extends EventTarget {
     });
     const helps = make("div", { className: "helps" });
     if (words.again) helps.append(this.#helpButton("Try again now", () => this.#again()));
-    if (speaker) helps.append(this.#helpButton(`Use ${nameOf(speaker)} meanwhile`, () => this.#useMeanwhile(speaker.id)));
+    if (speaker && voices.some(({ id }) => id === this.#wanted)) helps.append(this.#helpButton(`Use ${nameOf(speaker)} meanwhile`, () => this.#useMeanwhile(speaker.id)));
     const group = make("details", { className: "resting", open }, summary, make("p", { className: "reason" }), make("ul", {}, ...items), helps);
     group.dataset.voices = voices.map(({ id }) => id).join(" ");
     return group;

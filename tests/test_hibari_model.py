@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,26 @@ def test_without_a_network_the_reason_is_given_and_nothing_is_tried(hub: SmallHu
     assert files.missing("kore") == "is not downloaded: HF_HUB_OFFLINE is set."
     assert not files.pending("kore")
     assert hub.requests == []
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_reported_once(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits a second before each of its own retries
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+        files = VoiceFiles(tmp_path / "ours")
+        for _ in range(2):
+            assert not files.fetch(["emma", "fenrir"])
+    assert [
+        record.message.partition(" (")[0] for record in caplog.records if record.name == "hibari_model" and record.levelname == "WARNING"
+    ] == ["voices emma, fenrir: the hub cannot be reached"]
+    assert files.missing("emma") == files.missing("fenrir")
+    assert "check the network" in (files.missing("fenrir") or "")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    assert files.fetch(["emma", "fenrir"])
 
 
 def test_voices_are_loaded_when_they_speak_share_the_lexicons_and_are_freed_when_idle(hub: SmallHub, tmp_path: Path) -> None:

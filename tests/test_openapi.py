@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from browsing import running_chromium, visit
 from conftest import PROJECT, RunningServer
+from listening import decode
+from playwright.sync_api import expect
 
 from audio_formats import FORMATS
 
@@ -87,6 +91,36 @@ def test_the_examples_of_the_docs_cover_each_format_and_work(server: RunningServ
             assert answer.headers["content-type"].split(";")[0] == FORMATS[asked.get("response_format", "mp3")].content_type
             assert len(answer.content) > 5_000
     assert formats == set(FORMATS)
+
+
+def test_each_example_works_at_a_press_on_the_page_docs(server: RunningServer, tmp_path: Path) -> None:
+    with running_chromium() as browser, visit(browser, f"{server.url}/docs", "docs") as seen:
+        seen.page.goto(seen.url)
+        operation = seen.page.locator("#operations-speech-createSpeech")
+        operation.locator(".opblock-summary").click()
+        examples, answer = operation.locator("select.examples-select-element"), operation.locator(".live-responses-table")
+        examples.wait_for()
+        names = examples.locator("option").all_inner_texts()
+        for name in names:
+            examples.select_option(label=name)
+            asked = json.loads(operation.locator("textarea").input_value())
+            operation.get_by_role("button", name="Execute").click()
+            expect(answer.locator(".response-col_status").last).to_contain_text("200")
+            if asked.get("stream_format") == "sse":
+                expect(answer).to_contain_text("speech.audio.done")
+            else:
+                with seen.page.expect_download() as waiting:
+                    answer.get_by_text("Download file").click()
+                kind = asked.get("response_format", "mp3")
+                assert waiting.value.suggested_filename == f"speech.{kind}"
+                waiting.value.save_as(tmp_path / "saved")
+                samples, rate = decode((tmp_path / "saved").read_bytes(), kind)
+                assert rate == asked.get("sample_rate", 48_000 if kind == "opus" else 24_000)
+                assert len(samples) > 1.5 * rate
+                assert float(np.abs(samples).max()) > 0.1
+            operation.get_by_role("button", name="Clear").click()
+            expect(answer).to_have_count(0)
+        assert len(names) == 9
 
 
 def caused(server: RunningServer) -> Iterator[httpx.Response]:

@@ -87,7 +87,7 @@ def test_playback_starts_while_the_rest_still_arrives(guest: Guest) -> None:
         assert seen.pixels("--wave-rest") > early
         assert seen.pixels("--accent") > 0
         assert seen.page.evaluate("sesame.take.duration") > 60
-        expect(seen.page.locator("#results .meta")).to_contain_text(re.compile(r"· [1-9]:\d\d ·"))
+        expect(seen.page.locator("#results .meta")).to_contain_text(re.compile(r"· [1-9] min \d+ s ·"))
 
 
 def test_the_spoken_word_is_highlighted_in_the_text_box_and_a_click_goes_to_another(guest: Guest) -> None:
@@ -247,9 +247,10 @@ def test_voices_that_cannot_speak_are_folded_with_their_reason(guest: Guest) -> 
         expect(missing.locator("summary")).to_have_text("Emma, Fenrir, Fable, KoreNot downloaded (HF_HUB_OFFLINE)")
         csm.get_by_role("button", name="Use Heart meanwhile").click()
         expect(seen.page.get_by_label("Heart", exact=True)).to_be_focused()
+        expect(csm.get_by_role("button")).to_have_count(0)
         expect(seen.page.locator("#meanwhile")).to_be_hidden()
         expect(seen.page.locator("#add-voice")).to_be_disabled()
-        expect(seen.page.locator("#add-note")).to_contain_text("Switched off: CSM-1B")
+        expect(seen.page.locator("#add-note")).to_have_text("Added voices need CSM-1B, which is switched off.")
 
 
 @pytest.mark.skipif(csm_can_run(), reason="CSM runs on this machine")
@@ -260,9 +261,10 @@ def test_a_machine_that_can_never_run_csm_is_told_so(guest: Guest, make_server: 
         group = seen.page.locator(".resting", has_text="Conversational B")
         expect(group.locator(".line")).to_have_text("Needs Apple Silicon")
         expect(seen.page.locator("#add-voice")).to_be_disabled()
-        expect(seen.page.locator("#add-note")).to_have_text(
-            "Needs Apple Silicon: CSM-1B, which speaks added voices, does not run on this server."
-        )
+        expect(seen.page.locator("#add-note")).to_have_text("Added voices need CSM-1B, which needs Apple Silicon.")
+        group.locator("summary").click()
+        expect(group.locator(".reason")).to_contain_text("far too slow")
+        expect(group.get_by_role("button")).to_have_count(0)  # Heart is selected already
 
 
 def test_a_preview_is_requested_once_and_kept(guest: Guest) -> None:
@@ -339,6 +341,47 @@ def test_samples_files_and_clear_replace_the_text_and_can_be_undone(guest: Guest
         )
         expect(page.locator("#status")).to_have_text("Opened dropped.txt")
         assert page.input_value("#text") == "Dropped words."
+
+
+def test_a_text_survives_a_reload_of_its_tab_only(guest: Guest) -> None:
+    with guest() as seen:
+        seen.open()
+        greeting = seen.page.input_value("#text")
+        seen.page.fill("#text", SENTENCE)
+        seen.page.reload()
+        assert seen.page.input_value("#text") == SENTENCE
+        later = seen.context.new_page()
+        later.goto(seen.url)
+        assert later.input_value("#text") == greeting
+        seen.page.click("#clear")
+        seen.page.reload()
+        assert seen.page.input_value("#text") == greeting
+
+
+def test_a_shared_link_opens_the_page_with_its_text_voice_and_speed(guest: Guest, browser: Browser) -> None:
+    with guest() as seen:
+        seen.open()
+        seen.page.fill("#text", HOSTILE)
+        seen.page.locator("#speed").fill("1.5")
+        seen.page.get_by_label("Link", exact=True).check()
+        link = seen.page.locator("#code").inner_text()
+        friend = browser.new_context()
+        page = friend.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url + (request.post_data or "")))
+        page.goto(link)
+        expect(page.locator("#chosen")).to_have_text("Heart, 1.50×")
+        assert page.input_value("#text") == HOSTILE
+        assert page.url == seen.url
+        page.fill("#text", "My own words.")
+        page.goto(link)  # the page is open already: only the fragment changes
+        expect(page.locator("#text")).to_have_value(HOSTILE)
+        page.click("#undo")
+        expect(page.locator("#text")).to_have_value("My own words.")
+        assert not [request for request in asked if request.startswith(f"{seen.url}v1/audio/speech")]
+        friend.close()
+        seen.page.goto(f"{seen.url}#text")  # what the link "Skip to the text" leaves in the address
+        assert seen.page.input_value("#text") == HOSTILE
 
 
 def test_recent_takes_survive_a_reload_until_they_are_cleared(guest: Guest) -> None:

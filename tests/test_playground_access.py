@@ -69,6 +69,20 @@ def guest(browser: Browser, server: RunningServer, request: pytest.FixtureReques
     return open_visit
 
 
+def open_and_close(seen: Visit, button: str, panel: str, *, first: str | None = None) -> None:
+    """Open the panel of the focused button with Enter, and close it with Escape: the focus is back on the button."""
+    expect(seen.page.locator(button)).to_be_focused()
+    seen.page.keyboard.press("Enter")
+    expect(seen.page.locator(panel)).to_be_visible()
+    if first:
+        expect(seen.page.locator(first)).to_be_focused()
+        seen.page.keyboard.press("ArrowUp")
+        expect(seen.page.locator(f"{panel} button").last).to_be_focused()
+    seen.page.keyboard.press("Escape")
+    expect(seen.page.locator(panel)).to_be_hidden()
+    expect(seen.page.locator(button)).to_be_focused()
+
+
 def test_the_keyboard_alone_is_enough(guest: Guest) -> None:
     with guest() as seen:
         seen.open()
@@ -95,20 +109,9 @@ def test_the_keyboard_alone_is_enough(guest: Guest) -> None:
         assert page.evaluate("sesame.player.position") == pytest.approx(1, abs=0.01)
         expect(page.locator("#wave")).to_have_attribute("aria-valuetext", "0:01 of " + page.inner_text("#length"))
         keyboard.press("Tab")
-        expect(page.locator("#details-button")).to_be_focused()
-        keyboard.press("Enter")
-        expect(page.locator("#details")).to_be_visible()
-        keyboard.press("Escape")
-        expect(page.locator("#details")).to_be_hidden()
-        expect(page.locator("#details-button")).to_be_focused()
+        open_and_close(seen, "#details-button", "#details")
         keyboard.press("Tab")
-        keyboard.press("Enter")
-        expect(page.locator("#download-menu [data-value=mp3]")).to_be_focused()
-        keyboard.press("ArrowUp")
-        expect(page.locator("#download-menu [data-value=srt]")).to_be_focused()
-        keyboard.press("Escape")
-        expect(page.locator("#download-menu")).to_be_hidden()
-        expect(page.locator("#download")).to_be_focused()
+        open_and_close(seen, "#download", "#download-menu", first="#download-menu [data-value=mp3]")
         keyboard.press("Tab")
         expect(page.get_by_role("button", name="Hear Heart")).to_be_focused()
         keyboard.press("Tab")
@@ -211,7 +214,7 @@ def test_a_phone_shows_everything_without_sideways_scrolling(guest: Guest) -> No
         small = seen.page.evaluate(
             """() => [...document.querySelectorAll("button, summary, .chip, .segments label, .voice, input[type=range], input[type=text], nav a")]
                 .filter((e) => e.checkVisibility() && !e.closest(".unseen"))
-                .map((e) => [e.id || e.textContent.trim(), e.getBoundingClientRect(), e.closest(".stage-bar")]) // a row that scrolls
+                .map((e) => [e.id || e.textContent.trim(), e.getBoundingClientRect(), e.closest(".chips")]) // a row that scrolls
                 .filter(([, box, row]) => box.width < 44 || box.height < 44 || (!row && (box.left < 0 || box.right > 320)))
                 .map(([name, box]) => `${name} ${box.width} x ${box.height}`)"""
         )

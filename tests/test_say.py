@@ -172,10 +172,15 @@ def test_the_file_says_that_a_machine_spoke(server: RunningServer, tmp_path: Pat
 
 
 def test_the_voices_are_listed(server: RunningServer, tmp_path: Path) -> None:
-    lines = said(tmp_path, "--list-voices", "--server", server.url).decode().splitlines()
+    listed = say(tmp_path, "--list-voices", "--server", server.url)
+    lines = listed.stdout.decode().splitlines()
     assert [line.split()[0] for line in lines] == ["conversational", "conversational_b", "emma", "fenrir", "heart", "hibari-fable", "kore"]
     assert re.match(r"heart +hibari +ready +Warm and natural.*built in \(also af_heart, OpenAI's names\)$", lines[4])
     assert "not ready" in lines[0]
+    assert listed.stderr.decode().splitlines() == [
+        "say.py: conversational, conversational_b: Model 'csm-1b' is switched off: CSM=off.",
+        "say.py: emma, fenrir, hibari-fable, kore: not downloaded: HF_HUB_OFFLINE is set.",
+    ]
     assert "ready" not in said(tmp_path, "--list-voices", "--local").decode().replace("ready at once", "")
 
 

@@ -88,7 +88,7 @@ def plain(shown: str) -> list[str]:
 
 
 def test_the_banner_and_one_line_for_each_request(tmp_path: Path) -> None:
-    with on_screen(tmp_path) as screen:
+    with on_screen(tmp_path, 200) as screen:
         screen.wait_for("Stop .*Ctrl-C")
         banner = plain(screen.shown)
         screen.speak()
@@ -126,6 +126,23 @@ def test_the_banner_and_one_line_for_each_request(tmp_path: Path) -> None:
         assert word not in screen.shown + log
     for absent in ("uvicorn", "/playground/", "/health"):
         assert absent not in screen.shown
+
+
+def test_long_lines_are_broken_between_words_and_indented(tmp_path: Path) -> None:
+    with on_screen(tmp_path, 64, CSM="on", HF_HUB_OFFLINE=0, HF_ENDPOINT="http://127.0.0.1:9", DEFAULT_VOICE="heart") as screen:
+        screen.wait_for("Stop .*Ctrl-C")
+        screen.wait_for("voices emma, fenrir,")
+        screen.speak(voice="bob")
+        screen.wait_for("kore\\.")
+    lines = plain(screen.shown)
+    assert max(map(len, lines)) < 64
+    refused = next(index for index, line in enumerate(lines) if "  400  POST" in line)
+    whole = " ".join(line.strip() for line in lines[refused : refused + 4])
+    assert "invalid_voice: Voice 'bob' not found. Available voices: conversational, conversational_b, emma," in whole
+    assert lines[refused + 1].startswith(" " * 10)
+    assert screen.shown.count("\033[33m400\033[0m  POST") == 1
+    text = " ".join(" ".join(lines).split())
+    assert text.count("fenrir, fable, kore: the hub cannot be reached (ConnectError): check") == 1, "one warning for all voices"
 
 
 def test_a_download_is_a_live_line_and_csms_voice_is_announced(tmp_path: Path) -> None:
