@@ -23,6 +23,7 @@ from typing import Any
 import as_mac
 import httpx
 import pytest
+import tiny_csm
 from httpx._transports import default as _transports
 from hypothesis import settings as hypothesis_settings
 
@@ -101,10 +102,10 @@ class ForkedProcess:
 
 
 class ServerForker:
-    """The client of `server_forker.py`, one a test process."""
+    """The client of `server_forker.py`, at most one of each kind a test process."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("server_forker.py"))]
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("server_forker.py")), *arguments]
         environment = os.environ | {"PYTHONPATH": str(PROJECT)}
         self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
@@ -125,17 +126,21 @@ class ServerForker:
             self._process.stdin.close()
 
 
-@cache
-def server_forker() -> ServerForker:
+SERVER_FORKERS: dict[tuple[str, ...], ServerForker] = {}
+
+
+def server_forker(*arguments: str) -> ServerForker:
     """Started at the first server, ended with the test run."""
-    return ServerForker()
+    if arguments not in SERVER_FORKERS:
+        SERVER_FORKERS[arguments] = ServerForker(*arguments)
+    return SERVER_FORKERS[arguments]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _server_forker_ends() -> Iterator[None]:
+def _server_forkers_end() -> Iterator[None]:
     yield
-    if server_forker.cache_info().currsize:
-        server_forker().close()
+    for forker in SERVER_FORKERS.values():
+        forker.close()
 
 
 @dataclass
@@ -201,7 +206,10 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
     cache_dir = folder / "cache"
     log = folder / "stderr.log"
     environment = clean_environment(cache_dir, PORT=port, **settings)
-    process = server_forker().start(environment, log) if not _LOADER_SETTINGS & settings.keys() else _run_program(environment, log)
+    if _LOADER_SETTINGS & settings.keys():
+        process: subprocess.Popen[bytes] | ForkedProcess = _run_program(environment, log)
+    else:
+        process = server_forker(*(["csm"] if tiny_csm.SMALL_CODEC in settings else [])).start(environment, log)
     return RunningServer(process, port, cache_dir, log, dict(settings))
 
 

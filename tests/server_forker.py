@@ -1,5 +1,9 @@
 """A process that has imported the server already and forks one server per request: a start then takes a fraction of a second.
 
+    python tests/server_forker.py [csm]
+
+With `csm` it has also imported what CSM needs, which takes 2 s.
+
 Every server is a real process with its own environment, working directory, log and signals; only Python's imports are shared.
 `conftest.start_server` talks to it through its standard input and output: one JSON object a line each way.
 """
@@ -7,6 +11,7 @@ Every server is a real process with its own environment, working directory, log 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -17,6 +22,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import as_mac
+import huggingface_hub
+import tiny_csm
 
 _EXITS = "exit-{pid}"
 
@@ -32,6 +39,8 @@ def main() -> None:
     # The built-in voice reads its dictionaries once here, and never changes them.
     g2p._load_json = cache(g2p._load_json)
     g2p.G2P()
+    if "csm" in sys.argv[1:]:
+        _import_csm()
     gc.freeze()  # a collection in a server must not touch, and so copy, what all of them share
 
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
@@ -54,6 +63,15 @@ def main() -> None:
     for pid in list(folders):
         os.kill(pid, signal.SIGKILL)
     os._exit(0)  # nothing that a library does at exit may keep it alive
+
+
+def _import_csm() -> None:
+    """Import what a load of CSM imports; nothing starts a thread of MLX, which a fork would not have."""
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as csm_model sets them
+    from transformers import PreTrainedTokenizerFast  # noqa: F401 - what its AutoTokenizer imports late
+
+    import csm_generation  # noqa: F401
+    import csm_network  # noqa: F401
 
 
 def _serve(requests: TextIO, answers: TextIO, folders: dict[int, Path]) -> None:
@@ -88,6 +106,9 @@ def _run_server(request: dict[str, str | dict[str, str] | bool]) -> NoReturn:
         tempfile.tempdir = None  # TMPDIR may be another one
         if request["mac"]:
             as_mac.pretend()
+        if tiny_csm.SMALL_CODEC in os.environ:
+            importlib.reload(huggingface_hub.constants)  # they were those of this process's own environment
+            tiny_csm.use_small_codec()
         import logging
 
         from server import main as serve

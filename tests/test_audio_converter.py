@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from conftest import server_forker
+from conftest import SERVER_FORKERS
 from mutagen.aac import AAC
 
 from audio_converter import Converted, Encoder, encoder_arguments, to_int16
@@ -80,9 +80,8 @@ async def stream(samples: listening.Samples, fmt: AudioFormat, step: int = 2400,
 
 
 def children() -> list[psutil.Process]:
-    """Return the processes that the tests here have started, without the servers of other tests and the process that forks them."""
-    forker = server_forker().pid if server_forker.cache_info().currsize else None
-    own = [child for child in psutil.Process().children() if child.pid != forker]
+    """Return the processes that the tests here have started, without the servers of other tests and the processes that fork them."""
+    own = [child for child in psutil.Process().children() if child.pid not in {forker.pid for forker in SERVER_FORKERS.values()}]
     with suppress(psutil.NoSuchProcess):
         own += [grandchild for child in own for grandchild in child.children(recursive=True)]
     return own

@@ -46,7 +46,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     (presets / "hush.json").write_text(json.dumps({"name": "hush", "ref_audio": "hush.wav", "ref_text": "Nothing."}))
     soundfile.write(presets / "hush.wav", np.zeros(48_000), 24_000)
     settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": presets, "MODEL_DTYPE": "float32", "MAX_RETRIES": 2}
-    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT)))
+    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT, small_codec=True)))
     try:
         running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
         yield running
@@ -130,7 +130,7 @@ def test_a_recogniser_finds_wrong_words_has_them_said_again_and_its_figure_told(
     preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": CAP_FRAMES * 80}
     (tmp_path / "tiny.json").write_text(json.dumps(preset))
     settings = {"CSM": "on", "PRESETS_DIR": tmp_path, "MODEL_DTYPE": "float32", "MAX_RETRIES": 1, "VERIFY": "whisper"}
-    running = start_server(tmp_path, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT)))
+    running = start_server(tmp_path, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT, small_codec=True)))
     try:
         running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
         response = speak(running, "hello to you.")

@@ -258,7 +258,7 @@ def csm_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     (presets / "brief.json").write_text(json.dumps(tiny | {"name": "brief", "max_audio_length_ms": 80}))
     (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
     outcomes = [tiny_csm.ends_after(frames) for frames in (1, 2, 3)]
-    environment = tiny_csm.environment(tiny_csm.build(script={"": outcomes}))
+    environment = tiny_csm.environment(tiny_csm.build(script={"": outcomes}, small_codec=True))
     return {
         "CSM": "on",
         "GUARD": "off",

@@ -19,7 +19,7 @@ BODY: dict[str, Any] = {"model": "m", "input": "Hello.", "response_format": "pcm
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[SmallHub]:
-    tiny = tiny_csm.build(repo=REPOSITORY, script={"": [tiny_csm.ends_after(1)]})
+    tiny = tiny_csm.build(repo=REPOSITORY, script={"": [tiny_csm.ends_after(1)]}, small_codec=True)
     with SmallHub({repo: tiny_csm.snapshot_of(tiny, repo) for repo in (REPOSITORY, tiny_csm.MIMI, tiny_csm.TOKENIZER)}) as running:
         yield running
 
@@ -32,7 +32,7 @@ def server(hub: SmallHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (presets / "tiny.json").write_text(json.dumps({"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 80}))
     (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
     csm = {"CSM": "on", "MODEL_ID": REPOSITORY, "MODEL_DTYPE": "float32", "GUARD": "off", "PRESETS_DIR": presets, "DEFAULT_VOICE": "tiny"}
-    network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": folder / "hub"}
+    network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": folder / "hub", tiny_csm.SMALL_CODEC: 1}
     hub.list_errors[REPOSITORY] = (401, "GatedRepo")
     running = start_server(folder, IDLE_UNLOAD_SECONDS=2, **csm, **network)
     try:

@@ -241,7 +241,7 @@ def test_reduced_motion_is_respected(guest: Guest) -> None:
 
 def test_a_voice_is_recorded_named_used_and_deleted(guest: Guest, make_server: Callable[..., RunningServer]) -> None:
     script = {"": [tiny_csm.ends_after(3)], "Y": [tiny_csm.NOT_A_NUMBER]}
-    own = make_server(CSM="on", MODEL_DTYPE="float32", **tiny_csm.environment(tiny_csm.build(script=script)))
+    own = make_server(CSM="on", MODEL_DTYPE="float32", **tiny_csm.environment(tiny_csm.build(script=script, small_codec=True)))
     with guest(f"{own.url}/", permissions=["microphone"]) as seen:
         seen.expect_refusals = True
         seen.open()

@@ -347,7 +347,7 @@ def test_without_a_recogniser_the_words_are_asked_for(tmp_path: Path, monkeypatc
 
 
 def test_csm_speaks_with_an_added_voice_and_to_the_end_although_it_is_deleted_meanwhile(make_server: Callable[..., RunningServer]) -> None:
-    csm = tiny_csm.environment(tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}))
+    csm = tiny_csm.environment(tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True))
     server = make_server(CSM="on", MODEL_DTYPE="float32", MAX_BATCH=1, GUARD="off", GROUP_CHARACTERS=80, **csm)
     sample = wav(soundfile.read(io.BytesIO(speech()))[0][: 2 * RATE + 2000], 2 * RATE)  # a good second: Mimi takes long on a CPU
     voice = add(server, sample=sample).json()["id"]

@@ -1,7 +1,7 @@
 """Builds a tiny CSM-1B checkpoint in the layout of a Hugging Face cache; mlx-audio runs the same code on it as on the real one.
 
-The shapes are CSM's with small hidden sizes; Mimi has its full size, because its configuration is fixed in the library. It makes noise, not
-speech. Each variant is built once and kept under `.tiny-csm/`; use it with `environment(build(...))`.
+The shapes are CSM's with small hidden sizes; Mimi has its full size, because its configuration is fixed in the library, unless a server is
+forked with `small_codec`. It makes noise, not speech. Each variant is built once and kept under `.tiny-csm/`; use it with `environment(build(...))`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ MIMI = "kyutai/moshiko-pytorch-bf16"
 MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER = "unsloth/Llama-3.2-1B"
 
+SMALL_CODEC = "TEST_SMALL_CODEC"  # an environment variable that server_forker.py reads
+_SMALL_CODEC_BYTES = 50_000_000
+
 DEFAULT_ROOT = Path(__file__).resolve().parent.parent / ".tiny-csm"
 PROMPT_SECONDS = {"conversational_a": 0.24, "conversational_b": 0.4}
 SAMPLE_RATE = 24_000
@@ -55,6 +58,7 @@ def build(
     extra_files: bool = False,
     truncated: bool = False,
     quantized: bool = False,
+    small_codec: bool = False,
 ) -> Path:
     """Return a folder for HF_HUB_CACHE; build it if it does not exist (about 10 s the first time, 1 s for each further variant).
 
@@ -66,13 +70,14 @@ def build(
         extra_files: Add two files of weights with other names beside `model.safetensors`, as in `sesame/csm-1b`.
         truncated: Cut off the second half of `model.safetensors`.
         quantized: Convert it with mlx-audio's own convert, 8 bits.
+        small_codec: Mimi's weights are those of `tiny_weights.small_mimi_config`, for servers that `environment(...)` tells so.
     """
-    variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized], sort_keys=True, default=list)
+    variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized, small_codec], sort_keys=True, default=list)
     cache = root / f"{_source_key()}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
     if cache.is_dir():
         return cache
     with _made_at_once(cache) as folder:
-        _link_tree(_shared(root), folder)
+        _link_tree(_shared(root, small_codec=small_codec), folder)
         snapshot = _snapshot(folder, repo)
         if quantized:
             _quantize(build(root, repo=repo, script=script, dtype=dtype), repo, snapshot)
@@ -88,8 +93,17 @@ def build(
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Return the environment variables with which Hugging Face's libraries read only `cache`."""
-    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    """Return the environment variables with which Hugging Face's libraries read only `cache`; if its Mimi is small, a server knows that."""
+    weights = snapshot_of(cache, MIMI) / MIMI_FILE
+    small = {SMALL_CODEC: "1"} if weights.stat().st_size < _SMALL_CODEC_BYTES else {}
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | small
+
+
+def use_small_codec() -> None:
+    """Make this process build its network with a Mimi of a fortieth of its size, as in a checkpoint with `small_codec`."""
+    import csm_network
+
+    csm_network.mimi_202407 = lambda _: tiny_weights.small_mimi_config()
 
 
 @contextlib.contextmanager
@@ -151,12 +165,13 @@ def _snapshot(cache: Path, repo: str) -> Path:
     return snapshot
 
 
-def _shared(root: Path) -> Path:
+def _shared(root: Path, *, small_codec: bool) -> Path:
     """Return the folder with Mimi and the tokenizer, to which all variants have hard links."""
-    shared = root / f"{_source_key()}-shared"
+    shared = root / f"{_source_key()}-shared{'-small' if small_codec else ''}"
     if not shared.is_dir():
         with _made_at_once(shared) as folder:
-            _save(_snapshot(folder, MIMI) / MIMI_FILE, tiny_weights.mimi_weights(), "float32")
+            config = tiny_weights.small_mimi_config() if small_codec else None
+            _save(_snapshot(folder, MIMI) / MIMI_FILE, tiny_weights.mimi_weights(config), "float32")
             _write_tokenizer(_snapshot(folder, TOKENIZER))
     return shared
 

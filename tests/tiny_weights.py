@@ -270,6 +270,19 @@ def _normal(random: np.random.Generator, *shape: int, scale: float) -> Array:
     return random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 
 
+def small_mimi_config() -> Any:
+    """Return the configuration of a Mimi with narrow layers; scripts' tokens sound as they do with the full-size one."""
+    from mlx_audio.codec.models.mimi.mimi import mimi_202407
+
+    config = mimi_202407(CODEBOOKS)
+    config.seanet.nfilters = 4
+    config.seanet.dimension = config.transformer.d_model = 64
+    config.transformer.num_layers = 1
+    config.transformer.dim_feedforward = 64
+    config.quantizer_dim = 16
+    return config
+
+
 def mimi_weights(config: Any = None) -> dict[str, Array]:
     """Return random weights for Mimi, under the names and with the axes of the PyTorch file, float32.
 
