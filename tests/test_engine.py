@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_csm
 from conftest import RunningServer
+from hibari import g2p
 from listening import decode, transcribe, word_error_rate
 
 from audio_formats import Samples
@@ -24,6 +26,9 @@ from model_host import Heartbeat, ModelHost, RequestQueue
 from speech_model import LoadProgress, ModelLoadError, SegmentChunk, SpeechOptions
 from tts_engine import TTSEngine, Utterance
 from voice_presets import Voice, VoicePresetManager
+
+# Each engine here would read the built-in voice's dictionaries again; nothing changes them.
+g2p._load_json = cache(g2p._load_json)
 
 T = TypeVar("T")
 TEXT = "Good morning. It is a quarter past seven, and the kettle is on."

@@ -91,7 +91,7 @@ def test_one_to_three_fields_are_anything(client: httpx.Client, changed: dict[st
 @example("á" + "\u0301" * 2000)
 @example(RIGHT_TO_LEFT + "Hello." + NUL)
 @example("\ufeff1" + "\u2028" * 50)
-@example("9" * 4096)
+@example("9" * 800)
 @example("1," + "000," * 40 + "000")
 @example("H₂O, 10⁶, and point ①.")
 @example("ﷺ" * 500)
