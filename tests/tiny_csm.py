@@ -103,7 +103,7 @@ def use_small_codec() -> None:
     """Make this process build its network with a Mimi of a fortieth of its size, as in a checkpoint with `small_codec`."""
     import csm_network
 
-    csm_network.mimi_202407 = lambda _: tiny_weights.small_mimi_config()
+    csm_network.mimi_202407 = lambda _: tiny_weights.small_mimi_config()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
