@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import regex
 
@@ -16,6 +17,7 @@ import text_english_words as table
 
 Match = re.Match[str]  # those of `regex` have the same methods
 Reader = Callable[[Match], "str | None"]
+Rules = tuple[tuple[str, Reader], ...]
 
 
 def _any_of(forms: Iterable[str]) -> str:
@@ -724,7 +726,13 @@ def _lowered(word: str) -> str:
 # --- The rules ---
 
 
-def _rules(*rules: tuple[str, Reader]) -> list[tuple[regex.Pattern[str], Reader]]:
+def _rules(*rules: tuple[str, Reader]) -> Rules:
+    return rules
+
+
+@cache
+def compiled(rules: Rules) -> list[tuple[regex.Pattern[str], Reader]]:
+    """Return rules with their patterns compiled, which takes 0.1 s: not at import, because `say` with a server needs none."""
     return [(regex.compile(pattern), reader) for pattern, reader in rules]
 
 

@@ -280,8 +280,8 @@ class _Readings:
         self.pieces.append(Piece(spoken, start, end))
         self._taken[start:end] = b"\x01" * (end - start)
 
-    def apply(self, rules: Sequence[tuple[regex.Pattern[str], text_english.Reader]]) -> None:
-        for pattern, reader in rules:
+    def apply(self, rules: text_english.Rules) -> None:
+        for pattern, reader in text_english.compiled(rules):
             for match in pattern.finditer(self.text):
                 start, end = match.span()
                 if end > start and self.free(start, end) and (spoken := reader(match)) is not None:

@@ -15,7 +15,7 @@ from mcp import Client, StdioServerParameters, stdio_client
 from mcp.types import CallToolResult, TextContent
 from saying import add_loudspeaker, environment
 
-TEXT = "The kettle is on, and the tea will be ready soon."
+TEXT = "The kettle is on, and the coffee will be ready soon."
 
 
 @asynccontextmanager
