@@ -135,7 +135,7 @@ def roman(text: str) -> str:
 
 
 _ROMAN_VALUES = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
-_ROMAN = r"(?=[IVXLCDM])(M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3}))"
+_ROMAN = r"(?=[LCDM]*[IVX])(M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3}))"
 
 
 def house_number(digits: str) -> str:
@@ -290,8 +290,14 @@ def _clock_range(match: Match) -> str | None:
 
 
 def _clock_seconds(match: Match) -> str:
-    hours, minutes, seconds = (_counted(str(int(match[at])), name, f"{name}s") for at, name in enumerate(("hour", "minute", "second"), 1))
-    return _stopped(f"{hours} {minutes} and {seconds}{f' {match[4].upper()}M' if match[4] else ''}", match)
+    half = f" {match[4].upper()}M" if match[4] else ""
+    return _stopped(_duration(match) + half, match)
+
+
+def _duration(match: Match) -> str:
+    """Return the hours, minutes and seconds of the first three groups."""
+    parts = [_counted(str(int(match[at])), name, f"{name}s") for at, name in enumerate(("hour", "minute", "second"), 1) if match[at]]
+    return " and ".join([" ".join(parts[:-1]), parts[-1]])
 
 
 # --- Money ---
@@ -309,6 +315,8 @@ _NOUN = re.compile(r" (?!(?:of|per|and|or|in|for|on|at|to|from|by|is|was|a|an|th
 def _amount(name: str, amount: str, magnitude: str | None, country: str | None = None) -> str:
     """Return an amount of money in words: two decimals are cents, more are read out."""
     code = name.rstrip(".")
+    if code == "€" and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", amount):
+        amount = amount.replace(".", "")  # "€1.000", as it is written where it is paid
     one, many, cent, cents = table.CURRENCIES[table.CODES.get(code, code)].split("/")
     prefix = f"{table.DOLLARS[country]} " if country else ""
     if magnitude:
@@ -328,7 +336,9 @@ def _amount(name: str, amount: str, magnitude: str | None, country: str | None =
 def _money(match: Match) -> str:
     minus, country, name, inner, amount, magnitude, last_name, last, last_magnitude, period = match.groups()
     if last:
-        first = _amount(name, amount, magnitude, country) if last_name or magnitude or "." in amount else number(amount)
+        shared = last_magnitude and not magnitude and float(amount.replace(",", "")) < float(last.replace(",", ""))
+        is_money = (last_name or magnitude or "." in amount) and not shared
+        first = _amount(name, amount, magnitude, country) if is_money else number(amount)
         words = f"{first} to {_amount(name, last, last_magnitude, country)}"
     else:
         words = _attributive(_amount(name, amount, magnitude, country), match)
@@ -422,6 +432,11 @@ def _feet_inches(match: Match) -> str:
     return f"{_counted(match[1], 'foot', 'feet')} {number(match[2])}"
 
 
+def _feet_by_feet(match: Match) -> str:
+    names = ("foot", "feet") if match[2] in "'′" else ("inch", "inches")
+    return f"{_counted(match[1], *names)} by {_counted(match[3], *names)}"
+
+
 def _inches(match: Match) -> str | None:
     if match[0].endswith('"') and match.string.count('"', 0, match.start()) % 2:
         return None  # it closes a quotation
@@ -438,6 +453,8 @@ def _fraction(match: Match) -> str | None:
     whole, top, bottom, unit = match[1], match[2], match[3], match[4]
     if bottom.strip("0") == "" or top[0] == "0":
         return None
+    if _YEAR.fullmatch(top) and len(bottom) == 2 and not whole and not unit:
+        return f"{year(top)} {year(bottom)}"
     if top == bottom and not whole and not unit:
         return f"{cardinal(top)} out of {cardinal(bottom)}"
     return _mixed(match, fraction(top, bottom), 4)
@@ -484,6 +501,11 @@ def _equation(match: Match) -> str:
     return " ".join(words)
 
 
+def _relation(match: Match) -> str:
+    has_verb = match.string.endswith(("is ", "are ", "was ", "were "), 0, match.start())
+    return table.OPERATORS[match[0]].removeprefix("is " if has_verb else "")
+
+
 def _power(match: Match) -> str:
     return f"{number(match[1]) if match[1][0].isdigit() else match[1]} {_to_the(match[2])}"
 
@@ -518,6 +540,9 @@ def signs() -> dict[str, str]:
 _STREET_WORDS = (
     rf"((?:(?:[NSEW]{{1,2}}\.? )?(?:[A-Z][A-Za-z'’]{{1,20}}|\d{{1,3}}(?:st|nd|rd|th)) ){{1,3}}?)({'|'.join(table.STREETS)}|st|hwy)\b\.?"
 )
+
+
+_TOWN = re.compile(r"(?:\b(?:in|to|from|of|near|at|for)|\d[\w.,'’ ]{3,50}) (?:[A-Z][\w.'’]* ){0,2}[A-Z][\w.'’]*, $")
 
 
 def _digits(match: Match) -> str:
@@ -559,8 +584,22 @@ def _address(match: Match) -> str:
     return _stopped(" ".join(filter(None, [*parts, table.STREETS[street.capitalize()]])), match)
 
 
-def _state(match: Match) -> str:
+def _state(match: Match) -> str | None:
+    """Return the state after a town; what is a word too needs a ZIP code or words that lead to a place: "Well, OK"."""
+    is_sure = match[1] not in table.STATES_TOO or match[2] or _TOWN.search(match.string, max(0, match.start() - 80), match.start())
+    if not is_sure:
+        return None
     return table.STATES[match[1]] + (f" {_groups(match[2])}" if match[2] else "")
+
+
+def _times(match: Match) -> str:
+    words = f"{number(match[1])} to {number(match[2])}" if match[1] else number(match[2])
+    return f"{words} {'times' if _COMPARED.match(match.string, match.end()) else 'x'}"
+
+
+_COMPARED = re.compile(
+    r" (?:faster|slower|more|less|better|bigger|larger|smaller|cheaper|higher|lower|the|as|a|yours?|mine|his|hers|ours|theirs|my|that|this|what)\b"
+)
 
 
 def _code(match: Match) -> str:
@@ -578,6 +617,7 @@ def _letters_and_number(match: Match) -> str | None:
 # --- Abbreviations ---
 
 _AFTER_NAME = re.compile(r"[A-Z][a-z]+ $")
+_NO_NAME = re.compile(rf"[a-z]|{_STARTER.pattern}")
 # What may be short for something before a full stop or a hyphen; `\b[A-Z]` is an initial.
 ABBREVIATED = rf"[A-Z]|{_any_of([*table.TITLES, *table.ABBREVIATIONS, *table.STREETS])}|{_SHORT_WEEKDAY}|(?i:{_any_of(table.NUMBERED)})"
 
@@ -585,7 +625,7 @@ ABBREVIATED = rf"[A-Z]|{_any_of([*table.TITLES, *table.ABBREVIATIONS, *table.STR
 def _title(match: Match) -> str | None:
     """Return a title before a name; "Elm St. It" ends a sentence, and has none."""
     is_street = match[1] in ("St", "Dr", "Mt", "Ft") and _AFTER_NAME.search(match.string, max(0, match.start() - 24), match.start())
-    return None if is_street and _STARTER.match(match.string, match.end()) else f"{table.TITLES[match[1]]} "
+    return None if is_street and _NO_NAME.match(match.string, match.end()) else f"{table.TITLES[match[1]]} "
 
 
 def _street(match: Match) -> str:
@@ -599,7 +639,7 @@ def _numbered(match: Match) -> str:
 
 
 def _phrase(match: Match) -> str:
-    return table.PHRASES[match[1]] if match[1] in ("i.e.", "e.g.") else _stopped_before_starter(table.PHRASES[match[1]], match)
+    return table.PHRASES[match[1]] if match[1].lower() in ("i.e.", "e.g.") else _stopped_before_starter(table.PHRASES[match[1]], match)
 
 
 def _initialism(match: Match) -> str:
@@ -612,17 +652,29 @@ def _initial(match: Match) -> str | None:
 
 # --- Roman numerals ---
 
-_PRONOUN_I = re.compile(r"\s+(?:am|have|do|can|think|know|like|love|want|see|need|don)\b|['’]")
+# What follows a numeral I; otherwise it is the pronoun: "the part I like".
+_AFTER_FIRST = re.compile(
+    r"(?i)\s*(?:$|[^\w\s'’])|\s+(?:of|and|or|to|in|by|we|error|errors|trial|trials|cancer|study|studies|became|ruled|died|reigned|begins|ends|"
+    r"covers|(?:is|was) (?:an?|the|king|queen|crowned|born|about|on))\b"
+)
+_RULER = re.compile(r"\b(?:King|Queen|Pope|Emperor|Tsar) $")
+_INITIAL = re.compile(rf"\.\s+(?!{_STARTER.pattern})[A-Z]")
 
 
-def _part(match: Match) -> str:
-    return f"{match[1]} {cardinal(roman(match[2]))}"
+def _is_numeral(match: Match) -> bool:
+    """Whether the letters are a numeral: neither a pronoun nor the initial of a name."""
+    is_sure = match[2] != "I" or match[1] == "War" or _RULER.search(match.string, max(0, match.start() - 10), match.start())
+    if not is_sure and not _AFTER_FIRST.match(match.string, match.end()):
+        return False
+    return len(match[2]) > 1 or not _INITIAL.match(match.string, match.end())
+
+
+def _part(match: Match) -> str | None:
+    return f"{match[1]} {cardinal(roman(match[2]))}" if _is_numeral(match) else None
 
 
 def _reign(match: Match) -> str | None:
-    if match[2] == "I" and _PRONOUN_I.match(match.string, match.end()):
-        return None
-    return f"{match[1]} the {ordinal(roman(match[2]))}"
+    return f"{match[1]} the {ordinal(roman(match[2]))}" if _is_numeral(match) else None
 
 
 # --- Names of files, hosts and mailboxes ---
@@ -708,6 +760,7 @@ def _last_digits(match: Match) -> str:
 # --- Capitals ---
 
 _CAPITALS = r"[A-Z][A-Z'’]*"
+_AROUND = 40
 
 
 def _shouted(match: Match) -> str | None:
@@ -716,6 +769,13 @@ def _shouted(match: Match) -> str | None:
     if not any(len(word) > 1 and word in table.COMMON for word in words):
         return None
     return re.sub(_CAPITALS, lambda word: _lowered(word[0]), match[0])
+
+
+def _capitals(match: Match) -> str | None:
+    """Return a word between numbers and signs of a text in capitals, as `_shouted`."""
+    around = match.string[max(0, match.start() - _AROUND) : match.end() + _AROUND]
+    words = re.findall(_CAPITALS, around)
+    return _lowered(match[0]) if around.isupper() and len(words) > 3 and not table.COMMON.isdisjoint(words) else None
 
 
 def _lowered(word: str) -> str:
@@ -740,13 +800,15 @@ def _always(words: str) -> Reader:
     return lambda _match: words
 
 
-def _from(table: dict[str, str], after: str = "") -> Reader:
-    return lambda match: table[match[0]] + after
+def _from(words: dict[str, str]) -> Reader:
+    return lambda match: words[match[0]]
 
 
 # Patterns in the order they are tried. `(?|…|…)` numbers the groups of each alternative anew.
 RULES = _rules(
     (rf"(?<![\w/.])(?:{_any_of(table.LITERALS)})(?![\w/])", _from(table.LITERALS)),
+    (r"(?<![\w/.])([A-G])#(?![\w/])", lambda match: f"{match[1]} sharp"),
+    (r"(?<![\w$])\$([A-Za-z])\$(?![\w$])", lambda match: match[1]),  # a variable in TeX
     # names
     (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", _name),
     (
@@ -767,7 +829,7 @@ RULES = _rules(
         _phone,
     ),
     (r"(?<![\w.])\+\d{1,3}(?:[ .-]\(?\d{1,5}\)?){2,6}(?![\w-])", lambda match: f"plus {_groups(match[0])}"),
-    (r"(?<![\w.-])\d{3}-(?:\d\d-)?\d{4}(?![\w-]|[.]\d)", _digits),
+    (r"(?<![\w.-])(?:\d{3}-(?:\d\d-)?\d{4}|\d{4}(?:[ -]\d{4}){3}|(?<=ISBN:? )[\d-]{10,17})(?![\w-]|[.]\d)", _digits),
     (r"(?<=[Cc]all )[2-9]11\b|(?<=[Dd]ial )[1-9]\d\d\b|(?<=ZIP )\d{5}\b|(?<=ZIP code )\d{5}\b|(?<=[a-z]{3} )\d{5}-\d{4}\b", _digits),
     (r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?::(\d{1,5}))?(?:/(\d{1,2}))?(?![\w]|\.\d)", _ip_address),
     # dates
@@ -778,11 +840,14 @@ RULES = _rules(
     (rf"\b{_MONTH}(,? )(\d{{4}})(?![\w:%]|[.,]\d)", lambda match: f"{_month(match[1])}{_in_year(match[2], match[3])}"),
     (r"\b(?:Q([1-4])[ ,']{0,2}|([1-4])Q)(\d{4}|\d\d)\b", _quarter),
     (rf"(?<![\w,.])['’‘]?{_DECADE}(?:[-–]{_DECADE})?\b", _decades),
+    (r"(?<=\b(?i:pre|post|mid|late|early)-)(?:1[1-9]|20)\d\d\b(?!-)", lambda match: year(match[0])),
+    (r"(?<![\w.,/-])((?:1[1-9]|20)\d\d) ?[-–] ?(?=(?:present|now|today)\b)", lambda match: f"{year(match[1])} to "),
     (r"(?<![\w,.])(\d{1,4}|\d,\d{3}) (A\.?D|B\.?C\.?E|B\.?C|C\.?E)\b\.?", _era),
     (rf"\b({_SHORT_WEEKDAY})\.?{_DASH}({_SHORT_WEEKDAY})\b\.?", lambda match: f"{_WEEKDAYS[match[1][:3]]} to {_WEEKDAYS[match[2][:3]]}"),
     # times of day
     (rf"(?<![\w:.,$]){_CLOCK}\s?(?:{_HALF})?{_DASH}{_CLOCK}\s?(?:{_HALF})?(?![\w:]|[.,]\d)", _clock_range),
     (rf"(?<![\w:.])(\d{{1,2}}):([0-5]\d):([0-5]\d)(?:\s?{_HALF})?(?![\w:])", _clock_seconds),
+    (r"(?<![\w.,])(\d{1,3})h ?([0-5]?\d)m(?:in)?(?: ?([0-5]?\d)s)?\b", _duration),
     (rf"(?|(?<![\w:.,$]){_CLOCK}\s?{_HALF}|(?<![\w:.]){_HOUR}:([0-5]\d)()(?!:?\w)){_ZONE}", _clock_time),
     # money
     (
@@ -801,7 +866,9 @@ RULES = _rules(
         rf"(?:\s?{_MEASURE}|(?![\w/]|[.,]\d| ?=))",
         _fraction,
     ),
+    (r"(?<![\w.,/])(\d{1,3}\.\d{1,2}) ?/ ?(\d{1,3})(?![\w/]|[.,]\d)", lambda match: f"{number(match[1])} out of {number(match[2])}"),
     (rf"{_START}(?:(\d{{1,9}}) ?)?([{_FRACTION_SIGNS}])(?:\s?{_MEASURE})?", _fraction_sign),
+    (rf"{_START}(\d{{1,4}})(['′]|[\"″]) ?[x×] ?(\d{{1,4}})\2(?!\w)", _feet_by_feet),
     (rf"{_START}(\d{{1,3}})(?:'|′|’) ?(\d{{1,2}}(?:\.\d)?)(?:\"|″|''|”)(?!\w)", _feet_inches),
     (rf"{_START}(\d{{1,4}}(?:\.\d{{1,4}})?)[\"″](?!\w)", _inches),
     (rf"{_START}(?:(\d{{1,4}})['′]-)?(\d{{1,4}})['′](?![\w'-])", _feet),
@@ -824,28 +891,34 @@ RULES = _rules(
     (r"(?<!\w)(\d{1,9}(?:\.\d{1,9})?)[eE]([-+−]?\d{1,3})\b", _scientific),
     (r"(?<![<-])[-=]>|→", _always("to")),
     (r"(?<!\S)([<>]=?|[≥≤])\s?(?=[$£€]?\d)", lambda match: f"{table.BOUNDS[match[1]]} "),
-    (rf"(?<=[\w)] ){_RELATION}(?= [\w-])", _from(table.OPERATORS)),
+    (rf"(?<=[\w)] ){_RELATION}(?= [\w-])", _relation),
     (r"\b([A-Za-z]|\d{1,12}(?:\.\d{1,6})?)([⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,4}|\^-?\d{1,4})", _power),
     (rf"([√∛∜]) ?({_NUM}|[A-Za-z]\b)", _root),
     # words before and after numbers
     (rf"(?<=, )({'|'.join(table.STATES)})(?:,? (\d{{5}}(?:-\d{{4}})?))?\b(?=[\s,.;)]|$)", _state),
-    (rf"\b({table.NAMED_BY_NUMBER})[ -](\d{{3,4}})([A-Z]?)\b(?![.,]?\d|[-–:/]\d)", _named_number),
+    (rf"\b({table.NAMED_BY_NUMBER})[ -](?|(\d{{3,4}})([A-Z]?)|(\d{{1,2}})([A-Z]))\b(?![.,]?\d|[-–:/]\d)", _named_number),
     (r"(?<![\w-])(?!UTC|GMT)([A-Z]{1,3})-?(\d{1,4})\b(?![\w/-]|[.,]\d)", _letters_and_number),
+    (rf"(?<![\w.,])(?:({_NUM})[-–])?({_NUM})x(?!\w)(?! ?\d)", _times),
     (
-        r"\b(\d{1,3})x(?= (?:faster|slower|more|less|better|bigger|larger|smaller|cheaper|higher|the|as)\b)",
-        lambda match: f"{number(match[1])} times",
+        r"(?<![\w.,])(\d{3,4})([pi])(\d\d)?\b",
+        lambda match: f"{house_number(match[1])} {match[2]} {(match[3] and number(match[3])) or ''}".strip(),
     ),
     (r"(?i:\b((?:ending in|pin|otp|pass ?code|password|code)(?: is|:)? ))((?=[a-z]{0,6}\d)[a-z0-9]{3,12})\b(?![-.]\w)", _code),
-    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(p|pp|fig|figs|no|vol|ch|sec|eq))\s(?=\d))", _numbered),
+    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(pp?|figs?|vol|ch|eq))\s(?=\d))", _numbered),
     (r"(?<=UTC|GMT)[-−](?=\d)", _always(" minus ")),
     (r"(?<![\w&])#\s?(?=\d)", _always("number ")),
     (rf"\b({table.PARTS}|(?i:{table.SMALL_PARTS}))\s{_ROMAN}(?![\w'’])", _part),
     (rf"\b({table.REIGNS})\s{_ROMAN}(?![\w]|\.\w)", _reign),
-    (r"(?<=[A-Za-z] )(?=[IVX]{2,6}\b)(?:X{0,3})(?:IX|IV|V?I{0,3})\b(?!['’.]\w)", lambda match: cardinal(roman(match[0]))),
+    (r"\b(?=[IVX])X{0,3}(?:IX|IV|V?I{0,3})(?= [Cc]entur)", lambda match: ordinal(roman(match[0]))),
+    (
+        r"(?<=\b[A-Z][\w'’]{0,30} )(?<!\b(?:An?|The|By|Via|My|His|Her) )(?=[IVX]{2,6}\b)X{0,3}(?:IX|IV|V?I{0,3})\b(?!['’.]\w)",
+        lambda match: cardinal(roman(match[0])),
+    ),
     # abbreviations
     (rf"(?<![\w.])({_any_of(table.PHRASES)})(?![\w])", _phrase),
-    (rf"(?<![\w.])({'|'.join(table.TITLES)})\.?\s(?=[A-Z])", _title),
-    (rf"((?:\b[A-Z][\w'’]+|\b\d{{1,3}}(?:st|nd|rd|th)) )({'|'.join(table.STREETS)})\b\.", _street),
+    (rf"(?<![\w.])({'|'.join(table.TITLES)})\.?\s(?=[A-Z]|(?:and|or|&) (?:{'|'.join(table.TITLES)})\b)", _title),
+    (rf"(?|(\b[A-Z][\w'’]+ )({'|'.join(table.STREETS)})\b\.|(\b\d{{1,3}}(?:st|nd|rd|th) )({'|'.join(table.STREETS)})\b\.?)", _street),
+    (r"\b[NSEW](?=\.? \d{1,3}(?:st|nd|rd|th) [A-Z])\.?", lambda match: table.COMPASS[match[0][0]]),
     (rf"(?<![\w.])({_any_of(table.ABBREVIATIONS)})\.(?!\w)", lambda match: _stopped(table.ABBREVIATIONS[match[1]], match)),
     (r"(?<![\w.])(?:[A-Z]\.){2,8}(?![\w])|(?<![\w.])(?:[A-Z]\.){1,8}[A-Z]\b", _initialism),
     (r"\b([A-Z])\.(?=\s[A-Z](?:[a-z]{2,}|\.))", _initial),
@@ -862,6 +935,7 @@ RULES = _rules(
     (rf"(?<![\w.,@/-]){_SIGNED}(?![\w@]|[.,]\d|[-–/@]\w)", _plain_number),
     # capitals
     (rf"\b{_CAPITALS}(?:[ ,:;-]+{_CAPITALS}){{1,60}}\b", _shouted),
+    (rf"\b{_CAPITALS}[A-Z]\b", _capitals),
     (rf"(?<=[a-z,] )(?:{table.EMPHASIZED})\b(?=[ ,.!?])", lambda match: match[0].lower()),
 )
 

@@ -64,8 +64,8 @@ UNITS = _table(
     kph, kmh: kilometer per hour; rpm: revolution per minute; bpm: beat per minute; fps: frame per second; dpi: dot per inch; W: watt;
     kW: kilowatt; MW: megawatt; GW: gigawatt; kWh: kilowatt hour; MWh: megawatt hour; mAh: milliamp hour; V: volt; mV: millivolt; kV: kilovolt;
     mA: milliamp; J: joule; kJ: kilojoule; kcal: kilocalorie; cal: calorie; N: newton; Pa: pascal; hPa: hectopascal; kPa: kilopascal; bar: bar;
-    psi: PSI; dB: decibel; px: pixel; cc: CC; K: kelvin; Ω: ohm; kΩ: kiloohm; sq ft: square foot; sq mi: square mile; sq m: square meter;
-    cu ft: cubic foot; fl oz: fluid ounce; pct, %: percent; ‰: per mille; pp: percentage point; °C, ° C, ºC, ℃: degree Celsius;
+    psi: PSI; dB: decibel; px: pixel; cc: CC; K: kelvin; Ω: ohm; kΩ: kiloohm; sq ft, sq. ft: square foot; sq mi, sq. mi: square mile; sq m, sq. m: square meter;
+    cu ft, cu. ft: cubic foot; fl oz, fl. oz: fluid ounce; pct, %: percent; ‰: per mille; pp: percentage point; °C, ° C, ºC, ℃: degree Celsius;
     °F, ° F, ºF, ℉: degree Fahrenheit; °, º, deg: degree; ¢: cent
     """
 )
@@ -94,7 +94,9 @@ SYMBOLS = _table(
     <: less than; >: greater than; ^: caret; \: backslash; /: slash; ★, ☆: star; −: minus; ²: squared; ³: cubed; ‰: per mille
     """
 )
-SIGNS_IN_NAMES = _table(".: dot; -: dash; _: underscore; @: at; +: plus; /: slash; :: colon; ~: tilde; &: ampersand")
+SIGNS_IN_NAMES = _table(
+    ".: dot; -: dash; _: underscore; @: at; +: plus; /: slash; :: colon; ~: tilde; &: ampersand; ?: question mark; =: equals; %: percent; #: hash"
+)
 
 # --- Places ---
 
@@ -104,6 +106,7 @@ STREETS = _table(
     Expy: Expressway; Ter: Terrace; Cir: Circle
     """
 )
+STATES_TOO = frozenset(_list("OK OR IN ME HI OH MA PA"))  # words too
 COMPASS = _table("N: North; S: South; E: East; W: West; NE: Northeast; NW: Northwest; SE: Southeast; SW: Southwest")
 STATES = _table(
     """
@@ -149,16 +152,16 @@ ABBREVIATIONS = _table(
 )
 PHRASES = _table(
     """
-    i.e.: that is; e.g.: for example; a.k.a., aka, AKA: also known as; Ph.D., Ph.D, PhD: PHD; M.D.: MD; B.Sc.: BSC; M.Sc.: MSC;
+    i.e.: that is; I.e.: That is; e.g.: for example; E.g.: For example; a.k.a., aka, AKA: also known as; Ph.D., Ph.D, PhD: PHD; M.D.: MD; B.Sc.: BSC; M.Sc.: MSC;
     No.1: number one; P.S.: PS; P.O.: PO; D.C.: DC; U.S.A.: USA; U.S.: US; U.K.: UK; E.U.: EU; U.N.: UN; btw, BTW: by the way; FYI: FYI;
     TBD: to be determined; IMO: in my opinion; vs: versus; tv: TV
     """
 )
 LITERALS = _table(
     """
-    24/7: twenty four seven; 9/11: nine eleven; 50/50, 50-50: fifty fifty; 20/20: twenty twenty; 401(k): four oh one k; C#: C sharp; F#: F sharp;
-    C++, c++: C plus plus; .NET: dot net; CO2, CO₂: CO two; H2O, H₂O: H two O; O₂: O two; B2B: B to B; B2C: B to C; P2P: P to P;
-    COVID-19, Covid-19, covid-19: covid nineteen; w/o: without; w/: with; b/c: because; c/o: care of; and/or: and or;
+    24/7: twenty four seven; 24/7/365: twenty four seven, three sixty five; 9/11: nine eleven; 50/50, 50-50: fifty fifty; 20/20: twenty twenty; 401(k): four oh one k; C++, c++: C plus plus; .NET: dot net; CO2, CO₂: CO two; H2O, H₂O: H two O; O₂: O two; B2B: B to B; B2C: B to C; P2P: P to P;
+    COVID-19, Covid-19, covid-19: covid nineteen; w/o: without; w/: with; b/c: because; c/o: care of; and/or: and or; he/she, she/he, s/he: he or she; his/her: his or her; him/her: him or her; yes/no: yes or no; he/him: he him;
+    she/her: she her; they/them: they them; WWI, WW1: World War one; WWII, WW2: World War two;
     n/a, N/A: not applicable; R&D: R and D; Q&A: Q and A; R&B: R and B; AT&T: AT and T; I/O: IO; TCP/IP: TCPIP; km/h: kilometers per hour;
     MP3, mp3: MP three; MP4, mp4: MP four; №: number; ℃: degrees Celsius; ℉: degrees Fahrenheit
     """
@@ -186,8 +189,8 @@ TLD = "com|org|net|edu|gov|io|ai|co|dev|app|info|me|tv|uk|de|fr|us|eu|ca|au|jp|c
 # --- Words beside numbers ---
 
 NAMED_BY_NUMBER = (
-    r"Room|Flight|Highway|Route|Interstate|Suite|Apartment|Apt|Boeing|Airbus|Gate|Exit|Channel|Bus|Building|Studio|Unit|Area|Hwy\.?|Peugeot|"
-    "Porsche|BMW|room|suite|apartment|flight"
+    r"Room|Flight(?: [A-Z0-9]{2})?|Highway|Route|Interstate|Suite|Apartment|Apt|Boeing|Airbus|Gate|Exit|Channel|Bus|Building|Studio|Unit|Area|Hwy\.?|Peugeot|"
+    "Porsche|BMW|room|suite|apartment|flight|Seat|seat|Row|row|gate|Platform|platform|apt|unit"
 )
 SOFTWARE = (
     "Python|python|iOS|macOS|Android|Node|Java|Ubuntu|Debian|Windows|Linux|Ruby|Swift|Go|Rust|PHP|version|Version|CUDA|Chrome|Firefox|Safari|"
