@@ -542,7 +542,7 @@ _STREET_WORDS = (
 )
 
 
-_TOWN = re.compile(r"(?:\b(?:in|to|from|of|near|at|for)|\d[\w.,'’ ]{3,50}) (?:[A-Z][\w.'’]* ){0,2}[A-Z][\w.'’]*, $")
+_TOWN = re.compile(r"(?:\b(?:in|to|from|of|near|at|for)|\d[\w.,'’ ]{3,50}) (?:[A-Z][\w.'’]* ){0,2}[A-Z]['’A-Z]?[a-z][\w.'’]*, $")
 
 
 def _digits(match: Match) -> str:
@@ -904,7 +904,7 @@ RULES = _rules(
         lambda match: f"{house_number(match[1])} {match[2]} {(match[3] and number(match[3])) or ''}".strip(),
     ),
     (r"(?i:\b((?:ending in|pin|otp|pass ?code|password|code)(?: is|:)? ))((?=[a-z]{0,6}\d)[a-z0-9]{3,12})\b(?![-.]\w)", _code),
-    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(pp?|figs?|vol|ch|eq))\s(?=\d))", _numbered),
+    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(pp?|figs?|vol|ch|eq))\s(?=\d)|(?<=, )(No)\s(?=\d))", _numbered),
     (r"(?<=UTC|GMT)[-−](?=\d)", _always(" minus ")),
     (r"(?<![\w&])#\s?(?=\d)", _always("number ")),
     (rf"\b({table.PARTS}|(?i:{table.SMALL_PARTS}))\s{_ROMAN}(?![\w'’])", _part),
