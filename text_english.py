@@ -422,7 +422,9 @@ def _adjective(match: Match) -> str:
     return f"{number(match[1])} {table.UNITS.get(match[2], match[2])}"
 
 
-def _dimensions(match: Match) -> str:
+def _dimensions(match: Match) -> str | None:
+    if match[2] and not _is_unit(match, 2):
+        return None
     parts = re.split(r"\s?[x×]\s?", match[1])
     words = " by ".join(house_number(part) if part.isdigit() else number(part) for part in parts)
     return _stopped(f"{words} {_unit_names(match, 2)[1]}" if match[2] else words, match)
@@ -753,6 +755,18 @@ def _plain_number(match: Match) -> str:
     return number(match[0]) if _COUNTED_NOUN.match(match.string, match.end()) else _number_or_year(match[0])
 
 
+def _letters_and_digits(match: Match) -> str:
+    """Return "GPT-4o" as "GPT four O". The grammar reads such names too, but takes up to 50 ms for each."""
+    parts = re.findall(r"[A-Za-z]+|\d+", match[0])
+    return " ".join(_digits_in_code(part) if part.isdigit() else part if len(part) > 1 else part.upper() for part in parts)
+
+
+def _digits_in_code(digits: str) -> str:
+    if len(digits) > 4 or digits[0] == "0":
+        return spelled(digits)
+    return house_number(digits) if len(digits) == 4 else cardinal(digits).replace(" and ", " ")
+
+
 def _last_digits(match: Match) -> str:
     return _number_or_year(match[0]) if len(match[0]) <= _LONGEST_NUMBER else spelled(match[0])
 
@@ -876,7 +890,7 @@ RULES = _rules(
     (r"(?<![\w.,=+*/-])(\d{1,6}(?:\.\d{1,6})?(?:[x×]\d{1,6}(?:\.\d{1,6})?){1,3})()(?![\w]|[.,]\d|\s?[=+])", _dimensions),
     (rf"{_START}({_SIGNED})(?:\s?({_UNIT}))?{_DASH}({_SIGNED})\s?{_MEASURE}", _measure_range),
     (rf"(?<![\w.,])({_SIGNED}){_BIG}\s?{_MEASURE}", _measure),
-    (rf"{_START}({_NUM})-({_UNIT}|[a-z]{{3,14}})\b", _adjective),
+    (rf"{_START}({_NUM})-({_UNIT}|[a-z]{{3,14}})\b(?!-\d)", _adjective),
     # versions
     (
         r"(?|(?<!\w)([Vv])\.?\s?(\d{1,6}(?:\.\d{1,6}){0,5})|(?<!\w)()(\d{1,6}(?:\.\d{1,6}){2,5}))"
@@ -927,12 +941,16 @@ RULES = _rules(
     # numbers
     (r"(?<![\w.,-])(\d{1,3}(?:,\d{3}){1,10}|\d{1,36})((?i:st|nd|rd|th))\b", _ordinal),
     (rf"(?<![\w.,/-])({_NUM})(?:[-–—−]| [-–—−] )({_NUM})(?![\w/-]|[.,]\d|\s?=)", _range),
-    (rf"(?<![\w.,])({_NUM})([kKMB]|bn|mn|mm)\b", _scaled),
+    (rf"(?<![\w.,])(?<!\w-)({_NUM})([kKMB]|bn|mn|mm)\b", _scaled),
     (r"(?<![\w:.,])(\d{1,3}):(\d{1,3})(?![\w:]|[.,]\d)", lambda match: f"{cardinal(match[1])} to {cardinal(match[2])}"),
     (rf"(?<![\w.,])({_NUM})\+(?!\w)", lambda match: f"{number(match[1])} plus"),
     (r"(?<![\w+)])\+(?=\d)", _always("plus ")),
     (r"(?<!\w)~\s?(?=[$£€]?\d)", _always("about ")),
     (rf"(?<![\w.,@/-]){_SIGNED}(?![\w@]|[.,]\d|[-–/@]\w)", _plain_number),
+    (
+        r"(?<![\w.,/@-])(?=[A-Za-z0-9-]{2,24}(?![\w@/-]|[.,]\w))(?=[A-Za-z-]*\d)(?=[\d-]*[A-Za-z])[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*",
+        _letters_and_digits,
+    ),
     # capitals
     (rf"\b{_CAPITALS}(?:[ ,:;-]+{_CAPITALS}){{1,60}}\b", _shouted),
     (rf"\b{_CAPITALS}[A-Z]\b", _capitals),

@@ -85,6 +85,9 @@ OPERATORS = _table(
     """
 )
 BOUNDS = _table(">: more than; <: less than; >=, ≥: at least; <=, ≤: at most")
+GREEK_LETTERS = _list(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
+)
 ROOTS = _table("√: square; ∛: cube; ∜: fourth")
 SYMBOLS = _table(
     r"""
