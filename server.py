@@ -28,6 +28,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, NoMatchFound
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from conversation_routes import ConversationEndpoint
@@ -192,9 +193,22 @@ async def _server(request: Request) -> Server:
 
 CurrentServer = Annotated[Server, Depends(_server)]
 
-# Nothing is requested as often as the health checks: their routes are tried first, and FastAPI resolves no dependency and validates no
-# answer for them, which takes most of the time of such a request.
-status_routes = APIRouter(tags=["service"], responses=COMMON_REFUSALS)
+
+class _PlainRoute(APIRoute):
+    """A route that calls its endpoint with the request and sends the response, without FastAPI's dependencies and validation.
+
+    Nothing is requested as often as the health checks, and these take most of the time of such a request. Documented as other routes are.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)  # refuses it
+            return
+        response = await self.endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+status_routes = APIRouter(tags=["service"], responses=COMMON_REFUSALS, route_class=_PlainRoute)
 _KEY_ACCEPTED: dict[str, Any] = {"security": [{"HTTPBearer": []}]}
 
 
@@ -301,7 +315,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
 def _include_routers(app: FastAPI) -> None:
     """Add the API. Only its routes refresh the voices: the page's files do not need them."""
     shared: dict[str, Any] = {"dependencies": [Depends(fresh_voices), _BEARER], "responses": COMMON_REFUSALS}
-    app.router.routes.extend(status_routes.routes)
+    app.router.routes[:0] = status_routes.routes  # first: the routes are tried in this order
     app.include_router(speech_routes, prefix="/v1", **shared)
     app.include_router(service_routes, **shared)
     app.include_router(voice_routes, prefix="/v1", **shared)
