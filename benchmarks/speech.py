@@ -9,6 +9,7 @@ Absolute times depend on the machine; compare the ratios, which are measured sid
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
 import json
 import os
@@ -30,7 +31,7 @@ from hibari import Hibari
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from audio_converter import to_int16  # noqa: E402 - the project's folder comes first
+from audio_converter import Encoder, to_int16  # noqa: E402 - the project's folder comes first
 from audio_formats import FORMATS  # noqa: E402 - the project's folder comes first
 from ffmpeg import find_ffmpeg  # noqa: E402 - the project's folder comes first
 
@@ -140,7 +141,7 @@ def one_sentence(server: Server, voice: Hibari, runs: int) -> None:
     )
 
 
-def complete_files(server: Server, runs: int) -> None:
+def complete_files(server: Server, voice: Hibari, runs: int) -> None:
     """Measure complete answers of 1,500 characters against pcm, which needs no encoder, alternately."""
     whole: dict[str, list[float]] = {name: [] for name in FORMATS}
     after: dict[str, list[float]] = {name: [] for name in FORMATS}
@@ -157,9 +158,22 @@ def complete_files(server: Server, runs: int) -> None:
     for name in FORMATS:
         complete = statistics.median(whole[name])
         outside = milliseconds(statistics.median(after[name])) if name != "pcm" else ""
-        rows.append([name, milliseconds(complete), f"{complete / pcm:.2f}", outside])
-    head = ["format", "complete", "ratio to pcm", "of it outside the generation: request, last samples, sending"]
+        last = milliseconds(statistics.median(asyncio.run(after_last_sample(voice, name)) for _ in range(runs))) if name != "pcm" else ""
+        rows.append([name, milliseconds(complete), f"{complete / pcm:.2f}", outside, last])
+    head = ["format", "complete", "ratio to pcm", "of it outside the generation: request, encoder's start, last samples, sending"]
+    head += ["of that after the last sample, with the encoder alone"]
     table(f"Complete answers of 1,500 characters, median of {runs}", head, rows)
+
+
+async def after_last_sample(voice: Hibari, name: str) -> float:
+    """Return how long the encoder takes to give the complete file once it has the last samples; it encodes while the voice speaks."""
+    sentences = voice.stream(LONG, seed=1)
+    async with Encoder(FORMATS[name], 24_000, streamed=False) as encoder:
+        while (samples := await asyncio.to_thread(next, sentences, None)) is not None:
+            await encoder.write(samples)
+        started = time.perf_counter()
+        await encoder.file()
+        return time.perf_counter() - started
 
 
 def probe(server: Server, path: str, count: int) -> list[float]:
@@ -302,7 +316,7 @@ def main() -> None:
             server.speak(input=SENTENCE)
             voice(SENTENCE)
         one_sentence(server, voice, runs)
-        complete_files(server, 3 if quick else 7)
+        complete_files(server, voice, 3 if quick else 7)
         streaming(server, voice, runs)
         probes(server)
         throughput(server, voice, 20 if quick else 80)
