@@ -143,7 +143,7 @@ class PrefixCache:
         self._states: OrderedDict[bytes, list[mx.array]] = OrderedDict()
 
     def get(self, *segments: PromptTokens) -> list[mx.array]:
-        """Return the state of each layer's cache after the segments, shape (2, 1, heads, positions, head size)."""
+        """Return the state of each layer's cache after the segments, shape (1, heads, 2, positions, head size)."""
         keys = _keys(segments)
         known = next((count for count in range(len(keys), 0, -1) if keys[count - 1] in self._states), 0)
         before = self._states[keys[known - 1]] if known else None

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_audio.lm.models.activations import swiglu
 from mlx_audio.lm.models.base import create_causal_mask
 from mlx_audio.lm.models.llama import MLP, LlamaModel
@@ -28,41 +27,39 @@ Draw = tuple[mx.array, mx.array, mx.array]
 class KvCache:
     """One layer's keys and values for rows that begin at different positions.
 
-    One common offset is correct: rotary embedding depends on distances only. Keys and values are one array, so that a step is one update.
+    One common offset is correct: rotary embedding depends on distances only. A head's values follow its keys in one array, so that a step
+    is one update, and keys and values are one slice each that Metal's attention reads without a copy.
 
     Args:
         padding: Positions that each row ignores after `prefix`, shape (rows,); None for no padding.
         growth: Positions by which it grows.
-        prefix: What it holds already, shape (2, rows, heads, positions, head size).
+        prefix: What it holds already: the `state` of another one.
     """
 
     def __init__(self, padding: mx.array | None = None, growth: int = _GROWTH, prefix: mx.array | None = None) -> None:
-        self._buffer = mx.zeros((2, 0, 0, 0, 0)) if prefix is None else prefix
-        self.offset = self._first = self._buffer.shape[3]
+        state = mx.zeros((0, 0, 2, 0, 0)) if prefix is None else prefix
+        self.offset = self._first = self._room = state.shape[3]
+        self._buffer = state.flatten(2, 3)
         self.padding = padding
         self._growth = growth
 
     @property
     def state(self) -> mx.array:
-        """The positions that are in use, shape (2, rows, heads, offset, head size)."""
-        return self._buffer[:, :, :, : self.offset]
+        """The positions that are in use, shape (rows, heads, 2, offset, head size): keys and values."""
+        return mx.unflatten(self._buffer, 2, (2, self._room))[:, :, :, : self.offset]
 
-    def append(self, added: Sequence[tuple[slice | int, mx.array]], length: int) -> tuple[mx.array, mx.array]:
-        """Write `length` more positions; return all keys and values, shape (rows, heads, positions, head size) each.
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add positions, shape (rows, heads, positions, head size) each; return all keys and values."""
+        begin, end = self._make_room(keys, keys.shape[2])
+        self._buffer[:, :, begin:end] = keys
+        self._buffer[:, :, self._room + begin : self._room + end] = values
+        return self._in_use()
 
-        Args:
-            added: What to write where in the first axis: keys are 0, values 1.
-            length: The number of positions.
-        """
-        end = self.offset + length
-        if end > self._buffer.shape[3]:
-            self._grow(added[0][1], end)
-        for place, values in added:
-            self._buffer[place, :, :, self.offset : end] = values
-        self.offset = end
-        both = self._buffer.flatten(0, 1)
-        rows = both.shape[0] // 2
-        return both[:rows, :, :end], both[rows:, :, :end]
+    def append_one(self, pairs: mx.array) -> tuple[mx.array, mx.array]:
+        """Add one position: each head's key and value, shape (rows, heads, 2, head size); return all keys and values."""
+        begin, _ = self._make_room(pairs, 1)
+        self._buffer[:, :, begin :: self._room] = pairs
+        return self._in_use()
 
     def make_mask(self, length: int, **_: object) -> mx.array | str | None:
         """Return what mlx-audio's attention takes as mask; a padded position sees itself, so that no line is empty."""
@@ -80,23 +77,37 @@ class KvCache:
 
     def keep(self, rows: mx.array) -> None:
         """Drop all rows but these. The padding stays: the keys are rotated for their positions already."""
-        self._buffer = self._buffer[:, rows]
+        self._buffer = self._buffer[rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
 
-    def _grow(self, like: mx.array, end: int) -> None:
-        rows, heads, _, size = like.shape[-4:]
-        positions = -(-end // self._growth) * self._growth - self.offset
-        empty = mx.zeros((2, rows, heads, positions, size), like.dtype)
-        self._buffer = mx.concatenate([self.state, empty], axis=3) if self.offset else empty
+    def _make_room(self, like: mx.array, length: int) -> tuple[int, int]:
+        """Make room for so many more positions; return where they begin and end."""
+        begin, end = self.offset, self.offset + length
+        if end > self._room:
+            room = -(-end // self._growth) * self._growth
+            rows, heads, _, size = like.shape
+            empty = mx.zeros((rows, heads, 2, room - begin, size), like.dtype)
+            self._buffer = (mx.concatenate([self.state, empty], axis=3) if begin else empty).flatten(2, 3)
+            self._room = room
+        self.offset = end
+        return begin, end
+
+    def _in_use(self) -> tuple[mx.array, mx.array]:
+        return self._buffer[:, :, : self.offset], self._buffer[:, :, self._room : self._room + self.offset]
 
 
 class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has no types for nn.Module
-    """mlx-audio's attention with one product for queries, keys and values, and one rotary kernel."""
+    """mlx-audio's attention with one product for queries, keys and values, and one rotary kernel.
+
+    The product's result is all queries, then the key and the value of each head in turn, as `KvCache` keeps them.
+    """
 
     def __init__(self, original: Attention) -> None:
         super().__init__()
-        self.qkv_proj = join([original.q_proj, original.k_proj, original.v_proj])
+        heads = [slice(start, start + original.head_dim) for start in range(0, original.n_kv_heads * original.head_dim, original.head_dim)]
+        pairs = [(layer, head) for head in heads for layer in (1, 2)]
+        self.qkv_proj = join([original.q_proj, original.k_proj, original.v_proj], [(0, slice(None)), *pairs])
         self.o_proj = original.o_proj
         self._qkv, self._output = product(self.qkv_proj), product(self.o_proj)
         self._heads, self._kv_heads = original.n_heads, original.n_kv_heads
@@ -112,30 +123,28 @@ class JoinedAttention(nn.Module):  # type: ignore[misc, name-defined]  # mlx has
     def _one(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
         """Rotate all heads of one position in one kernel: the values' at position 0, which leaves them as they are."""
         rows, heads, size = len(joined), self._heads + 2 * self._kv_heads, self._size
-        offsets = _offsets(rows, heads - self._kv_heads, self._kv_heads, cache.offset)
+        offsets = _offsets(rows, self._heads, self._kv_heads, cache.offset)
         rotated = self._rotate(joined.reshape(rows * heads, 1, 1, size), offsets).reshape(rows, heads, 1, size)
-        queries, rest = mx.split(rotated, [self._heads], axis=1)
-        pair = rest.reshape(rows, 2, self._kv_heads, 1, size).swapaxes(0, 1) if rows > 1 else rest.reshape(2, 1, self._kv_heads, 1, size)
-        return queries, *cache.append([(slice(None), pair)], 1)
+        queries, pairs = mx.split(rotated, [self._heads], axis=1)
+        return queries, *cache.append_one(pairs.reshape(rows, self._kv_heads, 2, size))
 
     def _several(self, joined: mx.array, cache: KvCache) -> tuple[mx.array, mx.array, mx.array]:
         joined = joined.reshape(*joined.shape[:2], -1, self._size).swapaxes(1, 2)
-        rotated = self._rotate(joined[:, : -self._kv_heads], cache.offset)
-        added = [(0, rotated[:, self._heads :]), (1, joined[:, -self._kv_heads :])]
-        return rotated[:, : self._heads], *cache.append(added, joined.shape[2])
+        queries = self._rotate(joined[:, : self._heads], cache.offset)
+        keys = self._rotate(joined[:, self._heads :: 2], cache.offset)
+        return queries, *cache.append(keys, joined[:, self._heads + 1 :: 2])
 
     def shifted(self, state: mx.array, by: Sequence[int]) -> mx.array:
         """Return a row's keys and values for several rows, as if each row had read them so many positions later.
 
         Args:
-            state: Shape (2, 1, heads, positions, head size).
+            state: Of the row's cache.
             by: Positions, one a row.
         """
-        shape = (len(by), *state.shape[2:])
-        keys = mx.broadcast_to(state[0], shape)
+        keys, values = (mx.repeat(state[:, :, part], len(by), axis=0) for part in (0, 1))
         if any(by):
-            keys = self._rotate(keys.reshape(len(by), -1, 1, self._size), mx.array(list(by))).reshape(shape)
-        return mx.stack([keys, mx.broadcast_to(state[1], shape)])
+            keys = self._rotate(keys.reshape(len(by), -1, 1, self._size), mx.array(list(by))).reshape(keys.shape)
+        return mx.stack([keys, values], axis=2)
 
     def _rotate(self, heads: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(heads, self._size, traditional=True, base=None, scale=1.0, offset=offset, freqs=self._frequencies)
@@ -156,8 +165,15 @@ class JoinedMlp(nn.Module):  # type: ignore[misc, name-defined]
         return self._down(swiglu(gate, up))
 
 
-def join(layers: Sequence[nn.Linear | nn.QuantizedLinear]) -> nn.Linear | nn.QuantizedLinear:  # type: ignore[name-defined]
+def join(
+    layers: Sequence[nn.Linear | nn.QuantizedLinear],  # type: ignore[name-defined]
+    pieces: Sequence[tuple[int, slice]] | None = None,
+) -> nn.Linear | nn.QuantizedLinear:  # type: ignore[name-defined]
     """Return one linear layer whose output is that of `layers`, one after the other. The layers must not be used any more.
+
+    Args:
+        layers: With equal inputs.
+        pieces: What the output consists of instead: layers, by their index, and parts of their outputs.
 
     Raises:
         ValueError: The layers are quantized differently.
@@ -165,8 +181,9 @@ def join(layers: Sequence[nn.Linear | nn.QuantizedLinear]) -> nn.Linear | nn.Qua
     first = layers[0]
     if len({(type(layer), getattr(layer, "bits", 0), getattr(layer, "group_size", 0)) for layer in layers}) > 1:
         raise ValueError("layers that are quantized differently cannot be joined")
+    pieces = [(index, slice(None)) for index in range(len(layers))] if pieces is None else pieces
     for name in first.parameters():
-        first[name] = mx.concatenate([layer[name] for layer in layers], axis=0)
+        first[name] = mx.concatenate([layers[index][name][part] for index, part in pieces], axis=0)
     mx.eval(first.parameters())
     return first
 
@@ -260,7 +277,7 @@ class FrameNetwork(SesameModel):  # type: ignore[misc]  # mlx-audio has no types
             tokens.append(draw(logits, None if uniform is None else uniform[codebook], scale, top_k) + first[codebook])
             if seen is not None:
                 seen.append(logits)
-        frame = mx.stack(tokens, axis=1)
+        frame = mx.concatenate(tokens).reshape(count, -1).T
         return frame - offsets, self.audio_embeddings(frame).sum(axis=1), keys
 
 
@@ -326,7 +343,7 @@ def _frequencies(rope: Llama3ScaledRoPE) -> mx.array:
 
 
 @lru_cache(256)
-def _offsets(rows: int, rotated: int, values: int, position: int) -> mx.array:
+def _offsets(rows: int, queries: int, pairs: int, position: int) -> mx.array:
     """Return the position of each head of each row, shape (rows x heads,): `position`, and 0 for the values' heads."""
-    row = np.repeat(np.array([position, 0], np.int32), [rotated, values])
-    return mx.array(np.tile(row, rows))
+    row = [position] * queries + [position, 0] * pairs
+    return mx.array(row * rows, mx.int32)

@@ -112,9 +112,13 @@ def test_layers_that_are_quantized_differently_are_refused() -> None:
 
 def test_a_cache_grows_and_keeps_what_it_holds() -> None:
     cache = KvCache(growth=4)
-    steps = mx.arange(2 * 3 * 2 * 9 * 4, dtype=mx.float32).reshape(2, 3, 2, 9, 4)
-    for position in range(9):
-        keys, values = cache.append([(slice(None), steps[:, :, :, position : position + 1])], 1)
-    assert mx.array_equal(mx.stack([keys, values]), steps)
+    steps = mx.arange(3 * 2 * 2 * 9 * 4, dtype=mx.float32).reshape(3, 2, 2, 9, 4)
+    cache.append(steps[:, :, 0, :2], steps[:, :, 1, :2])
+    for position in range(2, 9):
+        keys, values = cache.append_one(steps[:, :, :, position])
+    assert mx.array_equal(mx.stack([keys, values], axis=2), steps)
     cache.keep(mx.array([2, 0]))
-    assert mx.array_equal(cache.state, steps[:, mx.array([2, 0])])
+    assert mx.array_equal(cache.state, steps[mx.array([2, 0])])
+    longer = KvCache(prefix=cache.state)
+    keys, values = longer.append_one(steps[:2, :, :, 0])
+    assert mx.array_equal(mx.stack([keys, values], axis=2)[:, :, :, :9], cache.state)

@@ -352,12 +352,16 @@ def test_the_weights_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def joined(stored: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Return the weights as the network has them: queries, keys and values in one matrix, gate and up in one."""
+    """Return the weights as the network has them: queries, keys and values (head by head) in one matrix, gate and up in one."""
     expected = {name: value for name, value in stored.items() if not re.search(r"\.(q|k|v|gate|up)_proj\.", name)}
     for name in stored:
         if ".q_proj." in name:
-            parts = [stored[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            expected[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
+            keys, values = (
+                stored[name.replace("q_proj", part)].reshape(-1, tiny_weights.HEAD_DIM, stored[name].shape[1])
+                for part in ("k_proj", "v_proj")
+            )
+            pairs = mx.stack([keys, values], axis=1).flatten(0, 2)
+            expected[name.replace("q_proj", "qkv_proj")] = mx.concatenate([stored[name], pairs])
         elif ".gate_proj." in name:
             expected[name.replace("gate_proj", "gate_up_proj")] = mx.concatenate(
                 [stored[name], stored[name.replace("gate_proj", "up_proj")]]
