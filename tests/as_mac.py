@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 
 def system_and_processor() -> tuple[str, str]:
@@ -35,13 +37,31 @@ def python() -> list[str]:
     return [sys.executable, __file__] if active() else [sys.executable]
 
 
+class _WhenImported:
+    """Pretends when the program imports `config`: a program that never does has to stay as small as on a Mac."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Find `config` as usual, and change what it answers once it is loaded."""
+        spec = PathFinder.find_spec(name) if name == "config" else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            module.system_and_processor = system_and_processor  # type: ignore[attr-defined]
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
 def main() -> None:
     """Run the program that the first argument names, with the modules of its own project."""
     sys.argv = sys.argv[1:]
     program = Path(sys.argv[0]).resolve()
     project = next(folder for folder in program.parents if (folder / "config.py").exists())
     sys.path[:1] = dict.fromkeys([str(program.parent), str(project)])
-    pretend()
+    sys.meta_path.insert(0, _WhenImported())
     runpy.run_path(str(program), run_name="__main__")
 
 

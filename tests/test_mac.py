@@ -14,12 +14,25 @@ from client_programs import assert_says
 from conftest import RunningServer, start_server
 from saying import said, say
 from small_hub import SmallHub, write_small_repositories
-from test_server import (  # noqa: F401 - they run here again, with the server of this file
+from test_say import (  # noqa: F401 - they run here again, with the server of this file
+    test_help_is_there_without_loading_anything_heavy,
+    test_the_running_server_is_used_and_gives_its_very_samples,
+    test_the_voices_are_listed,
+    test_without_a_server_the_engine_speaks_the_same,
+)
+from test_server import (  # noqa: F401
     test_answers_have_headers_about_voice_seed_and_times,
+    test_every_format_contains_the_sentence,
     test_health_shows_models_ffmpeg_voices_and_queue,
+    test_models_are_listed_as_openai_lists_them,
+    test_null_means_absent_for_every_optional_field,
+    test_openais_models_are_found,
+    test_the_documentation_has_an_example_that_works,
     test_the_log_has_one_line_a_request_and_never_the_text,
+    test_the_official_client_speaks,
     test_the_path_without_v1_speaks_too,
     test_voices_are_listed_with_readiness_aliases_and_description,
+    test_voices_are_reached_by_name_alias_and_id,
 )
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."

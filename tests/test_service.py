@@ -418,7 +418,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_download(machine: Machine, tmp_pat
         helper = [sys.executable, as_mac.__file__, str(machine.project / "deploy" / "service.py"), "watch", "60"]
         with subprocess.Popen(helper, env=machine.environment | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout
-            assert watching.stdout.readline().startswith("downloading ")
+            assert any(line.startswith("downloading ") for line in watching.stdout), "after what is checked first"
             watching.send_signal(signal.SIGINT)
             assert "The service continues" in watching.stdout.read()
         assert watching.returncode == 4

@@ -7,6 +7,7 @@ import socket
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+import as_mac
 import numpy as np
 import pytest
 import tiny_csm
@@ -33,13 +34,7 @@ def no_faster_whisper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mac(no_faster_whisper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `sys.platform` that of a Mac; the libraries, which read it too, are imported before."""
-    import mlx_audio.stt.models.whisper
-    from transformers import WhisperProcessor
-
-    assert mlx_audio.stt.models.whisper.Model
-    assert WhisperProcessor
-    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("config.system_and_processor", as_mac.system_and_processor)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +162,7 @@ def test_a_whisper_that_cannot_write_words_is_refused_when_it_is_loaded(mac: Non
 
 
 def test_without_any_recogniser_it_is_said_how_to_get_one(no_faster_whisper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("config.system_and_processor", lambda: ("linux", "x86_64"))
     with pytest.raises(ModelLoadError, match="--extra verify"):
         Recognizer()
     assert installed_recognizer() is None
