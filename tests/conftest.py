@@ -13,12 +13,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import as_mac
 import httpx
@@ -28,6 +28,9 @@ from httpx._transports import default as _transports
 from hypothesis import settings as hypothesis_settings
 
 from config import Settings
+
+if TYPE_CHECKING:
+    from mlx_audio.tts.models.sesame import Model
 
 # No deadline: a machine that is busy elsewhere is no fault of the code.
 hypothesis_settings.register_profile("ours", deadline=None)
@@ -220,6 +223,31 @@ def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[byt
         )
 
 
+@contextmanager
+def csm_server(folder: Path, cache: Path, voices: Mapping[str, int], **settings: object) -> Iterator[RunningServer]:
+    """A server with a tiny CSM, once it can speak.
+
+    Args:
+        folder: For its files. Other presets may be in `presets`, and the built-in voice's is added.
+        cache: From `tiny_csm.build`.
+        voices: The names of CSM's voices, and the most frames that each may speak; the first one is the default.
+        settings: More settings.
+    """
+    presets = folder / "presets"
+    presets.mkdir(exist_ok=True)
+    for name, frames in voices.items():
+        preset = {"name": name, "voice_key": "conversational_a", "max_audio_length_ms": frames * 80}
+        (presets / f"{name}.json").write_text(json.dumps(preset))
+    shutil.copy(PROJECT / "presets" / "heart.json", presets)
+    common = {"CSM": "on", "DEFAULT_VOICE": next(iter(voices)), "PRESETS_DIR": presets, "MODEL_DTYPE": "float32"}
+    running = start_server(folder, **(common | tiny_csm.environment(cache) | settings))
+    try:
+        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+        yield running
+    finally:
+        running.stop()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server with the built-in voice, for all tests that change nothing about it."""
@@ -247,6 +275,34 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     yield make
     for each in running:
         each.stop()
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CSM's voice prompts with short transcripts: the real ones have 500 tokens of the tiny tokenizer, which would be read each time."""
+    import csm_loading
+
+    folder = tmp_path_factory.mktemp("recordings")
+    for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text("hm, hm.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A CSM with random weights: never ends, and says something else with each seed."""
+    import csm_loading
+
+    return csm_loading.load(tiny_csm.build(), small_codec=True)
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Model:
+    """The same weights in a model that our code has not changed."""
+    import csm_loading
+
+    return csm_loading.load(tiny_csm.build(), small_codec=True, stock=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_csm
-from conftest import PROJECT, RunningServer, start_server
+from conftest import RunningServer, csm_server
 from mlx_audio.lm.sample_utils import make_sampler
 from mlx_audio.tts.models.sesame import Model
 from mlx_audio.tts.models.sesame.sesame import Segment
@@ -118,26 +117,6 @@ def test_of_an_unfinished_part_the_text_is_cut_at_the_pace_and_the_tokens_at_the
 
 
 # --- What CSM hears ---
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The voice prompts with short transcripts."""
-    folder = tmp_path_factory.mktemp("recordings")
-    for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
-        shutil.copy(path, folder)
-        (folder / f"{path.stem}.txt").write_text("hm, hm.")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return csm_loading.load(tiny_csm.build(), small_codec=True)
-
-
-@pytest.fixture(scope="module")
-def untouched() -> Model:
-    return csm_loading.load(tiny_csm.build(), small_codec=True, stock=True)
 
 
 @pytest.fixture(scope="module")
@@ -256,18 +235,9 @@ def test_each_segment_can_hear_the_one_before_it(recordings: Path, model: Model,
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("talking")
-    (folder / "presets").mkdir()
-    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 8000}
-    (folder / "presets" / "tiny.json").write_text(json.dumps(preset))
-    shutil.copy(PROJECT / "presets" / "heart.json", folder / "presets")
-    settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": folder / "presets", "MODEL_DTYPE": "float32", "MAX_RETRIES": 0}
-    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]})))
-    try:
-        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+    cache = tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]})
+    with csm_server(tmp_path_factory.mktemp("talking"), cache, {"tiny": 100}, MAX_RETRIES=0) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def ask(server: RunningServer, text: str, **fields: Any) -> httpx.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,28 +64,6 @@ FAULTY = {
 FRAME = 1920
 
 Frame = NDArray[np.int32]
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in voice prompts with short transcripts: the real ones have 500 tokens of the tiny tokenizer, which would be read each time."""
-    folder = tmp_path_factory.mktemp("recordings")
-    for path in csm_loading.prompt_folder(tiny_csm.build()).glob("*.wav"):
-        shutil.copy(path, folder)
-        (folder / f"{path.stem}.txt").write_text("hm, hm.")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    """Random weights: never ends, and says something else with each seed."""
-    return csm_loading.load(tiny_csm.build(), small_codec=True)
-
-
-@pytest.fixture(scope="module")
-def untouched() -> Model:
-    """The same weights in a model that our code has not changed."""
-    return csm_loading.load(tiny_csm.build(), small_codec=True, stock=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_csm
-from conftest import PROJECT, RunningServer, start_server
+from conftest import RunningServer, csm_server
 from listening import decode
 from tiny_csm import AT_ONCE, NEVER, NOT_A_NUMBER, SILENCE, ends_after
 
@@ -39,19 +38,11 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     folder = tmp_path_factory.mktemp("guarded")
     presets = folder / "presets"
     presets.mkdir()
-    for name, frames in (("tiny", CAP_FRAMES), ("long", LONG_FRAMES)):
-        preset = {"name": name, "voice_key": "conversational_a", "max_audio_length_ms": frames * 80}
-        (presets / f"{name}.json").write_text(json.dumps(preset))
-    shutil.copy(PROJECT / "presets" / "heart.json", presets)
     (presets / "hush.json").write_text(json.dumps({"name": "hush", "ref_audio": "hush.wav", "ref_text": "Nothing."}))
     soundfile.write(presets / "hush.wav", np.zeros(48_000), 24_000)
-    settings = {"CSM": "on", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": presets, "MODEL_DTYPE": "float32", "MAX_RETRIES": 2}
-    running = start_server(folder, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT, small_codec=True)))
-    try:
-        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+    voices = {"tiny": CAP_FRAMES, "long": LONG_FRAMES}
+    with csm_server(folder, tiny_csm.build(script=SCRIPT, small_codec=True), voices, MAX_RETRIES=2) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def speak(server: RunningServer, text: str, **fields: Any) -> httpx.Response:
@@ -127,12 +118,8 @@ def test_nothing_draws_progress_bars_into_the_log(guarded: RunningServer) -> Non
 
 
 def test_a_recogniser_finds_wrong_words_has_them_said_again_and_its_figure_told(tmp_path: Path) -> None:
-    preset = {"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": CAP_FRAMES * 80}
-    (tmp_path / "tiny.json").write_text(json.dumps(preset))
-    settings = {"CSM": "on", "PRESETS_DIR": tmp_path, "MODEL_DTYPE": "float32", "MAX_RETRIES": 1, "VERIFY": "whisper"}
-    running = start_server(tmp_path, **settings, **tiny_csm.environment(tiny_csm.build(script=SCRIPT, small_codec=True)))
-    try:
-        running.wait_for(lambda health: health["models"]["csm-1b"]["state"] == "ready", 180)
+    cache = tiny_csm.build(script=SCRIPT, small_codec=True)
+    with csm_server(tmp_path, cache, {"tiny": CAP_FRAMES}, MAX_RETRIES=1, VERIFY="whisper") as running:
         response = speak(running, "hello to you.")
         assert response.headers["x-retries"] == "1"
         assert float(response.headers["x-word-error-rate"]) >= 1
@@ -140,8 +127,6 @@ def test_a_recogniser_finds_wrong_words_has_them_said_again_and_its_figure_told(
         assert running.log_text().count("word error rate") == 2
         metrics = httpx.get(f"{running.url}/metrics", timeout=30).text
         assert 'sesame_tts_segment_faults_total{fault="wrong words",model="csm-1b"} 2.0' in metrics
-    finally:
-        running.stop()
 
 
 def test_eight_clients_at_once_get_what_each_seed_gives_alone(guarded: RunningServer) -> None:
