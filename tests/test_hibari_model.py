@@ -13,10 +13,11 @@ from typing import Any
 
 import hibari.voices
 import httpx
+import numpy as np
 import pytest
 from conftest import RunningServer, start_server
 from huggingface_hub import constants
-from listening import decode, transcribe, word_error_rate
+from listening import Samples, decode, transcribe, word_error_rate
 from small_hub import SmallHub
 
 from hibari_model import HibariModel, VoiceFiles
@@ -161,9 +162,29 @@ def entries(server: RunningServer) -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for entry in httpx.get(f"{server.url}/v1/audio/voices").json()["voices"]}
 
 
-def speak(server: RunningServer, name: str) -> httpx.Response:
-    body = {"model": "m", "input": TEXT, "voice": name, "response_format": "wav"}
+def speak(server: RunningServer, name: str, text: str = TEXT) -> httpx.Response:
+    body = {"model": "m", "input": text, "voice": name, "response_format": "wav", "seed": 3}
     return httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60)
+
+
+def check_dialogue(server: RunningServer) -> None:
+    """Each speaker of a text says their own lines: the copy of heart that is British is heard by its accent."""
+    lines = ["Shall we walk down the path after lunch?", "I can't, I have to water the tomatoes.", "Then ask me again tomorrow."]
+
+    def spoken(*names: str) -> Samples:
+        text = " ".join(f"[voice:{name}] {line}[pause:1s]" for name, line in zip(names, lines, strict=True))
+        return decode(speak(server, "heart", text).content, "wav")[0]
+
+    dialogue, alone = spoken("heart", "emma", "heart"), spoken("heart", "heart", "heart")
+    loud, alone_loud = (np.flatnonzero(np.abs(samples) > 1e-3) for samples in (dialogue, alone))
+    (first, second), (first_alone, second_alone) = (
+        [int(at) for at in np.flatnonzero(np.diff(at) > 20_000)[:2]] for at in (loud, alone_loud)
+    )
+    assert np.array_equal(dialogue[: loud[first]], alone[: alone_loud[first_alone]])
+    assert np.array_equal(dialogue[loud[second + 1] :], alone[alone_loud[second_alone + 1] :])
+    middle, middle_alone = dialogue[loud[first + 1] : loud[second]], alone[alone_loud[first_alone + 1] : alone_loud[second_alone]]
+    assert middle.size != middle_alone.size or not np.array_equal(middle, middle_alone)
+    assert word_error_rate(" ".join(lines), transcribe(dialogue, 24_000)) < 0.1
 
 
 def test_the_server_downloads_the_voices_in_the_background(repository: Path, package: Path, tmp_path: Path) -> None:
@@ -187,6 +208,7 @@ def test_the_server_downloads_the_voices_in_the_background(repository: Path, pac
                 spoken = speak(server, name)
                 assert (spoken.status_code, spoken.headers["X-Voice"]) == (200, key)
             assert word_error_rate(TEXT, transcribe(*decode(spoken.content, "wav"))) == 0
+            check_dialogue(server)
             server.wait_for(lambda _: "voice fenrir: unloaded after" in server.log_text())
             server.wait_for(lambda _: "404" in (entries(server)["kore"]["reason"] or ""))
             assert server.health()["status"] == "ok"
