@@ -430,10 +430,6 @@ def _dimensions(match: Match) -> str | None:
     return _stopped(f"{words} {_unit_names(match, 2)[1]}" if match[2] else words, match)
 
 
-def _feet_inches(match: Match) -> str:
-    return f"{_counted(match[1], 'foot', 'feet')} {number(match[2])}"
-
-
 def _feet_by_feet(match: Match) -> str:
     names = ("foot", "feet") if match[2] in "'′" else ("inch", "inches")
     return f"{_counted(match[1], *names)} by {_counted(match[3], *names)}"
@@ -608,10 +604,6 @@ def _code(match: Match) -> str:
     return f"{match[1]}{' '.join(spelled(part) if part.isdigit() else part for part in re.findall(r'[0-9]+|[A-Za-z]+', match[2]))}"
 
 
-def _named_number(match: Match) -> str:
-    return f"{match[1]} {house_number(match[2])} {match[3]}".strip()
-
-
 def _letters_and_number(match: Match) -> str | None:
     return None if match[1] == "I" else f"{match[1]} {house_number(match[2])}"
 
@@ -642,10 +634,6 @@ def _numbered(match: Match) -> str:
 
 def _phrase(match: Match) -> str:
     return table.PHRASES[match[1]] if match[1].lower() in ("i.e.", "e.g.") else _stopped_before_starter(table.PHRASES[match[1]], match)
-
-
-def _initialism(match: Match) -> str:
-    return _stopped_before_starter(match[0].replace(".", ""), match)
 
 
 def _initial(match: Match) -> str | None:
@@ -706,17 +694,9 @@ def _digits_in_name(digits: str, name: str) -> str:
     return cardinal(digits) if is_round or (len(digits) == 2 and digits[0] != "0" and "/" not in name) else spelled(digits)
 
 
-def _name(match: Match) -> str:
-    return spell_name(match[0])
-
-
 def _unknown_host(match: Match) -> str | None:
     """Return a name like "news.abc"; a common word after the full stop starts a sentence that lacks its space."""
     return None if match[0].rpartition(".")[2].upper() in table.COMMON else spell_name(match[0])
-
-
-def _handle(match: Match) -> str:
-    return f"at {spell_name(match[1], separators=False)}"
 
 
 def _hashtag(match: Match) -> str:
@@ -800,10 +780,6 @@ def _lowered(word: str) -> str:
 # --- The rules ---
 
 
-def _rules(*rules: tuple[str, Reader]) -> Rules:
-    return rules
-
-
 @cache
 def compiled(rules: Rules) -> list[tuple[regex.Pattern[str], Reader]]:
     """Return rules with their patterns compiled, which takes 0.1 s: not at import, because `say` with a server needs none."""
@@ -819,22 +795,22 @@ def _from(words: dict[str, str]) -> Reader:
 
 
 # Patterns in the order they are tried. `(?|…|…)` numbers the groups of each alternative anew.
-RULES = _rules(
+RULES: Rules = (
     (rf"(?<![\w/.])(?:{_any_of(table.LITERALS)})(?![\w/])", _from(table.LITERALS)),
     (r"(?<![\w/.])([A-G])#(?![\w/])", lambda match: f"{match[1]} sharp"),
     (r"(?<![\w$])\$([A-Za-z])\$(?![\w$])", lambda match: match[1]),  # a variable in TeX
     # names
-    (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", _name),
+    (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", lambda match: spell_name(match[0])),
     (
         rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}(?:[./-][A-Za-z0-9_][\w-]{{0,63}}){{0,6}}\.(?:{_any_of(table.EXTENSIONS)})(?![\w/]|\.\w)",
-        _name,
+        lambda match: spell_name(match[0]),
     ),
-    (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{table.TLD})\b(?![\w/@]|\.[\w])", _name),
+    (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{table.TLD})\b(?![\w/@]|\.[\w])", lambda match: spell_name(match[0])),
     (r"(?<![\w.@/-])[a-z][a-z0-9]{2,30}\.[a-z]{2,4}(?![\w./@])", _unknown_host),
-    (r"(?<![\w@/])@([A-Za-z_]\w{0,40})", _handle),
+    (r"(?<![\w@/])@([A-Za-z_]\w{0,40})", lambda match: f"at {spell_name(match[1], separators=False)}"),
     (r"(?<![\w&#/])#([A-Za-z]\w{0,60})(?![\w#$])", _hashtag),
-    (r"(?<!\w)[A-Za-z]{2,10}://[\w.~:/?#@!$&'()*+,;=%-]{1,200}[\w/]", _name),
-    (r"(?<![\w@.])(?:[\w-]{1,60}\.){1,4}[a-z]{2,12}/[\w.~:/%-]{0,200}[\w/]", _name),
+    (r"(?<!\w)[A-Za-z]{2,10}://[\w.~:/?#@!$&'()*+,;=%-]{1,200}[\w/]", lambda match: spell_name(match[0])),
+    (r"(?<![\w@.])(?:[\w-]{1,60}\.){1,4}[a-z]{2,12}/[\w.~:/%-]{0,200}[\w/]", lambda match: spell_name(match[0])),
     (r"</?[A-Za-z][\w-]{0,30}(?:=[^\s<>]{0,30})? ?/?>", lambda match: match[0]),  # only text that was not cleaned up has tags
     # telephone numbers, codes, addresses on a network
     (
@@ -883,7 +859,10 @@ RULES = _rules(
     (r"(?<![\w.,/])(\d{1,3}\.\d{1,2}) ?/ ?(\d{1,3})(?![\w/]|[.,]\d)", lambda match: f"{number(match[1])} out of {number(match[2])}"),
     (rf"{_START}(?:(\d{{1,9}}) ?)?([{_FRACTION_SIGNS}])(?:\s?{_MEASURE})?", _fraction_sign),
     (rf"{_START}(\d{{1,4}})(['′]|[\"″]) ?[x×] ?(\d{{1,4}})\2(?!\w)", _feet_by_feet),
-    (rf"{_START}(\d{{1,3}})(?:'|′|’) ?(\d{{1,2}}(?:\.\d)?)(?:\"|″|''|”)(?!\w)", _feet_inches),
+    (
+        rf"{_START}(\d{{1,3}})(?:'|′|’) ?(\d{{1,2}}(?:\.\d)?)(?:\"|″|''|”)(?!\w)",
+        lambda match: f"{_counted(match[1], 'foot', 'feet')} {number(match[2])}",
+    ),
     (rf"{_START}(\d{{1,4}}(?:\.\d{{1,4}})?)[\"″](?!\w)", _inches),
     (rf"{_START}(?:(\d{{1,4}})['′]-)?(\d{{1,4}})['′](?![\w'-])", _feet),
     (rf"{_START}(\d{{1,6}}(?:\.\d{{1,6}})?(?:\s?[x×]\s?\d{{1,6}}(?:\.\d{{1,6}})?){{1,3}})(?:\s?{_MEASURE})", _dimensions),
@@ -910,7 +889,10 @@ RULES = _rules(
     (rf"([√∛∜]) ?({_NUM}|[A-Za-z]\b)", _root),
     # words before and after numbers
     (rf"(?<=, )({'|'.join(table.STATES)})(?:,? (\d{{5}}(?:-\d{{4}})?))?\b(?=[\s,.;)]|$)", _state),
-    (rf"\b({table.NAMED_BY_NUMBER})[ -](?|(\d{{3,4}})([A-Z]?)|(\d{{1,2}})([A-Z]))\b(?![.,]?\d|[-–:/]\d)", _named_number),
+    (
+        rf"\b({table.NAMED_BY_NUMBER})[ -](?|(\d{{3,4}})([A-Z]?)|(\d{{1,2}})([A-Z]))\b(?![.,]?\d|[-–:/]\d)",
+        lambda match: f"{match[1]} {house_number(match[2])} {match[3]}".strip(),
+    ),
     (r"(?<![\w-])(?!UTC|GMT)([A-Z]{1,3})-?(\d{1,4})\b(?![\w/-]|[.,]\d)", _letters_and_number),
     (rf"(?<![\w.,])(?:({_NUM})[-–])?({_NUM})x(?!\w)(?! ?\d)", _times),
     (
@@ -934,7 +916,10 @@ RULES = _rules(
     (rf"(?|(\b[A-Z][\w'’]+ )({'|'.join(table.STREETS)})\b\.|(\b\d{{1,3}}(?:st|nd|rd|th) )({'|'.join(table.STREETS)})\b\.?)", _street),
     (r"\b[NSEW](?=\.? \d{1,3}(?:st|nd|rd|th) [A-Z])\.?", lambda match: table.COMPASS[match[0][0]]),
     (rf"(?<![\w.])({_any_of(table.ABBREVIATIONS)})\.(?!\w)", lambda match: _stopped(table.ABBREVIATIONS[match[1]], match)),
-    (r"(?<![\w.])(?:[A-Z]\.){2,8}(?![\w])|(?<![\w.])(?:[A-Z]\.){1,8}[A-Z]\b", _initialism),
+    (
+        r"(?<![\w.])(?:[A-Z]\.){2,8}(?![\w])|(?<![\w.])(?:[A-Z]\.){1,8}[A-Z]\b",
+        lambda match: _stopped_before_starter(match[0].replace(".", ""), match),
+    ),
     (r"\b([A-Z])\.(?=\s[A-Z](?:[a-z]{2,}|\.))", _initial),
     (r"\b((?i:what|who|where|when|why|how|there|here))['’]re\b", lambda match: f"{match[1]} are"),
     (rf"\b({_SHORT_WEEKDAY})(?=, (?:{'|'.join(table.MONTH_NAMES)}|\d))", lambda match: _WEEKDAYS[match[1][:3]]),
@@ -958,7 +943,7 @@ RULES = _rules(
 )
 
 # What is left after the rules and the grammar: digits and symbols one by one.
-LAST_RULES = _rules(
+LAST_RULES: Rules = (
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,12}", lambda match: _to_the(match[0])),
     (r"[₀₁₂₃₄₅₆₇₈₉]{1,12}", lambda match: spelled(match[0].translate(_SUBSCRIPTS))),
     (r"[0-9]{1,36}", _last_digits),
