@@ -54,7 +54,8 @@ _MODELS = {
     "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
 }
 _RESAMPLED_FORMATS = ("pcm", "wav")
-_OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+# OpenAI's models, with or without a date, and the one of Kokoro's clients.
+_FOREIGN_MODEL = re.compile(r"(?:tts-1(?:-hd)?|gpt-4o-mini-tts)(?:-\d[\d-]{3,9})?|kokoro")
 
 
 @dataclass(frozen=True)
@@ -655,8 +656,8 @@ async def list_models() -> dict[str, Any]:
 
 @router.get("/models/{model}", operation_id="getModel", summary="Get a model", response_model=Model, responses=refusals(404))
 async def get_model(model: str) -> dict[str, Any]:
-    """Return one model in OpenAI's form. OpenAI's own names are accepted too, as in speech requests: some clients look them up first."""
-    if model in _OPENAI_MODELS:
+    """Return one model in OpenAI's form. The names of OpenAI's and Kokoro's models are accepted too, as in speech requests: some clients look them up first."""
+    if _FOREIGN_MODEL.fullmatch(model):
         return _MODELS["csm-1b"] | {"id": model}
     if model not in _MODELS:
         raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")

@@ -227,8 +227,8 @@ def test_head_answers_as_get_without_a_body(server: RunningServer, path: str) ->
     assert head.headers["content-type"] == get.headers["content-type"]
 
 
-@pytest.mark.parametrize("model", ["tts-1", "tts-1-hd", "gpt-4o-mini-tts"])
-def test_openais_models_are_found(server: RunningServer, model: str) -> None:
+@pytest.mark.parametrize("model", ["tts-1", "tts-1-hd-1106", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-12-15", "kokoro"])
+def test_the_models_of_other_servers_are_found(server: RunningServer, model: str) -> None:
     found = httpx.get(f"{server.url}/v1/models/{model}").json()
     assert (found["id"], found["object"]) == (model, "model")
 
