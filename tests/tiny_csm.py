@@ -94,8 +94,8 @@ def build(
 
 def environment(cache: Path) -> dict[str, str]:
     """Return the environment variables with which Hugging Face's libraries read only `cache`; if its Mimi is small, a server knows that."""
-    weights = snapshot_of(cache, MIMI) / MIMI_FILE
-    small = {SMALL_CODEC: "1"} if weights.stat().st_size < _SMALL_CODEC_BYTES else {}
+    codecs = cache.glob(f"models--{MIMI.replace('/', '--')}/snapshots/*/{MIMI_FILE}")  # a cache without CSM has none
+    small = {SMALL_CODEC: "1"} if any(file.stat().st_size < _SMALL_CODEC_BYTES for file in codecs) else {}
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | small
 
 
