@@ -67,6 +67,27 @@ def test_every_text_comes_out_whole(text: str, sizes: list[int]) -> None:
     assert "".join(pieces(text, sizes, SegmentLengths(target=40, maximum=60, first=20))) == text
 
 
+@pytest.mark.parametrize(
+    ("sentence", "next_word"),
+    [
+        ("Hello there. ", "And "),
+        ("It is 5 p.m. ", "Now "),
+        ("He paid $3.50. ", "It "),
+        ("(Is it?) ", "Yes, "),
+        ("That was it.\n\n", "- "),
+    ],
+)
+def test_a_sentence_is_taken_as_soon_as_the_next_word_is_complete(sentence: str, next_word: str) -> None:
+    stream = TextStream(SENTENCES)
+    for character in (sentence + next_word)[:-1]:
+        stream.append(character)
+        assert stream.take() is None
+    stream.append(next_word[-1])
+    piece = stream.take()
+    assert piece is not None
+    assert piece.text == sentence
+
+
 def test_what_is_certain_at_once_is_put_together() -> None:
     text = "One is here. " * 30
     taken = pieces(text, [len(text)], SegmentLengths(target=120, maximum=400, first=40))
