@@ -159,14 +159,15 @@ class Server:
             "HF_HUB_OFFLINE": "1",
         }
         if self.options.tiny:
-            checkpoint = tiny_csm.build(script={"": [tiny_csm.ends_after(TINY_FRAMES)]})
+            checkpoint = tiny_csm.build(script={"": [tiny_csm.ends_after(TINY_FRAMES)]}, small_codec=True)
             own |= {"CSM": "on", "MODEL_DTYPE": "float32", "GUARD": "off", "DEFAULT_VOICE": BUILT_IN} | tiny_csm.environment(checkpoint)
         self.environment = os.environ | own | self.changes
 
     def start(self) -> None:
         """Start, and wait until each model is ready or has failed."""
         started = time.monotonic()
-        self.process = subprocess.Popen([sys.executable, str(PROJECT / "server.py")], env=self.environment)
+        small = [tiny_csm.__file__] if tiny_csm.SMALL_CODEC in self.environment and self.environment["CSM"] == "on" else []
+        self.process = subprocess.Popen([sys.executable, *small, str(PROJECT / "server.py")], env=self.environment)
         self.start_seconds = {}
         while len(self.start_seconds) < 2:
             for name, model in self.models().items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import as_mac
 import psutil
+import tiny_csm
 from conftest import PROJECT, clean_environment, free_port
 
 SECONDS = 240
@@ -86,8 +87,8 @@ def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
     return own | {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(tmp_path / "modules")}
 
 
-def command(*arguments: object) -> list[str]:
-    return [*as_mac.python(), str(PROJECT / "say.py"), *map(str, arguments)]
+def command(*arguments: object, small_codec: bool = False) -> list[str]:
+    return [*as_mac.python(), *([tiny_csm.__file__] if small_codec else []), str(PROJECT / "say.py"), *map(str, arguments)]
 
 
 def say(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> subprocess.CompletedProcess[bytes]:
@@ -161,7 +162,8 @@ def at_terminal(tmp_path: Path, *arguments: object, **settings: object) -> tuple
     """Run it with a terminal of 100 columns for input and errors; its exit status and all that it showed there."""
     control, terminal = pty.openpty()
     own = environment(tmp_path, **settings) | {"COLUMNS": "100", "TERM": "xterm"}
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, env=own, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal)
+    asked = command(*arguments, small_codec=tiny_csm.SMALL_CODEC in settings)
+    process = subprocess.Popen(asked, cwd=tmp_path, env=own, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     shown = b""
     try:

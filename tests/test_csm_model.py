@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_csm
+import tiny_weights
 from csm_loading import settings, voice
 
 import csm_network
@@ -60,8 +61,11 @@ def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> No
     assert whole / 2 < mx.get_peak_memory() - other < 1.05 * whole
 
 
-def test_weights_that_overflow_in_float16_are_loaded_again_in_bfloat16(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = tiny_csm.build()
+def test_weights_that_overflow_in_float16_are_loaded_again_in_bfloat16(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tiny_csm.build(small_codec=True)
+    monkeypatch.setattr(csm_network, "mimi_202407", lambda _: tiny_weights.small_mimi_config())
     folder = tmp_path / "model"
     shutil.copytree(tiny_csm.snapshot_of(cache, tiny_csm.SESAME), folder)
     weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]

@@ -225,7 +225,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "presets").mkdir()
     for preset in ({"name": "tiny", "voice_key": "conversational_a"}, {"name": "heart", "model": "hibari", "voice_key": "heart"}):
         (tmp_path / "presets" / f"{preset['name']}.json").write_text(json.dumps(preset))
-    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(2)]})
+    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(2)]}, small_codec=True)
     own = {"CSM": "on", "GUARD": "off", "MODEL_DTYPE": "float32", "DEFAULT_VOICE": "tiny", "PRESETS_DIR": str(tmp_path / "presets")}
     return own | tiny_csm.environment(cache)
 

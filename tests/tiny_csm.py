@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -254,3 +255,17 @@ def _quantize(cache: Path, repo: str, snapshot: Path) -> None:
         (Path(source) / "config.json").write_text(json.dumps(config))
         command = [sys.executable, "-c", script, source, str(snapshot)]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment(cache)}, timeout=120)
+
+
+def main() -> None:
+    """Run a program with a small codec: `python tests/tiny_csm.py PROGRAM.py ARGUMENTS…`."""
+    sys.argv = sys.argv[1:]
+    program = Path(sys.argv[0]).resolve()
+    sys.path.insert(0, str(program.parent))
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as csm_model sets them before it imports MLX
+    use_small_codec()
+    runpy.run_path(str(program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
