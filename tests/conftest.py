@@ -42,6 +42,10 @@ _transports.create_ssl_context = cache(_transports.create_ssl_context)  # type: 
 # An engine in the test's own process must not ask the real hub for the voices that are not in the package. Read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# For the workers and the servers: numpy's BLAS would have a thread for each core, and those that wait for a busy core spin, which doubles
+# the processor time of CSM's codec.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
 _LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "PYTHONPATH"}
