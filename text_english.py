@@ -802,7 +802,7 @@ RULES: Rules = (
     # names
     (r"(?<![\w+&-])[\w+-][\w.+&-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}\b(?!/)", lambda match: spell_name(match[0])),
     (
-        rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}(?:[./-][A-Za-z0-9_][\w-]{{0,63}}){{0,6}}\.(?:{_any_of(table.EXTENSIONS)})(?![\w/]|\.\w)",
+        rf"(?<![\w@./-])[A-Za-z0-9][\w-]{{0,63}}+(?:[./][A-Za-z0-9_][\w-]{{0,63}}+){{0,6}}\.(?:{_any_of(table.EXTENSIONS)})(?![\w/]|\.\w)",
         lambda match: spell_name(match[0]),
     ),
     (rf"(?<![\w@./:-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,4}}(?:{table.TLD})\b(?![\w/@]|\.[\w])", lambda match: spell_name(match[0])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from functools import cache
 from pathlib import Path
 
@@ -132,6 +133,13 @@ def test_any_text_is_covered_without_gaps_and_reads_the_same_again(text: str) ->
     assert position == len(text)
     assert not re.search(r"[0-9]", spoken.text)
     assert verbalize(text) == spoken
+
+
+@pytest.mark.parametrize("part", ["a-1-", "a.b-", "1-", "$1-", "A1-b", "1x", "x+1", "I ", "Jan. 5, ", "1/2 ", "5' x "])
+def test_a_long_run_of_parts_takes_linear_time(part: str) -> None:
+    started = time.thread_time()
+    verbalize(part * (1200 // len(part)))
+    assert time.thread_time() - started < 1.5
 
 
 def test_foreign_words_are_counted_and_transliterated() -> None:
