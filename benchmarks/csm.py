@@ -1,6 +1,6 @@
 """Compare CSM here with stock mlx-audio: one process, the same weights, a voice prompt of 1 s; with a tiny codec and with full-size Mimi.
 
-    make bench-csm                                     all of it, five minutes on two cores
+    make bench-csm                                     all of it, some minutes on two cores
     python benchmarks/csm.py --requests 3 --frames 4   quicker
 
 Stock gets its prompt as `context=[Segment(...)]`, without the two requests to the hub that `voice=` makes each time. Compare the ratios:
