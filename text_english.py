@@ -453,7 +453,7 @@ def _fraction(match: Match) -> str | None:
         return None
     if _YEAR.fullmatch(top) and len(bottom) == 2 and not whole and not unit:
         return f"{year(top)} {year(bottom)}"
-    if top == bottom and not whole and not unit:
+    if (top == bottom or (bottom == "100" and len(top) > 1)) and not whole and not unit:
         return f"{cardinal(top)} out of {cardinal(bottom)}"
     return _mixed(match, fraction(top, bottom), 4)
 
@@ -863,6 +863,7 @@ RULES: Rules = (
         rf"{_START}(\d{{1,3}})(?:'|′|’) ?(\d{{1,2}}(?:\.\d)?)(?:\"|″|''|”)(?!\w)",
         lambda match: f"{_counted(match[1], 'foot', 'feet')} {number(match[2])}",
     ),
+    (rf"{_START}([3-8])['′](\d|1[01])(?![\w'.,]\d|[\w'])", lambda match: f"{number(match[1])} feet {number(match[2])}"),
     (rf"{_START}(\d{{1,4}}(?:\.\d{{1,4}})?)[\"″](?!\w)", _inches),
     (rf"{_START}(?:(\d{{1,4}})['′]-)?(\d{{1,4}})['′](?![\w'-])", _feet),
     (rf"{_START}(\d{{1,6}}(?:\.\d{{1,6}})?(?:\s?[x×]\s?\d{{1,6}}(?:\.\d{{1,6}})?){{1,3}})(?:\s?{_MEASURE})", _dimensions),
@@ -900,7 +901,7 @@ RULES: Rules = (
         lambda match: f"{house_number(match[1])} {match[2]} {(match[3] and number(match[3])) or ''}".strip(),
     ),
     (r"(?i:\b((?:ending in|pin|otp|pass ?code|password|code)(?: is|:)? ))((?=[a-z]{0,6}\d)[a-z0-9]{3,12})\b(?![-.]\w)", _code),
-    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|\b(?i:(pp?|figs?|vol|ch|eq))\s(?=\d)|(?<=, )(No)\s(?=\d))", _numbered),
+    (rf"(?|\b(?i:({_any_of(table.NUMBERED)}))\.\s?(?=[#\d])|(?<![\w&])(?i:(pp?|figs?|vol|ch|eq))\s(?=\d)|(?<=, )(No)\s(?=\d))", _numbered),
     (r"(?<=UTC|GMT)[-−](?=\d)", _always(" minus ")),
     (r"(?<![\w&])#\s?(?=\d)", _always("number ")),
     (rf"\b({table.PARTS}|(?i:{table.SMALL_PARTS}))\s{_ROMAN}(?![\w'’])", _part),
@@ -926,6 +927,7 @@ RULES: Rules = (
     # numbers
     (r"(?<![\w.,-])(\d{1,3}(?:,\d{3}){1,10}|\d{1,36})((?i:st|nd|rd|th))\b", _ordinal),
     (rf"(?<![\w.,/-])({_NUM})(?:[-–—−]| [-–—−] )({_NUM})(?![\w/-]|[.,]\d|\s?=)", _range),
+    (r"(?<=\b(?:Apt|Ste|Rm|No)\. |\bexit )(\d{1,3})([A-Z])\b", lambda match: f"{house_number(match[1])} {match[2]}"),
     (rf"(?<![\w.,])(?<!\w-)({_NUM})([kKMB]|bn|mn|mm)\b", _scaled),
     (r"(?<![\w:.,])(\d{1,3}):(\d{1,3})(?![\w:]|[.,]\d)", lambda match: f"{cardinal(match[1])} to {cardinal(match[2])}"),
     (rf"(?<![\w.,])({_NUM})\+(?!\w)", lambda match: f"{number(match[1])} plus"),
