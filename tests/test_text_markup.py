@@ -106,7 +106,7 @@ def test_pauses_are_never_read_aloud(server: RunningServer) -> None:
     for text in ("Hello there.[pause:1s]Goodbye.", '<speak>Hello there.<break time="1s"/><emphasis>Goodbye</emphasis>.</speak>'):
         heard = transcribe(*decode(speak(server, text).content, "wav")).lower()
         assert "hello there" in heard
-        assert "goodbye" in heard
+        assert "goodbye" in heard.replace(" ", "")  # the recogniser writes it in two words at times
         assert not any(word in heard for word in ("pause", "break", "emphasis", "second", "one"))
 
 
