@@ -14,6 +14,7 @@ import csm_loading
 import httpx
 import mlx.core as mx
 import numpy as np
+import openai
 import pytest
 import soundfile
 import tiny_csm
@@ -251,9 +252,17 @@ def turns(server: RunningServer, key: str, **query: Any) -> list[dict[str, Any]]
     return list(answer.json()["turns"])
 
 
+def files_of(server: RunningServer) -> list[tuple[str, int]]:
+    """Return the server's files and their sizes, without its log."""
+    files = (path for path in server.cache_dir.rglob("*") if path.is_file() and not path.name.startswith("server.log"))
+    return sorted((str(path), path.stat().st_size) for path in files)
+
+
 def test_replies_and_added_turns_make_a_conversation_that_can_be_forgotten(talking: RunningServer) -> None:
     url = f"{talking.url}/v1/audio/conversations/kitchen/turns"
     assert httpx.get(url).json()["error"]["code"] == "not_found"
+    ask(talking, "hello.")
+    files = files_of(talking)
     first = ask(talking, "hello there.", conversation="kitchen")
     assert first.headers["X-Conversation"] == "used"
     recording = io.BytesIO()
@@ -273,11 +282,18 @@ def test_replies_and_added_turns_make_a_conversation_that_can_be_forgotten(talki
     assert shown[0]["seconds"] == pytest.approx(len(first.content) / 48_000)
     assert "X-Conversation" not in ask(talking, "hello.").headers
     assert len(turns(talking, "kitchen")) == 4, "nothing is kept unless a request asks for it"
+    assert files_of(talking) == files, "nothing is written"
     assert httpx.delete(url).json() == {"id": "kitchen", "deleted": True}
     assert httpx.get(url).status_code == 404
     log = talking.log_text()
     assert "nothing at all" not in log
     assert "what is new" not in log
+
+
+def test_a_library_sends_the_conversation_in_its_extra_body(talking: RunningServer) -> None:
+    with openai.OpenAI(base_url=f"{talking.url}/v1", api_key="any", timeout=120) as client:
+        client.audio.speech.create(model="m", voice="tiny", input="hello there.", extra_body={"conversation": "library"})
+    assert [turn["text"] for turn in turns(talking, "library", text=True)] == ["hello there."]
 
 
 def test_invalid_turns_are_refused(talking: RunningServer) -> None:
