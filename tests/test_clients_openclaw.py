@@ -11,9 +11,11 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import as_mac
+import httpx
 import pytest
+import tiny_csm
 from client_programs import CLIENTS, LONG, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
-from conftest import RunningServer
+from conftest import RunningServer, csm_server
 from small_hub import SmallHub, write_small_repositories
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
@@ -85,6 +87,19 @@ def test_it_speaks_with_base_url_and_key_only_while_csm_is_downloaded(
         assert_says(data, fmt, SENTENCE)
         assert "fallback_for=conversational" in server.log_text()
         assert server.health()["models"]["csm-1b"]["state"] == "loading"
+
+
+def test_its_extra_body_carries_the_conversation_and_the_deadline(tmp_path: Path) -> None:
+    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(5)]}, small_codec=True)
+    with csm_server(tmp_path, cache, {"tiny": 100}, MAX_RETRIES=0) as server:
+        provider = {"apiKey": "local", "baseUrl": server.url, "speakerVoice": "tiny"}
+        configure(tmp_path, provider | {"extraBody": {"conversation": "kitchen"}})
+        written(convert(tmp_path, "hello there."))
+        (turn,) = httpx.get(f"{server.url}/v1/audio/conversations/kitchen/turns").json()["turns"]
+        assert turn["role"] == "assistant"
+        configure(tmp_path, provider | {"extraBody": {"deadline_ms": 1, "on_deadline": "fallback"}})
+        written(convert(tmp_path, "hello there."))
+        assert "fallback_for=tiny" in server.log_text()
 
 
 def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer, tmp_path: Path) -> None:
