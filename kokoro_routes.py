@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from captions import WordCaption
-from schemas import SpeechRequest, refusals
+from schemas import SpeechRequest, document_nulls, refusals
 from speech_routes import AnswerForm, Endpoint, SpeechEndpoint
 
 # The types that Kokoro-FastAPI names, which are not all ours.
@@ -28,13 +28,15 @@ _ANY = "heart"
 class NormalizationOptions(BaseModel):
     """Of Kokoro-FastAPI's options, the one that is known here."""
 
+    model_config = ConfigDict(strict=True)
+
     normalize: bool = True
 
 
 class CaptionedSpeechRequest(BaseModel):
     """Kokoro-FastAPI's request. Fields that have no meaning here are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=document_nulls)
 
     model: str = Field("kokoro", description="Ignored: the voice decides which model speaks.", max_length=200)
     input: str = Field(description="The text to speak.", min_length=1)

@@ -66,19 +66,24 @@ _REQUIRED = ("model", "input", "voice")
 _EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
 
 
-def _document_nulls(schema: dict[str, Any]) -> None:
-    """Add the examples, and null to each optional field that lacks it."""
-    schema["examples"] = [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]
+def document_nulls(schema: dict[str, Any]) -> None:
+    """Add null to each optional field that lacks it."""
     for name, field in schema["properties"].items():
-        if name not in _REQUIRED and "type" in field:
+        if name not in schema["required"] and ("type" in field or "$ref" in field):
             rules = {key: field.pop(key) for key in set(field) - {"title", "description", "default"}}
             field["anyOf"] = [rules, {"type": "null"}]
+
+
+def _document_speech(schema: dict[str, Any]) -> None:
+    """Add the examples and the nulls."""
+    schema["examples"] = [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]
+    document_nulls(schema)
 
 
 class SpeechFields(BaseModel):
     """How to speak: all of a speech request but its text. Unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra=_document_nulls)
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_document_speech)
 
     model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
     voice: str | VoiceId = Field(description="A voice's name or alias, or an object with its `id`. OpenAI's names reach the default voice.")
