@@ -286,6 +286,16 @@ def test_unusual_but_unambiguous_http_is_answered(server: RunningServer, data: b
     assert b'"uptime_seconds"' in answer
 
 
+def test_a_body_in_small_chunks_is_read_to_its_end_and_what_follows_it_too(server: RunningServer) -> None:
+    body = json.dumps({"model": "m", "input": "Hello.", "voice": "nobody"}).encode().ljust(4000)
+    chunks = b"".join(b"8\r\n%b\r\n" % body[start : start + 8] for start in range(0, len(body), 8))
+    head = b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = exchange(server, head + chunks + b"0\r\n\r\n" + HIDDEN)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"invalid_voice"' in answer
+    assert b'"uptime_seconds"' in answer
+
+
 def test_an_upgrade_of_another_method_ends_the_connection(server: RunningServer) -> None:
     """A WebSocket's handshake is a GET. What follows on the connection is not read as a request."""
     answer = exchange(server, HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + HIDDEN)
