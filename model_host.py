@@ -47,9 +47,10 @@ State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
 
 
 class RequestQueue:
-    """One slot for work. Requests get it in the order of their arrival, and take turns with those that had it before and want it again.
+    """One slot for work. New requests get it in the order of their arrival, in turns with those that had it before and want it again.
 
-    So a short text waits for one turn of the long ones, however many they are, and however many short ones come, the long ones go on.
+    So a new request waits for one turn of a long text for each new one before it, not for all long texts, and these go on however many
+    requests come.
 
     Args:
         limit: The most requests that may wait; further ones are refused.
@@ -114,10 +115,7 @@ class RequestQueue:
     async def _acquire(self, continued: bool) -> None:
         if self._closed and not continued:
             raise ShuttingDownError
-        if self._free:  # no wait, so the queue's limit does not apply
-            self._free = False
-            return
-        if self.waiting >= self._limit:
+        if not self._free and self.waiting >= self._limit:
             raise RateLimitError(
                 f"The queue is full: {self.waiting} requests are waiting. Try again in {self.retry_after()} s.",
                 headers={"Retry-After": str(self.retry_after())},

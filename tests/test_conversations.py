@@ -335,6 +335,11 @@ class Talk:
             elif (event := json.loads(message))["type"] == kind:
                 return dict(event)
 
+    def say(self, text: str) -> None:
+        self.send("input_text.append", text=text)
+        self.send("input_text.flush")
+        self.until("segment.done")
+
     def until_audio(self, seconds: float) -> None:
         while len(self.audio) < 48_000 * seconds:
             message = self._connection.recv(120)
@@ -349,9 +354,7 @@ def talk(server: RunningServer, conversation: str, **fields: Any) -> Iterator[Ta
 
 def test_an_interruption_cuts_the_last_turn(talking: RunningServer) -> None:
     with talk(talking, "cut") as client:
-        client.send("input_text.append", text="one two three four. ")
-        client.send("input_text.flush")
-        client.until("segment.done")
+        client.say("one two three four. ")
         client.send("input_text.append", text="five six seven eight.")
         client.send("input_text.done")
         second = client.until("segment.done")
@@ -376,9 +379,7 @@ def test_an_interruption_inside_an_unfinished_sentence_keeps_what_was_heard_of_i
     key = f"early {len(before)}"
     with talk(talking, key) as client:
         if before:
-            client.send("input_text.append", text=before)
-            client.send("input_text.flush")
-            client.until("segment.done")
+            client.say(before)
         client.send("input_text.append", text=long)
         client.send("input_text.done")
         start = client.until("segment.start")["start"]
@@ -398,9 +399,7 @@ def test_an_interruption_inside_an_unfinished_sentence_keeps_what_was_heard_of_i
 
 def test_a_sentence_that_is_cancelled_leaves_the_conversation_as_it_was(talking: RunningServer) -> None:
     with talk(talking, "cancelled") as client:
-        client.send("input_text.append", text="one two three four. ")
-        client.send("input_text.flush")
-        client.until("segment.done")
+        client.say("one two three four. ")
         client.send("input_text.append", text="Long ago there was a house in the hills, and in it lived a man. ")
         client.until("segment.start")
         client.until_audio(0.9)
