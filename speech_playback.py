@@ -11,7 +11,7 @@ import regex
 from audio_joiner import SegmentTimestamp
 from captions import WordCaption
 from speech_model import ContextPart
-from text_stream import Piece
+from text_splitter import Piece
 
 WORD = regex.compile(r"\S*[\p{L}\p{N}]\S*")
 """A word as people count them, with its punctuation."""

@@ -28,7 +28,7 @@ from speech_model import ContextPart, SpeechOptions
 from speech_playback import Playback, Spoken
 from speech_routes import Unread, choose_format, voice_in_time
 from text_markup import last_voice
-from text_stream import Piece, TextStream
+from text_splitter import Piece, TextStream
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import VoicePresetManager
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from speech_model import SegmentLengths
 from text_normalizer import normalize_text
-from text_splitter import sentences
-from text_stream import TextStream
+from text_splitter import TextStream, sentences
 
 SENTENCES = SegmentLengths(target=1, maximum=400, first=1)
 TEXTS = [
