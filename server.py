@@ -31,9 +31,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
-from conversation_routes import ConversationEndpoint
+from conversation_routes import ConversationEndpoint, Conversations
 from conversation_routes import router as conversation_routes
-from conversations import Conversations
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner

@@ -23,7 +23,7 @@ from audio_formats import FORMATS, SAMPLE_RATE, AudioFormat, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import AnswerCaptions, CaptionStore, WordCaption, WordFinder, captions_of, new_key, to_json, to_srt, to_webvtt
 from config import Settings
-from conversations import Conversations, Turn
+from conversation_routes import Conversations, Turn
 from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics

@@ -13,13 +13,13 @@ import anyio
 import regex
 from starlette.websockets import WebSocket
 
-import conversations
 from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import WordFinder, captions_of
 from config import Settings
-from conversations import Conversations
+from conversation_routes import Conversations
+from conversation_routes import Turn as ConversationTurn
 from errors import InputTooLongError, InternalError, NothingToSpeakError, ShuttingDownError, TTSError
 from http_middleware import UnreadAudio
 from monitoring import Metrics
@@ -245,7 +245,7 @@ class Turn:
         self._taken = ""  # the text of all pieces, also of those with nothing to speak
         self._changed = asyncio.Event()
         self._utterance: Utterance | None = None
-        self._memory: conversations.Turn | None = None  # this turn in the conversation
+        self._memory: ConversationTurn | None = None  # this turn in the conversation
         self.ended = False
         self._stopping = False
         self._task = asyncio.create_task(self._run())
@@ -398,7 +398,7 @@ class Turn:
         if conversation is None or not (parts or self._memory):
             return
         if self._memory is None:
-            self._memory = conversations.Turn("assistant", self.voice.preset.speaker_id, parts)
+            self._memory = ConversationTurn("assistant", self.voice.preset.speaker_id, parts)
             kept.add(conversation, self._memory)
         self._memory.parts = parts
         if not parts:

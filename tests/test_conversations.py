@@ -26,7 +26,7 @@ from tiny_csm import NEVER, ends_after
 from websockets.sync.client import ClientConnection, connect
 
 from config import Settings
-from conversations import Conversations, Turn
+from conversation_routes import Conversations, Turn
 from csm_decoding import CONTEXT
 from errors import NotFoundError
 from speech_model import Codes, ContextPart, SpeechOptions
