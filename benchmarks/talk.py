@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import csm_loading
 import tiny_csm
-from conftest import server_forker, start_server
+from conftest import start_server
+from forking import end_server_forkers
 from websockets.sync.client import connect
 
 from speech_model import ContextPart, SpeechOptions
@@ -115,7 +116,7 @@ def main() -> None:
             )
         finally:
             server.stop()
-            server_forker().close()
+            end_server_forkers()
 
 
 if __name__ == "__main__":

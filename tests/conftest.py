@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +20,7 @@ import as_mac
 import httpx
 import pytest
 import tiny_csm
+from forking import ForkedProcess, end_server_forkers, server_forker
 from httpx._transports import default as _transports
 from hypothesis import settings as hypothesis_settings
 
@@ -76,78 +73,10 @@ def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:
     return inherited | defaults | {name: str(value) for name, value in settings.items()}
 
 
-class ForkedProcess:
-    """A server forked by `server_forker.py`, with the methods of `subprocess.Popen` that tests use."""
-
-    def __init__(self, pid: int, folder: Path) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-        self._exit_file = folder / f"exit-{pid}"
-
-    def poll(self) -> int | None:
-        if self.returncode is None and self._exit_file.exists():
-            self.returncode = int(self._exit_file.read_text())
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = time.monotonic() + timeout if timeout is not None else math.inf
-        while (status := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("server.py", timeout or 0)
-            time.sleep(0.005)
-        return status
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-class ServerForker:
-    """The client of `server_forker.py`, at most one of each kind a test process."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("server_forker.py")), *arguments]
-        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-        self._process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
-        self._lock = threading.Lock()
-
-    def start(self, environment: dict[str, str], log: Path) -> ForkedProcess:
-        request = {"env": environment, "cwd": str(PROJECT), "log": str(log), "exits": str(log.parent), "mac": as_mac.active()}
-        with self._lock:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return ForkedProcess(json.loads(self._process.stdout.readline())["pid"], log.parent)
-
-    def close(self) -> None:
-        with self._process:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-
-
-SERVER_FORKERS: dict[tuple[str, ...], ServerForker] = {}
-
-
-def server_forker(*arguments: str) -> ServerForker:
-    """Started at the first server, ended with the test run."""
-    if arguments not in SERVER_FORKERS:
-        SERVER_FORKERS[arguments] = ServerForker(*arguments)
-    return SERVER_FORKERS[arguments]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _server_forkers_end() -> Iterator[None]:
     yield
-    for forker in SERVER_FORKERS.values():
-        forker.close()
+    end_server_forkers()
 
 
 @dataclass
@@ -216,8 +145,13 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
     if _LOADER_SETTINGS & settings.keys():
         process: subprocess.Popen[bytes] | ForkedProcess = _run_program(environment, log)
     else:
-        process = server_forker(*(["csm"] if tiny_csm.SMALL_CODEC in settings else [])).start(environment, log)
+        process = _fork_program(environment, log)
     return RunningServer(process, port, cache_dir, log, dict(settings))
+
+
+def _fork_program(environment: dict[str, str], log: Path) -> ForkedProcess:
+    with log.open("ab") as stderr, Path(os.devnull).open() as stdin:
+        return server_forker(environment).start(["server.py"], environment, PROJECT, (stdin.fileno(), stderr.fileno(), stderr.fileno()))
 
 
 def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

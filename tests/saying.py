@@ -1,4 +1,7 @@
-"""Runs say.py as a person's shell does: the real program, with an environment of its own, in a pipe or at a terminal."""
+"""Runs say.py as a person's shell does: a process with an environment of its own, in a pipe or at a terminal.
+
+It is forked from one that has imported it, as the tests' servers are (`server_forker.py`). `command` is the real program.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from typing import Any
 
 import as_mac
 import psutil
-import tiny_csm
 from conftest import PROJECT, clean_environment, free_port
+from forking import ForkedProcess, server_forker
 
 SECONDS = 240
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 # Takes sounddevice's place: `RULE` says how the device behaves, and what it plays is kept in a file.
@@ -87,23 +92,36 @@ def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
     return own | {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(tmp_path / "modules")}
 
 
-def command(*arguments: object, small_codec: bool = False) -> list[str]:
-    return [*as_mac.python(), *([tiny_csm.__file__] if small_codec else []), str(PROJECT / "say.py"), *map(str, arguments)]
+def command(*arguments: object) -> list[str]:
+    return [*as_mac.python(), str(PROJECT / "say.py"), *map(str, arguments)]
+
+
+def _forked(tmp_path: Path, arguments: tuple[object, ...], settings: dict[str, Any], streams: tuple[int, int, int]) -> ForkedProcess:
+    own = environment(tmp_path, **settings)
+    return server_forker(own).start(["say.py", *map(str, arguments)], own, tmp_path, streams)
+
+
+def _piped(tmp_path: Path, arguments: tuple[object, ...], settings: dict[str, Any], stdin: int) -> ForkedProcess:
+    """Start it with pipes for its output and errors."""
+    (output, its_output), (errors, its_errors) = os.pipe(), os.pipe()
+    process = _forked(tmp_path, arguments, settings, (stdin, its_output, its_errors))
+    process.stdout, process.stderr = os.fdopen(output, "rb"), os.fdopen(errors, "rb")
+    os.close(its_output)
+    os.close(its_errors)
+    return process
 
 
 def say(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> subprocess.CompletedProcess[bytes]:
     """Run it to its end; whatever happens, nobody is shown a traceback."""
-    ended = subprocess.run(
-        command(*arguments),
-        cwd=tmp_path,
-        env=environment(tmp_path, **settings),
-        input=stdin,
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert b"Traceback" not in ended.stderr, ended.stderr.decode()
-    return ended
+    its_input, given = os.pipe()
+    os.set_blocking(given, False)
+    assert os.write(given, stdin or b"") == len(stdin), "longer than a pipe's buffer"
+    os.close(given)
+    process = _piped(tmp_path, arguments, settings, its_input)
+    os.close(its_input)
+    output, errors = process.communicate(SECONDS)
+    assert b"Traceback" not in errors, errors.decode()
+    return subprocess.CompletedProcess(list(map(str, arguments)), process.wait(), output, errors)
 
 
 def said(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: object) -> bytes:
@@ -124,16 +142,20 @@ def refused(tmp_path: Path, *arguments: object, stdin: bytes = b"", **settings: 
 
 
 @contextmanager
-def started(tmp_path: Path, *arguments: object, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Start it; it, and what it leaves behind, is killed at the end."""
-    process = subprocess.Popen(
-        command(*arguments),
-        cwd=tmp_path,
-        env=environment(tmp_path, **settings),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def started(tmp_path: Path, *arguments: object, forked: bool = True, **settings: object) -> Iterator[Process]:
+    """Start it; it, and what it leaves behind, is killed at the end. Unless `forked`, the real program starts, and loads all that it needs."""
+    if forked:
+        with Path(os.devnull).open() as stdin:
+            process: Process = _piped(tmp_path, arguments, settings, stdin.fileno())
+    else:
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment(tmp_path, **settings),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
     try:
         yield process
     finally:
@@ -143,7 +165,7 @@ def started(tmp_path: Path, *arguments: object, **settings: object) -> Iterator[
         process.communicate(timeout=30)
 
 
-def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def family(process: Process) -> list[psutil.Process]:
     """All that a process has started, directly or not."""
     try:
         return list(psutil.Process(process.pid).children(recursive=True))
@@ -161,9 +183,9 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 def at_terminal(tmp_path: Path, *arguments: object, **settings: object) -> tuple[int, str]:
     """Run it with a terminal of 100 columns for input and errors; its exit status and all that it showed there."""
     control, terminal = pty.openpty()
-    own = environment(tmp_path, **settings) | {"COLUMNS": "100", "TERM": "xterm"}
-    asked = command(*arguments, small_codec=tiny_csm.SMALL_CODEC in settings)
-    process = subprocess.Popen(asked, cwd=tmp_path, env=own, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal)
+    with Path(os.devnull).open("w") as nowhere:
+        streams = (terminal, nowhere.fileno(), terminal)
+        process = _forked(tmp_path, arguments, settings | {"COLUMNS": "100", "TERM": "xterm"}, streams)
     os.close(terminal)
     shown = b""
     try:
@@ -177,8 +199,8 @@ def at_terminal(tmp_path: Path, *arguments: object, **settings: object) -> tuple
             shown += data
     finally:
         os.close(control)
-        process.wait(SECONDS)
-    return process.returncode, shown.decode()
+        status = process.wait(SECONDS)
+    return status, shown.decode()
 
 
 def add_loudspeaker(tmp_path: Path, rule: str = "plays") -> Path:

@@ -1,44 +1,50 @@
-"""A process that has imported the server already and forks one server per request: a start then takes a fraction of a second.
+"""A process that has imported our programs already and forks one per request: a start then takes a fraction of a second.
 
-    python tests/server_forker.py [csm]
+    python tests/server_forker.py SOCKET [csm]
 
 With `csm` it has also imported what CSM needs, which takes 2 s.
 
-Every server is a real process with its own environment, working directory, log and signals; only Python's imports are shared.
-`conftest.start_server` talks to it through its standard input and output: one JSON object a line each way.
+Every program is a real process with its own environment, working directory, descriptors and signals; only Python's imports and the
+built-in voice are shared. `forking.ServerForker` talks to it through the descriptor SOCKET of a socket.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
+import io
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from functools import cache
-from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 import as_mac
 import huggingface_hub
 import tiny_csm
 
-_EXITS = "exit-{pid}"
+_STREAMS = 3
 
 
 def main() -> None:
-    """Answer requests `{"env", "cwd", "log", "exits", "mac"}` with `{"pid"}` until standard input ends, then end all servers."""
+    """Answer requests `{"command", "env", "cwd", "mac"}` with PIDs until the socket is closed, then end all programs.
+
+    A request brings four descriptors: standard input, output and error of the program, and a pipe for its exit status.
+    """
+    import say_backends  # noqa: F401
+    import say_output  # noqa: F401
     import server  # noqa: F401
 
     _load_voice()
-    if "csm" in sys.argv[1:]:
+    if "csm" in sys.argv[2:]:
         _import_csm()
-    gc.freeze()  # a collection in a server must not touch, and so copy, what all of them share
+    gc.freeze()  # a collection in a program must not touch, and so copy, what all of them share
 
-    requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
-    folders: dict[int, Path] = {}
+    exits: dict[int, int] = {}
 
     def reap(*_: object) -> None:
         while True:
@@ -48,13 +54,13 @@ def main() -> None:
                 return
             if pid == 0:
                 return
-            folder = folders.pop(pid, None)
-            if folder is not None:
-                _write(folder / _EXITS.format(pid=pid), str(os.waitstatus_to_exitcode(status)))
+            with os.fdopen(exits.pop(pid), "w") as pipe:
+                pipe.write(str(os.waitstatus_to_exitcode(status)))
 
     signal.signal(signal.SIGCHLD, reap)
-    _serve(requests, answers, folders)
-    for pid in list(folders):
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        _serve(requests, exits)
+    for pid in list(exits):
         os.kill(pid, signal.SIGKILL)
     os._exit(0)  # nothing that a library does at exit may keep it alive
 
@@ -95,60 +101,79 @@ def _import_csm() -> None:
     import csm_network  # noqa: F401
 
 
-def _serve(requests: TextIO, answers: TextIO, folders: dict[int, Path]) -> None:
-    for line in requests:
-        request = json.loads(line)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its folder is known before it can end
+def _serve(requests: socket.socket, exits: dict[int, int]) -> None:
+    while True:
+        line, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, _STREAMS + 1)
+        while line and not line.endswith(b"\n"):
+            line += requests.recv(1 << 20)
+        if not line:
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its pipe is known before it can end
         pid = os.fork()
         if pid == 0:
-            _run_server(request)
-        folders[pid] = Path(request["exits"])
+            _run(json.loads(line), descriptors[:_STREAMS])
+        *streams, exits[pid] = descriptors
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        answers.write(json.dumps({"pid": pid}) + "\n")
-        answers.flush()
+        for descriptor in streams:
+            os.close(descriptor)
+        requests.sendall(f"{pid}\n".encode())
 
 
-def _run_server(request: dict[str, str | dict[str, str] | bool]) -> NoReturn:
-    """Become a server, as `python server.py` would be one with this environment."""
+def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
+    """Become a program, as Python would run it with this environment."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        log = os.open(str(request["log"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.closerange(3, 256)
+        _take_streams(streams)
         os.environ.clear()
-        os.environ.update(request["env"])  # type: ignore[arg-type]
-        os.chdir(str(request["cwd"]))
-        sys.argv = ["server.py"]
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        sys.argv = request["command"]
+        sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         tempfile.tempdir = None  # TMPDIR may be another one
         if request["mac"]:
             as_mac.pretend()
         if tiny_csm.SMALL_CODEC in os.environ:
             importlib.reload(huggingface_hub.constants)  # they were those of this process's own environment
             tiny_csm.use_small_codec()
-        import logging
-
-        from server import main as serve
-
-        status = serve()
-        logging.shutdown()
+        status = _say() if sys.argv[0] == "say.py" else _serve_speech()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 0
     except BaseException:
         import traceback
 
         traceback.print_exc()
-        sys.stderr.flush()
     finally:
         os._exit(status)
 
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text)
-    unfinished.rename(path)
+def _take_streams(streams: list[int]) -> None:
+    """Make them descriptors 0 to 2, and Python's own three files; close all others."""
+    copies = [fcntl.fcntl(stream, fcntl.F_DUPFD, 256) for stream in streams]
+    for number, copy in enumerate(copies):
+        os.dup2(copy, number)
+    os.closerange(3, 300)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)  # as with PYTHONUNBUFFERED
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", write_through=True)
+
+
+def _say() -> int:
+    """End as the end of say.py does."""
+    import say
+
+    return say._flushed(say.main())
+
+
+def _serve_speech() -> int:
+    import logging
+
+    from server import main as serve
+
+    status = serve()
+    logging.shutdown()
+    return status
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from conftest import SERVER_FORKERS
+from forking import SERVER_FORKERS
 from mutagen.aac import AAC
 
 from audio_converter import Converted, Encoder, encoder_arguments, to_int16

@@ -239,7 +239,7 @@ def test_csm_is_loaded_here_with_its_progress_shown(tmp_path: Path, tiny: dict[s
 
 
 def test_ctrl_c_while_a_model_loads_is_no_crash(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    with started(tmp_path, TEXT, "-o", "speech.wav", "--local", "--verbose", **tiny) as process:
+    with started(tmp_path, TEXT, "-o", "speech.wav", "--local", "--verbose", forked=False, **tiny) as process:
         assert process.stderr is not None
         while b"model csm-1b: loading" not in (line := process.stderr.readline()):
             assert line

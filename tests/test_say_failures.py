@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RunningServer, free_port
-from saying import at_terminal, command, environment, family, refused, said, say, started, wait_until
+from saying import Process, at_terminal, command, environment, family, refused, said, say, started, wait_until
 
 from audio_formats import FORMATS
 
@@ -143,7 +143,7 @@ def test_ctrl_c_ends_the_engine_in_this_process_too(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
-    with started(tmp_path, LONG, "-o", "speech.wav", "--local") as process:
+    with started(tmp_path, LONG, "-o", "speech.wav", "--local", forked=False) as process:
         wait_until(lambda: any("config.py" in name or "libmlx" in name or "numpy" in name for name in mapped(process)), "it imports")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -212,7 +212,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
 
 
-def mapped(process: subprocess.Popen[bytes]) -> list[str]:
+def mapped(process: Process) -> list[str]:
     """The libraries a process has loaded."""
     try:
         return [item.path for item in psutil.Process(process.pid).memory_maps()]
