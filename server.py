@@ -38,7 +38,7 @@ from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_chi
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
 from kokoro_routes import router as kokoro_routes
 from model_host import started_threads
-from monitoring import LOG_FILE, Metrics, configure_logging
+from monitoring import LOG_FILE, Facts, Metrics, Terminal, Voices, configure_logging, on_terminal
 from schemas import (
     COMMON_REFUSALS,
     CsmStatus,
@@ -58,7 +58,6 @@ from speech_routes import SpeechEndpoint
 from speech_routes import router as speech_routes
 from speech_socket import router as socket_routes
 from speech_turn import SpeechService
-from terminal import Facts, Terminal, Voices, on_terminal
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices

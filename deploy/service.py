@@ -19,8 +19,8 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules are one folder up
+from monitoring import DownloadSpeed  # noqa: E402
 from server_process import listen  # noqa: E402
-from terminal import DownloadSpeed  # noqa: E402
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 QUICK_ACTION_TEMPLATE = PROJECT_DIR / "deploy" / "quick-action"

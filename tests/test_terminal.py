@@ -25,7 +25,7 @@ from conftest import PROJECT, START_SECONDS, clean_environment, free_port
 from saying import wait_until
 from small_hub import SmallHub
 
-from terminal import DownloadSpeed, on_terminal
+from monitoring import DownloadSpeed, on_terminal
 
 SECRET = "The walrus hid seven pearls."
 
