@@ -98,7 +98,6 @@ def _import_csm() -> None:
     from transformers import PreTrainedTokenizerFast  # noqa: F401 - what its AutoTokenizer imports late
 
     import csm_generation  # noqa: F401
-    import csm_network  # noqa: F401
 
 
 def _serve(requests: socket.socket, exits: dict[int, int]) -> None:

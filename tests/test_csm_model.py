@@ -12,8 +12,9 @@ import pytest
 import tiny_csm
 import tiny_weights
 from csm_loading import settings, voice
+from mlx_audio.codec.models.mimi import mimi
 
-import csm_network
+import csm_model
 from csm_files import find_model
 from csm_model import CsmModel
 from speech_model import LoadProgress, SpeechOptions
@@ -52,10 +53,10 @@ def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> No
 
     with tiny_csm.activated(tiny_csm.build()):
         files = find_model(tiny_csm.SESAME, lambda _: None)
-    network = csm_network.build(files, "bfloat16", "auto", report)
+    network = csm_model.build(files, "bfloat16", "auto", report)
     whole = files.weights[0].stat().st_size
-    other = mx.get_active_memory() - sum(value.nbytes for value in csm_network._flat(network).values())  # the codec, above all
-    assert csm_network.precision(network) == "bfloat16"
+    other = mx.get_active_memory() - sum(value.nbytes for value in csm_model._flat(network).values())  # the codec, above all
+    assert csm_model.precision(network) == "bfloat16"
     assert told[-1].done == told[-1].total
     assert whole > 60_000_000
     assert whole / 2 < mx.get_peak_memory() - other < 1.05 * whole
@@ -65,7 +66,8 @@ def test_weights_that_overflow_in_float16_are_loaded_again_in_bfloat16(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tiny_csm.build(small_codec=True)
-    monkeypatch.setattr(csm_network, "mimi_202407", lambda _: tiny_weights.small_mimi_config())
+    small = tiny_weights.small_mimi_config()
+    monkeypatch.setattr(mimi, "mimi_202407", lambda _: small)
     folder = tmp_path / "model"
     shutil.copytree(tiny_csm.snapshot_of(cache, tiny_csm.SESAME), folder)
     weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
@@ -96,7 +98,7 @@ def test_memory_is_held_within_the_machines_limit_while_the_model_is_loaded(monk
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": recommended})
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     before = mx.set_cache_limit(12345)
-    release = csm_network.reserve_memory()
+    release = csm_model.reserve_memory()
     assert held == [0, recommended]
     release()
     assert held == [0, recommended, 0]
@@ -109,5 +111,5 @@ def test_a_system_that_refuses_to_hold_memory_is_logged(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
-    csm_network.reserve_memory()()
+    csm_model.reserve_memory()()
     assert "slow" in caplog.text

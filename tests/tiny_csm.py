@@ -102,9 +102,10 @@ def environment(cache: Path) -> dict[str, str]:
 
 def use_small_codec() -> None:
     """Make this process build its network with a Mimi of a fortieth of its size, as in a checkpoint with `small_codec`."""
-    import csm_network
+    from mlx_audio.codec.models.mimi import mimi
 
-    csm_network.mimi_202407 = lambda _: tiny_weights.small_mimi_config()  # type: ignore[attr-defined]
+    small = tiny_weights.small_mimi_config()
+    mimi.mimi_202407 = lambda _: small
 
 
 @contextlib.contextmanager
