@@ -209,7 +209,7 @@ def _check_words(args: argparse.Namespace, settings: Settings) -> int:
     """List the words of a file that are misheard. Without a recogniser, speak them for somebody who listens."""
     from pronunciations import FILE, read_pronunciations
     from say_output import ProgressBar
-    from say_words import check_words, words_of
+    from say_reading import check_words, words_of
     from transcription import installed_recognizer
 
     words = words_of(_decoded(_read_file(Path(args.check_words)), args.check_words))

@@ -1,4 +1,7 @@
-"""Speak a text of any length: split it into pieces, generate them one after another, send the audio and captions to the output."""
+"""Speak a text of any length: split it into pieces, generate them one after another, send the audio and captions to the output.
+
+Or speak single words, to find those that a voice says wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import json
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import regex
 from anyio import to_thread
 
 from audio_formats import AudioFormat, Samples, SyntheticTag
@@ -21,16 +25,22 @@ from captions import Caption, WordCaption, WordFinder, to_json, to_srt, to_webvt
 from config import Settings
 from errors import InputTooLongError, InvalidInputError
 from files import write_output
+from pronunciations import Pronunciations
 from say_output import AudioFile, AudioStream, Descriptor, Loudspeaker, ProgressBar, Sink
 from speech_model import SegmentLengths
 from text_markup import blanked, passages, prepare, stretch, with_voices, without_marks
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
+from transcription import HeardWord, Recognizer, compare
 
 # With this much audio generated but not yet played, the next piece waits: it leaves the model to other clients and bounds the memory.
 _AHEAD_SECONDS = 60.0
 _BLOCK_SECONDS = 0.5  # of audio written at once: small enough for a smooth progress bar and a quick reaction to signals
 _SEEDS = 2**32
+
+# A recogniser hears a word in a sentence far better than alone (docs/LOG.md).
+_SENTENCE = "The word is {}."
+_BEFORE = regex.compile(r"(?i)^\W*the word is\W*")
 
 
 @dataclass(frozen=True)
@@ -315,3 +325,43 @@ def _rendered(captions: Sequence[Caption], words: Sequence[WordCaption] | None, 
     if ending == ".srt":
         return to_srt(heard or scaled)
     return json.dumps(to_json(scaled, None if words is None else heard), ensure_ascii=False, indent=2) + "\n"
+
+
+# --- Single words ---
+
+
+@dataclass(frozen=True)
+class CheckedWord:
+    """A word or phrase, and what the recogniser heard in its place.
+
+    Attributes:
+        word: As it was given.
+        heard: What was heard.
+        right: Whether that is the word, or its respelling.
+    """
+
+    word: str
+    heard: str
+    right: bool
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words and phrases of a file, one a line, each once."""
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+async def check_words(
+    words: Sequence[str], speaker: Speaker, recognizer: Recognizer, known: Pronunciations, seed: int
+) -> AsyncIterator[CheckedWord]:
+    """Speak each word and yield what is heard.
+
+    Raises:
+        TTSError: The speaker failed.
+    """
+    for word in words:
+        async with aclosing(speaker.speak(_SENTENCE.format(word), seed)) as parts:
+            samples = np.concatenate([np.zeros(0, np.float32), *[part.samples async for part in parts]])
+        heard = await to_thread.run_sync(recognizer.transcribe, samples)
+        expected = {word, known.said(word)}
+        right = any(compare(_SENTENCE.format(each), [HeardWord(heard)]).word_error_rate == 0 for each in expected)
+        yield CheckedWord(word, _BEFORE.sub("", heard).strip(" ."), right)
