@@ -30,13 +30,13 @@ from starlette.routing import Mount, NoMatchFound
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from client_routes import router as client_routes
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
 from conversation_routes import ConversationEndpoint, Conversations
 from conversation_routes import router as conversation_routes
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
 from http_middleware import CLIENT_CLOSED, DOCS_FILES, AccessMiddleware, RequestLog, error_response, is_owner, require_owner
-from kokoro_routes import router as kokoro_routes
 from model_host import started_threads
 from monitoring import LOG_FILE, Facts, Metrics, Terminal, Voices, configure_logging, on_terminal
 from schemas import (
@@ -54,10 +54,9 @@ from schemas import (
     refusals,
 )
 from server_process import listen, serve
-from speech_routes import SpeechEndpoint
+from speech_routes import SpeechService
 from speech_routes import router as speech_routes
 from speech_socket import router as socket_routes
-from speech_turn import SpeechService
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices
@@ -95,8 +94,7 @@ class Server:
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)
         conversations = Conversations(settings)
-        self.speech = SpeechEndpoint(settings, self.presets, self.engine, self.metrics, conversations)
-        self.turns = SpeechService(settings, self.presets, self.engine, self.metrics, self.speech.unread, conversations)
+        self.speech = SpeechService(settings, self.presets, self.engine, self.metrics, conversations)
         self.conversations = ConversationEndpoint(conversations, self.engine)
         self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
@@ -104,7 +102,7 @@ class Server:
     def drain(self) -> None:
         """Refuse new requests and those in the queues; requests in progress continue."""
         self.engine.drain()
-        self.turns.drain()
+        self.speech.drain()
         self.voices.drain()
 
     def default_ready(self) -> bool:
@@ -318,8 +316,8 @@ def _include_routers(app: FastAPI) -> None:
     app.include_router(service_routes, **shared)
     app.include_router(voice_routes, prefix="/v1", **shared)
     app.include_router(conversation_routes, prefix="/v1", **shared)
-    app.include_router(kokoro_routes, prefix="/v1", **shared)
-    for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes):
+    app.include_router(client_routes, prefix="/v1", **shared)
+    for router in (speech_routes, voice_routes, conversation_routes, client_routes):
         app.include_router(router, **shared, include_in_schema=False)
     for prefix in ("/v1", ""):
         app.include_router(socket_routes, prefix=prefix)
@@ -435,7 +433,7 @@ def _methods_at(path: str) -> list[str]:
     """Return the methods of all routes of a path. FastAPI's exception has those of the first route only."""
     routes = [
         route
-        for router in (speech_routes, voice_routes, conversation_routes, kokoro_routes, service_routes, status_routes)
+        for router in (speech_routes, voice_routes, conversation_routes, client_routes, service_routes, status_routes)
         for route in router.routes
         if isinstance(route, APIRoute)
     ]

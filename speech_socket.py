@@ -16,8 +16,9 @@ from errors import InputTooLongError, InvalidRequestError, ShuttingDownError, TT
 from http_middleware import client_address
 from schemas import SessionStart, explain
 from speech_playback import WORD
-from speech_routes import Unread, choose_format
-from speech_turn import Event, Outbox, SpeechService, Turn
+from speech_response import Unread
+from speech_routes import SpeechService, choose_format
+from speech_turn import Event, Outbox, Turn
 
 _GOING_AWAY = 1001
 _RESTARTING = 1012
@@ -199,4 +200,4 @@ router = APIRouter()
 async def stream_speech(websocket: WebSocket) -> None:
     """Speak a text while it is being written. docs/API.md lists the messages."""
     await websocket.accept()
-    await Session(websocket.app.state.server.turns, websocket).run()
+    await Session(websocket.app.state.server.speech, websocket).run()

@@ -17,20 +17,16 @@ from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import WordFinder, captions_of
-from config import Settings
-from conversation_routes import Conversations
 from conversation_routes import Turn as ConversationTurn
 from errors import InputTooLongError, InternalError, NothingToSpeakError, ShuttingDownError, TTSError
-from http_middleware import UnreadAudio
-from monitoring import Metrics
 from schemas import SessionStart
-from speech_model import ContextPart, SpeechOptions
+from speech_model import ContextPart
 from speech_playback import Playback, Spoken
-from speech_routes import Unread, choose_format, voice_in_time
+from speech_response import Unread
+from speech_routes import SpeechService, choose_format, voice_in_time
 from text_markup import last_voice
 from text_splitter import Piece, TextStream
-from tts_engine import TTSEngine, Utterance, new_seed
-from voice_presets import VoicePresetManager
+from tts_engine import Utterance, new_seed
 
 logger = logging.getLogger(__name__)
 
@@ -41,53 +37,6 @@ _SEEDS = 2**32
 _ONLY_CODE = regex.compile(r"\s*(?:```|~~~).*(?:```|~~~)\s*", regex.DOTALL)
 
 Event = dict[str, Any]
-Context = tuple[ContextPart, ...] | None
-
-
-class SpeechService:
-    """What all turns share.
-
-    Args:
-        settings: The settings.
-        presets: The voices.
-        engine: Speaks.
-        metrics: Gets one observation for each piece of text.
-        unread: Counts the audio that clients have not read.
-        conversations: What was said before.
-
-    Attributes:
-        stopping: Set when the shutdown begins.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        presets: VoicePresetManager,
-        engine: TTSEngine,
-        metrics: Metrics,
-        unread: UnreadAudio,
-        conversations: Conversations,
-    ) -> None:
-        self.conversations = conversations
-        self.settings = settings
-        self.presets = presets
-        self.engine = engine
-        self.unread = unread
-        self.stopping = asyncio.Event()
-        self._metrics = metrics
-
-    def drain(self) -> None:
-        """Let all connections complete what they have begun, and close."""
-        self.stopping.set()
-
-    def observe(self, turn: Turn, utterance: Utterance, outcome: str) -> None:
-        """Record one piece."""
-        self._metrics.observe(
-            model=turn.voice.preset.model,
-            format_name=turn.format.name,
-            outcome=outcome,
-            **utterance.measured,
-        )
 
 
 class Outbox:
@@ -237,8 +186,7 @@ class Turn:
         self.text = TextStream(model.segment_lengths)
         self.format = choose_format(start, "pcm")
         self.seed = new_seed() if start.seed is None else start.seed
-        tag = SyntheticTag(self.voice.preset.model, self.voice.preset.name) if service.settings.synthetic_mark else None
-        self._sound = _Sound(start, self.format, model.sample_rate, tag, outbox)
+        self._sound = _Sound(start, self.format, model.sample_rate, service.tag(self.voice), outbox)
         self._joiner = service.engine.new_joiner(model.sample_rate)
         self._playback = Playback(start.speed)
         self._voice_tag = ""  # the latest in the text: it counts for the next pieces, too
@@ -353,17 +301,7 @@ class Turn:
         voice = voice_in_time(self._service.engine, self.voice, len(text), start.deadline_ms, start.on_deadline)
         if voice is not self.voice:  # for the rest of the turn
             self._replaced, self.voice = self.voice, voice
-        seed = (self.seed + len(self._playback)) % _SEEDS
-        options = SpeechOptions(
-            seed,
-            start.temperature,
-            start.top_k,
-            streamed=True,
-            verbalize=start.normalize,
-            speed=start.speed,
-            word_times=start.timestamps == "word",
-            context=self._context(),
-        )
+        options = self._service.options(start, self.voice, (self.seed + len(self._playback)) % _SEEDS, streamed=True)
         first = len(self._joiner.timestamps)
         self._utterance = utterance = self._service.engine.speak(text, self.voice, options, self._joiner)
         spoken: Spoken | None = None
@@ -382,15 +320,8 @@ class Turn:
             self._utterance = None
             if spoken is not None:
                 self._note(spoken, utterance, self._joiner.timestamps[first:], complete=outcome == "200")
-            self._service.observe(self, utterance, outcome)
+            self._service.observe(self.voice, self.format, utterance, outcome)
         self._finish(spoken, utterance, self._joiner.timestamps[first:])
-
-    def _context(self) -> Context:
-        """Return what was said before, with the pieces of this turn; None without a conversation, or if the model takes no context."""
-        conversation = self._start.conversation
-        if conversation is None or not self._service.engine.takes_context(self.voice):
-            return None
-        return self._service.conversations.context(conversation)
 
     def _remember(self, parts: list[ContextPart]) -> None:
         """Let the conversation have these parts of this turn, if there is a conversation."""

@@ -12,7 +12,8 @@ from starlette.types import Message, Scope
 
 from config import Settings
 from errors import DeadlineError
-from speech_routes import SpeechStream, voice_in_time
+from speech_response import SpeechStream
+from speech_routes import voice_in_time
 from tts_engine import TTSEngine, Utterance
 from voice_presets import VoicePresetManager
 

@@ -1,4 +1,4 @@
-"""POST /dev/captioned_speech: speech with word times in Kokoro-FastAPI's form, so that its clients work unchanged."""
+"""Routes that only some clients ask for: OpenAI's and Open WebUI's lists of models, and Kokoro-FastAPI's speech with word times."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from captions import WordCaption
-from schemas import SpeechRequest, document_nulls, refusals
-from speech_routes import AnswerForm, Endpoint, SpeechEndpoint
+from errors import NotFoundError, shorten
+from schemas import AudioModelList, Model, ModelList, SpeechRequest, document_nulls, refusals
+from speech_response import AnswerForm
+from speech_routes import Service, SpeechService
+
+_MODELS = {
+    "csm-1b": {"id": "csm-1b", "object": "model", "created": 1740000000, "owned_by": "sesame"},
+    "hibari": {"id": "hibari", "object": "model", "created": 1760000000, "owned_by": "hibari"},
+}
+# OpenAI's models, with or without a date, and the one of Kokoro's clients.
+_FOREIGN_MODEL = regex.compile(r"(?:tts-1(?:-hd)?|gpt-4o-mini-tts)(?:-\d[\d-]{3,9})?|kokoro")
 
 # The types that Kokoro-FastAPI names, which are not all ours.
 _TYPES = {"mp3": "audio/mpeg", "opus": "audio/opus", "aac": "audio/aac", "flac": "audio/flac", "wav": "audio/wav", "pcm": "audio/pcm"}
@@ -79,23 +88,23 @@ router = APIRouter(tags=["speech"])
     response_model=CaptionedSpeech,
     responses=refusals(429),
 )
-async def create_captioned_speech(body: CaptionedSpeechRequest, request: Request, endpoint: Endpoint) -> Response:
+async def create_captioned_speech(body: CaptionedSpeechRequest, request: Request, service: Service) -> Response:
     """Speak a text. The answer has the audio in base64 and the time of each word, as Kokoro-FastAPI's does."""
     fields: dict[str, Any] = body.model_dump(include={"model", "input", "response_format", "speed", "stream"})
     if not body.normalization_options.normalize:
         fields["normalize"] = False
-    speech = SpeechRequest(**fields, voice=_voice(body.voice, endpoint), timestamps="word")
-    return await endpoint.answer(speech, request, _form(_TYPES[body.response_format], body.return_timestamps))
+    speech = SpeechRequest(**fields, voice=_voice(body.voice, service), timestamps="word")
+    return await service.answer(speech, request, _form(_TYPES[body.response_format], body.return_timestamps))
 
 
-def _voice(name: str, endpoint: SpeechEndpoint) -> str:
+def _voice(name: str, service: SpeechService) -> str:
     """Return a voice that exists: the first of a mixture that is known, else the ready one nearest to Kokoro's."""
     kokoro = _KOKORO_VOICE.fullmatch(name.strip().lower())
-    if kokoro is None or endpoint.knows(name):
+    if kokoro is None or service.knows(name):
         return name
     parts = [regex.sub(r"\(.*", "", part).strip() for part in regex.split(r"[+-]", name)]
     candidates = (*parts, _NEAREST.get((kokoro[1], kokoro[2]), _ANY), _ANY)
-    return next((candidate for candidate in candidates if endpoint.can_speak(candidate)), "default")
+    return next((candidate for candidate in candidates if service.can_speak(candidate)), "default")
 
 
 def _form(audio_type: str, timed: bool) -> AnswerForm:
@@ -109,3 +118,25 @@ def _form(audio_type: str, timed: bool) -> AnswerForm:
             yield answer(audio, words, []) + b"\n"
 
     return AnswerForm("application/json", lambda audio, words: answer(audio, words, None), lines)
+
+
+@router.get("/audio/models", operation_id="listAudioModels", summary="List models for Open WebUI", response_model=AudioModelList)
+async def list_audio_models() -> dict[str, Any]:
+    """Return the models in the form that Open WebUI reads."""
+    return {"models": [{"id": name} for name in _MODELS]}
+
+
+@router.get("/models", operation_id="listModels", summary="List models", response_model=ModelList)
+async def list_models() -> dict[str, Any]:
+    """Return the models in OpenAI's form."""
+    return {"object": "list", "data": list(_MODELS.values())}
+
+
+@router.get("/models/{model}", operation_id="getModel", summary="Get a model", response_model=Model, responses=refusals(404))
+async def get_model(model: str) -> dict[str, Any]:
+    """Return one model in OpenAI's form. The names of OpenAI's and Kokoro's models are accepted too, as in speech requests: some clients look them up first."""
+    if _FOREIGN_MODEL.fullmatch(model):
+        return _MODELS["csm-1b"] | {"id": model}
+    if model not in _MODELS:
+        raise NotFoundError(f"Model {shorten(model)} not found. Models: {', '.join(_MODELS)}.", param="model", code="model_not_found")
+    return _MODELS[model]
