@@ -19,8 +19,8 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIR))
 
 from config import Settings, SettingsError, load_settings  # noqa: E402 - the project's modules are one folder up
-from monitoring import DownloadSpeed  # noqa: E402
-from server_process import listen  # noqa: E402
+
+# What one command alone needs is imported there: install.sh runs this program up to eight times.
 
 PLIST_TEMPLATE = PROJECT_DIR / "com.burkestudio.sesame-tts.plist"
 QUICK_ACTION_TEMPLATE = PROJECT_DIR / "deploy" / "quick-action"
@@ -247,6 +247,8 @@ class _Progress:
     """Prints the progress of a load: one line that is updated on a terminal, otherwise a line for each stage and every 10 %."""
 
     def __init__(self, on_terminal: bool) -> None:
+        from monitoring import DownloadSpeed
+
         self._on_terminal = on_terminal
         self._shown: object = None
         self._width = 0
@@ -277,6 +279,8 @@ def port(settings: Settings, arguments: argparse.Namespace) -> int:
     """Check that the port is free, or used by the running service itself."""
     if arguments.running and _pid_file(settings).get("port") == settings.port:
         return 0
+    from server_process import listen
+
     for bound in listen(settings):
         bound.close()
     return 0

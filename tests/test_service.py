@@ -142,6 +142,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def write_interpreter(project: Path, *, small_codec: bool = False) -> None:
+    """Write the Python of a copy of the project: the tests' own, as on a Mac. `small_codec`: the server has that of `tiny_csm`."""
+    python = f'"{sys.executable}" "{as_mac.__file__}"'
+    server = f'case "$1" in */start.py) exec {python} "{tiny_csm.__file__}" "$@";; esac\n' if small_codec else ""
+    interpreter = project / ".venv" / "bin" / "python"
+    interpreter.write_text(f'#!/bin/sh\n{server}exec {python} "$@"\n')
+    interpreter.chmod(0o755)
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     home, state = tmp_path / "home", tmp_path / "state"
@@ -152,10 +161,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         shutil.copy2(file, project)
     for folder_name in ("presets", "playground", "deploy"):
         shutil.copytree(PROJECT / folder_name, project / folder_name)
+    for compiled in PROJECT.glob("__pycache__/*.pyc"):  # or the programs of every test would compile all modules
+        (project / "__pycache__").mkdir(exist_ok=True)
+        shutil.copy2(compiled, project / "__pycache__")
     (project / ".venv" / "bin").mkdir(parents=True)
-    interpreter = project / ".venv" / "bin" / "python"
-    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{as_mac.__file__}" "$@"\n')
-    interpreter.chmod(0o755)
+    write_interpreter(project)
     system_tools.install_tools(home / "tools")
     made = Machine(home, project, state, free_port())
     made.configure()
@@ -384,9 +394,10 @@ def test_an_unsuitable_machine_is_refused_before_any_change(machine: Machine, an
 
 def test_it_speaks_at_once_then_shows_the_services_download_then_speaks_with_csm(machine: Machine, tmp_path: Path) -> None:
     machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
-    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]})
+    write_interpreter(machine.project, small_codec=True)
+    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
-    with SmallHub(repositories, bytes_a_second=150_000_000) as hub:
+    with SmallHub(repositories, bytes_a_second=30_000_000) as hub:
         result = machine.install(HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path / "hf"))
     assert result.returncode == 0, result.stdout + result.stderr + machine.log()
     assert machine.calls("caffeinate") == ["caffeinate -i"]
