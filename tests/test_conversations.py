@@ -236,7 +236,7 @@ def test_each_segment_can_hear_the_one_before_it(recordings: Path, model: Model,
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    cache = tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]})
+    cache = tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]}, small_codec=True)
     with csm_server(tmp_path_factory.mktemp("talking"), cache, {"tiny": 100}, MAX_RETRIES=0) as running:
         yield running
 

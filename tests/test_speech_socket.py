@@ -21,6 +21,11 @@ TEXT = (
     "The train left the station at nine. Nobody had expected it to be on time! Was that not a good sign? "
     "Outside, the fields were green, and the river was full after the rain."
 )
+# The recogniser takes a text that repeats itself for its own mistake and hears it again and again.
+LONGER = (
+    f"{TEXT} A boy with a large dog sat down beside the window. He asked me whether the sea was far away. "
+    "I told him that we would see it in an hour, and he smiled. Then the dog fell asleep on my foot."
+)
 Event = dict[str, Any]
 
 
@@ -390,15 +395,15 @@ def until_closed(talking: Talk) -> tuple[int, str]:
 def test_a_shutdown_completes_a_text_that_has_begun(make_server: Callable[..., RunningServer]) -> None:
     server = make_server()
     with talk(server) as talking, talk(server) as idle:
-        talking.send("input_text.append", text=TEXT * 3)
+        talking.send("input_text.append", text=LONGER)
         talking.send("input_text.done")
         talking.until_audio()
         server.process.terminate()
         assert until_closed(idle)[0] == 1012
         assert until_closed(talking) == (1012, "segment.done done")
     assert talking.events[-1]["status"] == "completed"
-    assert "".join(event["text"] for event in talking.all_of("segment.start")) == TEXT * 3
-    assert word_error_rate(TEXT * 3, transcribe(*decode(talking.audio, "pcm"))) <= 0.05
+    assert "".join(event["text"] for event in talking.all_of("segment.start")) == LONGER
+    assert word_error_rate(LONGER, transcribe(*decode(talking.audio, "pcm"))) <= 0.05
     assert server.process.wait(30) == 0
     assert "Traceback" not in server.log.read_text()
 
