@@ -69,9 +69,10 @@ _EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own v
 def document_nulls(schema: dict[str, Any]) -> None:
     """Add null to each optional field that lacks it."""
     for name, field in schema["properties"].items():
-        if name not in schema["required"] and ("type" in field or "$ref" in field):
-            rules = {key: field.pop(key) for key in set(field) - {"title", "description", "default"}}
-            field["anyOf"] = [rules, {"type": "null"}]
+        if name in schema["required"] or {"type": "null"} in field.get("anyOf", ()):
+            continue
+        rules = {key: field.pop(key) for key in set(field) - {"title", "description", "default"}}
+        field["anyOf"] = [*(rules.get("anyOf") or [rules]), {"type": "null"}]
 
 
 def _document_speech(schema: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from playwright.sync_api import expect
 
 from audio_formats import FORMATS
 
-# Half a minute is enough to find regressions; SCHEMATHESIS_SECONDS=1800 makes tens of thousands of cases.
-SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "30"))
+# The 520 cases of the document's limits and three random ones an operation find regressions; SCHEMATHESIS_SECONDS=1800 makes tens of thousands.
+SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "0"))
 KEY = "an-openapi-key"
 
 
@@ -31,7 +31,8 @@ def test_every_answer_is_as_documented(make_server: Callable[..., RunningServer]
     server = make_server(API_KEY=KEY, FALLBACK_VOICE="heart")  # without it, CSM's voices would correctly answer 503
     command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", str(PROJECT / "tests" / "schemathesis.toml")]
     command += ["run", f"{server.url}/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--checks", "all"]
-    command += ["--max-time", str(SECONDS), "--continue-on-failure", "--suppress-health-check", "all"]
+    command += ["--max-time", str(SECONDS)] if SECONDS else ["--max-examples", "3"]
+    command += ["--continue-on-failure", "--suppress-health-check", "all"]
     command += ["--report", "json", "--report-json-path", str(tmp_path / "report.json")]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "openapi_cases", "PYTHONPATH": str(PROJECT / "tests")}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS + 200, check=False)
@@ -42,7 +43,7 @@ def test_every_answer_is_as_documented(make_server: Callable[..., RunningServer]
         ("examples", "coverage", "fuzzing", "stateful"), "success"
     )
     assert report["operations"]["tested"] == report["operations"]["total"] == 17
-    assert report["test_cases"]["generated"] > 100  # 200 beside another worker on two cores, 1,200 to 1,700 alone
+    assert report["test_cases"]["generated"] > (100 if SECONDS else 500)
     log = server.log_text()
     assert "Traceback" not in log
     assert "status=500" not in log

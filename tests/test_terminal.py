@@ -58,7 +58,8 @@ def on_screen(folder: Path, columns: int = 100, **settings: object) -> Iterator[
     own = clean_environment(cache, PORT=port, HOME=home, TERM="xterm", TZ="XXX-05:30", **settings)
     control, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    command = [*as_mac.python(), "server.py"]
+    small_codec = [tiny_csm.__file__] if tiny_csm.SMALL_CODEC in settings else []
+    command = [*as_mac.python(), *small_codec, str(PROJECT / "server.py")]
     process = subprocess.Popen(command, cwd=PROJECT, env=own, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     screen = Screen(process, f"http://127.0.0.1:{port}", cache / "server.log")
@@ -147,11 +148,16 @@ def test_long_lines_are_broken_between_words_and_indented(tmp_path: Path) -> Non
 
 def test_a_download_is_a_live_line_and_csms_voice_is_announced(tmp_path: Path) -> None:
     """Without colours; a line that is longer than the terminal is cut, because a line that wraps cannot be rewritten."""
-    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]})
+    cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
-    own = {"CSM": "on", "GUARD": "off", "DEFAULT_VOICE": "conversational", "MODEL_DTYPE": "float32", "HF_HUB_OFFLINE": 0, "NO_COLOR": 1}
-    with SmallHub(repositories, bytes_a_second=100_000_000) as hub:
-        own |= {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": tmp_path / "hub", "HF_HOME": tmp_path / "hf"}
+    own = {"CSM": "on", "GUARD": "off", "DEFAULT_VOICE": "conversational", "MODEL_DTYPE": "float32", "NO_COLOR": 1}
+    with SmallHub(repositories, bytes_a_second=25_000_000) as hub:
+        own |= tiny_csm.environment(cache) | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": 0,
+            "HF_HUB_CACHE": tmp_path / "hub",
+            "HF_HOME": tmp_path / "hf",
+        }
         with on_screen(tmp_path, 70, **own) as screen:
             screen.wait_for("Stop .*Ctrl-C")
             assert "Voice    heart, until conversational is ready" in screen.shown

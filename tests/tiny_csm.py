@@ -71,7 +71,8 @@ def build(
         extra_files: Add two files of weights with other names beside `model.safetensors`, as in `sesame/csm-1b`.
         truncated: Cut off the second half of `model.safetensors`.
         quantized: Convert it with mlx-audio's own convert, 8 bits.
-        small_codec: Mimi's weights are those of `tiny_weights.small_mimi_config`, for servers that `environment(...)` tells so.
+        small_codec: Mimi's weights are those of `tiny_weights.small_mimi_config`, for servers that `environment(...)` tells so. The voice
+            prompts have short transcripts: each of the real ones has 500 tokens of the tiny tokenizer, which every warm-up reads nine times.
     """
     variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized, small_codec], sort_keys=True, default=list)
     cache = root / f"{_source_key()}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
@@ -84,7 +85,7 @@ def build(
             _quantize(build(root, repo=repo, script=script, dtype=dtype), repo, snapshot)
         else:
             _write_model(snapshot, repo, script, dtype)
-        _write_prompts(snapshot)
+        _write_prompts(snapshot, short=small_codec)
         if extra_files:
             _write_extra_files(snapshot)
         if truncated:
@@ -208,8 +209,8 @@ def _mlx_name(name: str) -> str:
     return f"model.{name}"
 
 
-def _write_prompts(snapshot: Path) -> None:
-    """Write the voice prompts: two short, quiet hums, 24 kHz mono."""
+def _write_prompts(snapshot: Path, *, short: bool) -> None:
+    """Write the voice prompts: two quiet hums, 24 kHz mono; `short`: with transcripts that take the place of those in the code."""
     folder = snapshot / "prompts"
     folder.mkdir()
     for place, (name, seconds) in enumerate(PROMPT_SECONDS.items()):
@@ -218,6 +219,8 @@ def _write_prompts(snapshot: Path) -> None:
         with wave.open(str(folder / f"{name}.wav"), "wb") as file:
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
             file.writeframes((samples * 32767).astype("<i2").tobytes())
+        if short:
+            (folder / f"{name}.txt").write_text("hm, hm.")
 
 
 def _write_extra_files(snapshot: Path) -> None:
