@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from captions import WordCaption
 from errors import NotFoundError, shorten
-from schemas import AudioModelList, Model, ModelList, SpeechRequest, document_nulls, refusals
+from schemas import ResponseModel, SpeechRequest, document_nulls, refusals
 from speech_response import AnswerForm
 from speech_routes import Service, SpeechService
 
@@ -32,6 +32,34 @@ _TYPES = {"mp3": "audio/mpeg", "opus": "audio/opus", "aac": "audio/aac", "flac":
 _KOKORO_VOICE = regex.compile(r"([a-z])([fm])_[a-z0-9_]+(?:\([0-9.]+\))?(?:[+-].*)?")
 _NEAREST = {("a", "m"): "fenrir", ("b", "f"): "emma", ("b", "m"): "hibari-fable"}
 _ANY = "heart"
+
+
+class Model(ResponseModel):
+    """A model in OpenAI's form."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(ResponseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class AudioModel(ResponseModel):
+    """A model in Open WebUI's form."""
+
+    id: str
+
+
+class AudioModelList(ResponseModel):
+    """Open WebUI's list of models."""
+
+    models: list[AudioModel]
 
 
 class NormalizationOptions(BaseModel):

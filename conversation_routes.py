@@ -21,7 +21,7 @@ from config import Settings
 from errors import InvalidAudioError, NotFoundError
 from http_middleware import run_until_gone
 from recordings import read_recording_bytes
-from schemas import ConversationTurn, ConversationTurns, ForgottenConversation, refusals
+from schemas import ResponseModel, refusals
 from speech_model import CODEC_FRAMES_PER_SECOND, Codes, ContextPart
 from tts_engine import TTSEngine
 from voice_routes import read_form
@@ -168,6 +168,30 @@ class TurnForm(BaseModel):
         None,
         description="1 to 60 s of it, as for a voice. Without it the turn is listed, but is not in the next reply's prompt (`in_prompt`).",
     )
+
+
+class ConversationTurn(ResponseModel):
+    """What one speaker of a conversation said."""
+
+    role: Literal["assistant", "user"]
+    speaker: int
+    seconds: float
+    characters: int
+    in_prompt: bool
+    text: str | None = None
+
+
+class ConversationTurns(ResponseModel):
+    """The turns of a conversation, the oldest first."""
+
+    turns: list[ConversationTurn]
+
+
+class ForgottenConversation(ResponseModel):
+    """The answer to the deletion of a conversation."""
+
+    id: str
+    deleted: Literal[True]
 
 
 _FORM_DOCUMENT: dict[str, Any] = {

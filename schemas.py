@@ -1,4 +1,4 @@
-"""Request and response models, and the OpenAPI document."""
+"""The models of requests, of errors and of the server's state, and the OpenAPI document. Other answers' models are beside their routes."""
 
 from __future__ import annotations
 
@@ -222,13 +222,13 @@ def _allowed(name: str, voices: list[str]) -> str:
     return f" Allowed: {bounds[0]} to {bounds[1]}." if None not in bounds else ""
 
 
-class _Answer(BaseModel):
+class ResponseModel(BaseModel):
     """A JSON object of an answer. Later versions may add fields."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(ResponseModel):
     """The error of an answer."""
 
     message: str
@@ -237,126 +237,16 @@ class ErrorDetail(_Answer):
     code: str
 
 
-class Error(_Answer):
+class Error(ResponseModel):
     """OpenAI's error envelope, the body of every error."""
 
     error: ErrorDetail
 
 
-class Model(_Answer):
-    """A model in OpenAI's form."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(_Answer):
-    """OpenAI's list of models."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class AudioModel(_Answer):
-    """A model in Open WebUI's form."""
-
-    id: str
-
-
-class AudioModelList(_Answer):
-    """Open WebUI's list of models."""
-
-    models: list[AudioModel]
-
-
-class VoiceEntry(_Answer):
-    """A voice."""
-
-    id: str
-    name: str
-    display_name: str
-    description: str
-    model: str
-    ready: bool
-    reason: str | None
-    aliases: list[str]
-    uploaded: bool
-
-
-class VoiceList(_Answer):
-    """All voices."""
-
-    voices: list[VoiceEntry]
-
-
-class VoiceDetails(VoiceEntry):
-    """A voice, with the Unix time when it was added; null for presets."""
-
-    object: Literal["audio.voice"]
-    created_at: int | None
-
-
-class DeletedVoice(_Answer):
-    """The answer to the deletion of a voice."""
-
-    id: str
-    object: Literal["audio.voice"]
-    deleted: Literal[True]
-
-
-class ConversationTurn(_Answer):
-    """What one speaker of a conversation said."""
-
-    role: Literal["assistant", "user"]
-    speaker: int
-    seconds: float
-    characters: int
-    in_prompt: bool
-    text: str | None = None
-
-
-class ConversationTurns(_Answer):
-    """The turns of a conversation, the oldest first."""
-
-    turns: list[ConversationTurn]
-
-
-class ForgottenConversation(_Answer):
-    """The answer to the deletion of a conversation."""
-
-    id: str
-    deleted: Literal[True]
-
-
-class SpokenCaption(_Answer):
-    """A segment of the text, with its start and end in seconds."""
-
-    group: int
-    text: str
-    start: float
-    end: float
-
-
-class SpokenWordCaption(SpokenCaption):
-    """A word, with its start and end in seconds and its place in the request's `input`."""
-
-    start_char: int
-    end_char: int
-
-
-class Captions(_Answer):
-    """The timestamps of an answer. `words` is present if they were requested; empty if the voice does not know them."""
-
-    captions: list[SpokenCaption]
-    words: list[SpokenWordCaption] | None = None
-
-
 State = Literal["loading", "ready", "unloaded", "failed", "disabled"]
 
 
-class Progress(_Answer):
+class Progress(ResponseModel):
     """The progress of a model that is loading; sizes in bytes, while files are downloaded."""
 
     stage: str
@@ -365,7 +255,7 @@ class Progress(_Answer):
     fraction: float | None
 
 
-class PaceStatus(_Answer):
+class PaceStatus(ResponseModel):
     """How fast a model speaks, from its latest utterances; `utterances` is their number."""
 
     frames_per_second: float
@@ -374,7 +264,7 @@ class PaceStatus(_Answer):
     utterances: int
 
 
-class ModelStatus(_Answer):
+class ModelStatus(ResponseModel):
     """The state of a model. What is known only after loading, or only in some states, is absent until then."""
 
     id: str
@@ -394,7 +284,7 @@ class ModelStatus(_Answer):
     peak_memory_gb: float | None = None
 
 
-class CsmStatus(_Answer):
+class CsmStatus(ResponseModel):
     """The state of the model that MODEL_ID names."""
 
     id: str
@@ -404,7 +294,7 @@ class CsmStatus(_Answer):
     error: str | None
 
 
-class QueueStatus(_Answer):
+class QueueStatus(ResponseModel):
     """The request queues of all models together."""
 
     active: int
@@ -412,21 +302,21 @@ class QueueStatus(_Answer):
     limit: int
 
 
-class SkippedPresetFile(_Answer):
+class SkippedPresetFile(ResponseModel):
     """A preset file that cannot be used."""
 
     file: str
     reason: str
 
 
-class Fallback(_Answer):
+class Fallback(ResponseModel):
     """The voice that speaks for the default voice while that is not ready."""
 
     voice: str
     replaces: str
 
 
-class Health(_Answer):
+class Health(ResponseModel):
     """The state of the server. If API_KEY is set, requests without the key get `status` only."""
 
     status: Literal["ok", "loading", "degraded"]
@@ -446,13 +336,13 @@ class Health(_Answer):
     version: str | None = None
 
 
-class Readiness(_Answer):
+class Readiness(ResponseModel):
     """Whether the default voice can speak."""
 
     ready: bool
 
 
-class Reloaded(_Answer):
+class Reloaded(ResponseModel):
     """The state of each model."""
 
     models: dict[str, State]

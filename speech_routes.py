@@ -21,13 +21,36 @@ from conversation_routes import Conversations, Turn
 from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
-from schemas import CAPTION_FILES, SPEECH_ANSWER, SPEECH_EXAMPLES, Captions, SpeechFields, SpeechRequest, refusals
+from schemas import CAPTION_FILES, SPEECH_ANSWER, SPEECH_EXAMPLES, ResponseModel, SpeechFields, SpeechRequest, refusals
 from speech_model import SpeechOptions
 from speech_response import Answer, AnswerForm, Plan, SpeechFile, SpeechStream, Unread
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
 _RESAMPLED_FORMATS = ("pcm", "wav")
+
+
+class SpokenCaption(ResponseModel):
+    """A segment of the text, with its start and end in seconds."""
+
+    group: int
+    text: str
+    start: float
+    end: float
+
+
+class SpokenWordCaption(SpokenCaption):
+    """A word, with its start and end in seconds and its place in the request's `input`."""
+
+    start_char: int
+    end_char: int
+
+
+class Captions(ResponseModel):
+    """The timestamps of an answer. `words` is present if they were requested; empty if the voice does not know them."""
+
+    captions: list[SpokenCaption]
+    words: list[SpokenWordCaption] | None = None
 
 
 @dataclass

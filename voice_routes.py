@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import regex
 from fastapi import APIRouter, Depends, Request
@@ -20,7 +20,7 @@ from errors import BodyTooLargeError, ForbiddenError, InvalidAudioError, Invalid
 from http_middleware import require_owner, run_until_gone
 from model_host import RequestQueue
 from recordings import read_recording_bytes
-from schemas import DeletedVoice, VoiceDetails, VoiceList, refusals
+from schemas import ResponseModel, refusals
 from speech_model import ModelLoadError
 from tts_engine import TTSEngine
 from voice_presets import Voice, VoiceCatalog, VoicePresetManager
@@ -92,6 +92,41 @@ class VoiceForm(BaseModel):
         if consent.lower() in _NO_CONSENT:
             raise ValueError("must be 'true', or the id of a consent: a voice may be used only if its speaker agrees.")
         return consent
+
+
+class VoiceEntry(ResponseModel):
+    """A voice."""
+
+    id: str
+    name: str
+    display_name: str
+    description: str
+    model: str
+    ready: bool
+    reason: str | None
+    aliases: list[str]
+    uploaded: bool
+
+
+class VoiceList(ResponseModel):
+    """All voices."""
+
+    voices: list[VoiceEntry]
+
+
+class VoiceDetails(VoiceEntry):
+    """A voice, with the Unix time when it was added; null for presets."""
+
+    object: Literal["audio.voice"]
+    created_at: int | None
+
+
+class DeletedVoice(ResponseModel):
+    """The answer to the deletion of a voice."""
+
+    id: str
+    object: Literal["audio.voice"]
+    deleted: Literal[True]
 
 
 # The form is read here and not by FastAPI, which would read it before it is known whether the client may add a voice, without limits for
