@@ -270,7 +270,7 @@ class CsmSpeaker:
             streamed = options.streamed and index == 0
             for chunk in self._speak([text], voice, replace(options, context=context, streamed=streamed), check, index):
                 yield chunk
-                if chunk.codes is not None:
+                if chunk.last and chunk.codes is not None:
                     said.append(ContextPart(text.strip(), voice.preset.speaker_id, chunk.codes))
 
     def _speak(self, texts: Sequence[str], voice: Voice, options: SpeechOptions, check: _Check, first: int = 0) -> Iterator[SegmentChunk]:

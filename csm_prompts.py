@@ -123,10 +123,6 @@ class PromptStore:
         recording = self._recording(voice)
         return recording.transcript, len(self._codes(recording)) / CODEC_FRAMES_PER_SECOND
 
-    def prepare(self, voice: Voice) -> None:
-        """Load the voice's prompt into memory; raise as `tokens` does."""
-        self._codes(self._recording(voice))
-
     def _text(self, text: str, speaker: int) -> PromptTokens:
         tokens, mask = self._model._tokenize_text_segment(text, speaker)
         return tokens, mask

@@ -210,27 +210,19 @@ class TTSEngine:
     Args:
         settings: Which models to load, and their limits.
         presets: The voices, for the warm-up and for advice in errors.
+
+    Attributes:
+        hosts: The models' hosts, by model id.
     """
 
     def __init__(self, settings: Settings, presets: VoicePresetManager) -> None:
         self._settings = settings
         self._presets = presets
         self._voice_files = VoiceFiles(settings.cache_dir / "hibari")
-        self._hosts: dict[str, ModelHost] = {
-            "hibari": ModelHost(
-                lambda: HibariModel(self._voice_files),
-                self._new_queue(),
-                stall_seconds=settings.generation_timeout,
-                after_load=self._warm_up,
-            ),
-            "csm-1b": ModelHost(
-                lambda: CsmModel(settings),
-                self._new_queue(),
-                disabled=None if settings.csm_enabled else _why_disabled(settings),
-                stall_seconds=settings.generation_timeout,
-                idle_seconds=settings.idle_unload_seconds,
-                after_load=self._warm_up,
-            ),
+        why_disabled = None if settings.csm_enabled else _why_disabled(settings)
+        self.hosts = {
+            "hibari": self._new_host(lambda: HibariModel(self._voice_files)),
+            "csm-1b": self._new_host(lambda: CsmModel(settings), why_disabled, settings.idle_unload_seconds),
         }
         self._running: set[Utterance] = set()
         self._replaced: set[str] = set()  # the voices that others speak for; one warning each
@@ -245,7 +237,7 @@ class TTSEngine:
         Args:
             only: The only voice that will speak: no other voice's file is downloaded.
         """
-        self._hosts["hibari"].start()
+        self.hosts["hibari"].start()
         self._background = [asyncio.create_task(self._start_others(only))]
         if self._settings.idle_unload_seconds:
             self._background.append(asyncio.create_task(self._free_idle_voices(self._settings.idle_unload_seconds)))
@@ -258,29 +250,24 @@ class TTSEngine:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*(utterance.aclose() for utterance in self._running))
-        for host in self._hosts.values():
+        for host in self.hosts.values():
             await host.close()
 
     def drain(self) -> None:
         """Refuse new and waiting requests; the active ones may finish."""
-        for host in self._hosts.values():
+        for host in self.hosts.values():
             host.queue.close()
 
     def reload(self) -> None:
         """Load again the models that failed to load, and download again the voices that could not be downloaded."""
         self._voice_files.fetch_again()
-        for host in self._hosts.values():
+        for host in self.hosts.values():
             if host.state == "failed":
                 host.reload()
 
     def host(self, voice: Voice) -> ModelHost:
         """Return the host of the voice's model."""
-        return self._hosts[voice.preset.model]
-
-    @property
-    def hosts(self) -> dict[str, ModelHost]:
-        """The models' hosts, by model id."""
-        return self._hosts
+        return self.hosts[voice.preset.model]
 
     def check_ready(self, voice: Voice) -> None:
         """Refuse a voice that cannot serve a request now.
@@ -524,7 +511,7 @@ class TTSEngine:
             ModelNotReadyError: CSM, whose codec it is, is not ready.
             TTSError: The queue is full, or the wait too long.
         """
-        host = self._hosts["csm-1b"]
+        host = self.hosts["csm-1b"]
         if not host.ready:
             raise host.not_ready_error("Send the turn without a recording, or try again later.")
         async with host.queue.slot():
@@ -544,9 +531,9 @@ class TTSEngine:
         model.warm_up([voice for voice in self._presets.catalog.voices if voice.preset.model == model.id and not voice.uploaded])
 
     async def _start_others(self, only: Voice | None) -> None:
-        await self._hosts["hibari"].settled()
+        await self.hosts["hibari"].settled()
         warm_up()
-        self._hosts["csm-1b"].start()
+        self.hosts["csm-1b"].start()
         self._voice_files.keep_fetching(lambda: self._hibari_keys(only))
 
     def _hibari_keys(self, only: Voice | None) -> list[str]:
@@ -555,15 +542,24 @@ class TTSEngine:
         return [preset.voice_key for preset in presets if preset.model == "hibari" and preset.voice_key]
 
     async def _free_idle_voices(self, seconds: float) -> None:
-        host = self._hosts["hibari"]
+        host = self.hosts["hibari"]
         while True:
             await asyncio.sleep(min(seconds, _IDLE_CHECK_SECONDS))
             if host.state == "ready" and not host.queue.active:
                 async with host.queue.slot():
                     await host.run(lambda model: isinstance(model, HibariModel) and model.free_idle(seconds), Heartbeat())
 
-    def _new_queue(self) -> RequestQueue:
-        return RequestQueue(self._settings.max_queue, self._settings.queue_timeout)
+    def _new_host(self, create: Callable[[], SpeechModel], disabled: str | None = None, idle_seconds: float = 0.0) -> ModelHost:
+        settings = self._settings
+        queue = RequestQueue(settings.max_queue, settings.queue_timeout)
+        return ModelHost(
+            create,
+            queue,
+            disabled=disabled,
+            stall_seconds=settings.generation_timeout,
+            idle_seconds=idle_seconds,
+            after_load=self._warm_up,
+        )
 
 
 @dataclass(frozen=True)

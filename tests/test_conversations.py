@@ -231,6 +231,18 @@ def test_each_segment_can_hear_the_one_before_it(recordings: Path, model: Model,
     assert not np.array_equal(third.samples, deaf.samples)
 
 
+def test_a_segment_that_was_streamed_is_heard_once(recordings: Path, model: Model, folder: Path) -> None:
+    """Not again for each of its blocks: the segment after it is the same as without streaming."""
+    voice = csm_loading.voice(max_audio_length_ms=480)
+    ordered = csm_loading.speaker(model, recordings, folder, guard="off", context_segments=2)
+    streamed, whole = (
+        list(ordered.speak(["One here.", "Two here."], voice, SpeechOptions(5, streamed=streamed), lambda: False))
+        for streamed in (True, False)
+    )
+    assert sum(chunk.segment == 0 for chunk in streamed) > 2
+    np.testing.assert_array_equal(streamed[-1].samples, whole[-1].samples)
+
+
 # --- Over HTTP ---
 
 

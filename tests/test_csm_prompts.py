@@ -49,7 +49,7 @@ def recordings(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def warm(recordings: Path, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that holds the built-in prompt's codes."""
     folder = tmp_path_factory.mktemp("warm")
-    store(model, folder, recordings).prepare(csm_loading.voice())
+    store(model, folder, recordings).reading(csm_loading.voice())
     return folder
 
 
@@ -166,15 +166,15 @@ def test_another_recording_or_another_codec_is_another_entry(
     shutil.copytree(warm, tmp_path, dirs_exist_ok=True)
     shutil.copytree(recordings, prompts)
     prompt_store = store(model, tmp_path, prompts)
-    prompt_store.prepare(csm_loading.voice())
+    prompt_store.reading(csm_loading.voice())
     samples, rate = soundfile.read(prompts / "conversational_a.wav", dtype="int16")
     soundfile.write(prompts / "conversational_a.wav", samples[: len(samples) // 2] // 2, rate)
-    prompt_store.prepare(csm_loading.voice())
+    prompt_store.reading(csm_loading.voice())
     assert len(encoded) == 1
     before = model._audio_tokenizer.downsample.conv.conv.conv.weight
     try:
         model._audio_tokenizer.downsample.conv.conv.conv.weight = before * 1.5
-        store(model, tmp_path, prompts).prepare(csm_loading.voice())
+        store(model, tmp_path, prompts).reading(csm_loading.voice())
     finally:
         model._audio_tokenizer.downsample.conv.conv.conv.weight = before
     assert len(encoded) == 2
@@ -192,12 +192,12 @@ def test_memory_is_bounded_and_the_least_recently_used_goes(
     prompt_store = store(model, tmp_path, prompts)
     a, b = csm_loading.voice(), csm_loading.voice(voice_key="conversational_b")
     for voice in (a, b, a):
-        prompt_store.prepare(voice)
+        prompt_store.reading(voice)
     assert len(encoded) == 2
     monkeypatch.setattr(csm_prompts, "_PROMPTS_IN_MEMORY", 1)
-    prompt_store.prepare(a)  # the one used last stays
+    prompt_store.reading(a)  # the one used last stays
     assert len(encoded) == 2
-    prompt_store.prepare(b)
+    prompt_store.reading(b)
     assert len(encoded) == 3
 
 
