@@ -1,18 +1,21 @@
-"""Answers to speech requests: complete files, byte streams, event streams, and their captions."""
+"""Answers to speech requests: complete files, byte streams, event streams and their captions; and the messages of a WebSocket."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from audio_converter import Converted, Encoder
 from audio_formats import AudioFormat, SyntheticTag
@@ -28,6 +31,11 @@ from voice_presets import Voice
 _EVENT_BYTES = 45_000  # of audio in one event: 60 kB in Base64
 # Pause between an error event and the end of its connection: when a connection breaks, fetch() drops data that it has not delivered yet.
 _ERROR_EVENT_SECONDS = 0.2
+
+_MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops to read from its WebSocket
+_AUDIO_BYTES = 48_000  # in one message: a second of pcm
+
+Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -274,3 +282,84 @@ class SpeechStream(Response):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Outbox:
+    """Sends events and audio in the order in which they are put in.
+
+    Args:
+        websocket: The connection.
+        unread: Counts the audio that has not been sent.
+    """
+
+    def __init__(self, websocket: WebSocket, unread: Unread) -> None:
+        self._websocket = websocket
+        self._unread = unread
+        self._items: deque[Event | bytes] = deque()
+        self._filled = asyncio.Event()
+        self._roomy = asyncio.Event()
+        self._roomy.set()
+        self._sent = asyncio.Event()
+        self._sent.set()
+        self._bytes = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything has been sent."""
+        return self._sent.is_set()
+
+    async def sent(self) -> None:
+        """Wait until everything has been sent."""
+        await self._sent.wait()
+
+    def put(self, item: Event | bytes) -> None:
+        """Add an event, or audio.
+
+        Raises:
+            UnreadAudioError: The client has left too much audio unread.
+        """
+        if isinstance(item, bytes):
+            self._count(len(item))
+            self._unread.check()
+        self._items.append(item)
+        self._filled.set()
+        self._sent.clear()
+        if len(self._items) > _MAX_WAITING_EVENTS:
+            self._roomy.clear()
+
+    def drop_audio(self) -> None:
+        """Remove the audio that has not been sent."""
+        self._items = deque(item for item in self._items if not isinstance(item, bytes))
+        self._count(-self._bytes)
+
+    async def room(self) -> None:
+        """Wait until the client has read its events."""
+        await self._roomy.wait()
+
+    async def run(self) -> None:
+        """Send until the client disconnects."""
+        try:
+            while True:
+                await self._filled.wait()
+                while self._items:
+                    await self._send(self._items.popleft())
+                    if len(self._items) <= _MAX_WAITING_EVENTS:
+                        self._roomy.set()
+                self._filled.clear()
+                self._sent.set()
+        finally:
+            self.drop_audio()
+            self._unread.set(0)
+
+    async def _send(self, item: Event | bytes) -> None:
+        if isinstance(item, dict):
+            await self._websocket.send_text(json.dumps(item, ensure_ascii=False))
+            return
+        for start in range(0, len(item), _AUDIO_BYTES):
+            await self._websocket.send_bytes(item[start : start + _AUDIO_BYTES])
+            await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
+        self._count(-min(len(item), self._bytes))
+
+    def _count(self, more: int) -> None:
+        self._bytes += more
+        self._unread.set(self._bytes)

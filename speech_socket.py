@@ -15,10 +15,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from errors import InputTooLongError, InvalidRequestError, ShuttingDownError, TTSError
 from http_middleware import client_address
 from schemas import SessionStart, explain
-from speech_playback import WORD
-from speech_response import Unread
+from speech_response import Event, Outbox, Unread
 from speech_routes import SpeechService, choose_format
-from speech_turn import Event, Outbox, Turn
+from speech_turn import WORD, Turn
 
 _GOING_AWAY = 1001
 _RESTARTING = 1012

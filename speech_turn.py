@@ -1,28 +1,27 @@
-"""Speak one text while it is still being written: pieces in, audio and events out."""
+"""Speak one text while it is still being written: pieces in, audio and events out; and tell what of it was heard."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections import deque
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import regex
-from starlette.websockets import WebSocket
 
 from audio_converter import Encoder, needs_ffmpeg, to_int16
 from audio_formats import AudioFormat, Samples, SyntheticTag
 from audio_joiner import SegmentTimestamp
-from captions import WordFinder, captions_of
+from captions import WordCaption, WordFinder, captions_of
 from conversation_routes import Turn as ConversationTurn
 from errors import InputTooLongError, InternalError, NothingToSpeakError, ShuttingDownError, TTSError
 from schemas import SessionStart
 from speech_model import ContextPart
-from speech_playback import Playback, Spoken
-from speech_response import Unread
+from speech_response import Event, Outbox
 from speech_routes import SpeechService, choose_format, voice_in_time
 from text_markup import last_voice
 from text_splitter import Piece, TextStream
@@ -30,94 +29,13 @@ from tts_engine import Utterance, new_seed
 
 logger = logging.getLogger(__name__)
 
+WORD = regex.compile(r"\S*[\p{L}\p{N}]\S*")
+"""A word as people count them, with its punctuation."""
+
 _MAX_TURN_CHARACTERS = 100_000
-_MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops to read from it
-_AUDIO_BYTES = 48_000  # in one message: a second of pcm
 _SEEDS = 2**32
+_CHARACTERS_PER_SECOND = 15.0  # of speech, until a piece has been measured
 _ONLY_CODE = regex.compile(r"\s*(?:```|~~~).*(?:```|~~~)\s*", regex.DOTALL)
-
-Event = dict[str, Any]
-
-
-class Outbox:
-    """Sends events and audio in the order in which they are put in.
-
-    Args:
-        websocket: The connection.
-        unread: Counts the audio that has not been sent.
-    """
-
-    def __init__(self, websocket: WebSocket, unread: Unread) -> None:
-        self._websocket = websocket
-        self._unread = unread
-        self._items: deque[Event | bytes] = deque()
-        self._filled = asyncio.Event()
-        self._roomy = asyncio.Event()
-        self._roomy.set()
-        self._sent = asyncio.Event()
-        self._sent.set()
-        self._bytes = 0
-
-    @property
-    def empty(self) -> bool:
-        """Whether everything has been sent."""
-        return self._sent.is_set()
-
-    async def sent(self) -> None:
-        """Wait until everything has been sent."""
-        await self._sent.wait()
-
-    def put(self, item: Event | bytes) -> None:
-        """Add an event, or audio.
-
-        Raises:
-            UnreadAudioError: The client has left too much audio unread.
-        """
-        if isinstance(item, bytes):
-            self._count(len(item))
-            self._unread.check()
-        self._items.append(item)
-        self._filled.set()
-        self._sent.clear()
-        if len(self._items) > _MAX_WAITING_EVENTS:
-            self._roomy.clear()
-
-    def drop_audio(self) -> None:
-        """Remove the audio that has not been sent."""
-        self._items = deque(item for item in self._items if not isinstance(item, bytes))
-        self._count(-self._bytes)
-
-    async def room(self) -> None:
-        """Wait until the client has read its events."""
-        await self._roomy.wait()
-
-    async def run(self) -> None:
-        """Send until the client disconnects."""
-        try:
-            while True:
-                await self._filled.wait()
-                while self._items:
-                    await self._send(self._items.popleft())
-                    if len(self._items) <= _MAX_WAITING_EVENTS:
-                        self._roomy.set()
-                self._filled.clear()
-                self._sent.set()
-        finally:
-            self.drop_audio()
-            self._unread.set(0)
-
-    async def _send(self, item: Event | bytes) -> None:
-        if isinstance(item, dict):
-            await self._websocket.send_text(json.dumps(item, ensure_ascii=False))
-            return
-        for start in range(0, len(item), _AUDIO_BYTES):
-            await self._websocket.send_bytes(item[start : start + _AUDIO_BYTES])
-            await asyncio.sleep(0)  # other requests get their turn even if this client reads as fast as we send
-        self._count(-min(len(item), self._bytes))
-
-    def _count(self, more: int) -> None:
-        self._bytes += more
-        self._unread.set(self._bytes)
 
 
 class _Sound:
@@ -379,3 +297,145 @@ class Turn:
 
     def _put(self, kind: str, **fields: Any) -> None:  # noqa: ANN401 - whatever the event has
         self._outbox.put({"type": kind, "turn": self._number, **fields})
+
+
+# --- What was heard ---
+
+
+@dataclass(frozen=True)
+class SpokenPart:
+    """A segment as the conversation keeps it, or the beginning of one.
+
+    Attributes:
+        part: Its whole text, and its codec tokens so far.
+        start: Where its audio begins, in seconds of the turn's audio.
+        end: Where the audio of its tokens ends.
+        complete: Whether that is the whole segment.
+    """
+
+    part: ContextPart
+    start: float
+    end: float
+    complete: bool
+
+    def heard(self, seconds: float, pace: float) -> ContextPart | None:
+        """Return what was heard of it at `seconds`, tokens and text; None if not even a word was.
+
+        Args:
+            seconds: Of the turn's audio.
+            pace: Characters a second, for a segment that is not complete.
+        """
+        if self.complete and seconds >= self.end:
+            return self.part
+        seconds = min(seconds, self.end)
+        part, text_end = self.part, _text_end(self.part.text, self.start, self.end, None if self.complete else pace)
+        text = part.text[: _whole_words(part.text, _share(seconds, self.start, text_end))].rstrip()
+        frames = int(len(part.codes) * _share(seconds, self.start, self.end))
+        return ContextPart(text, part.speaker, part.codes[:frames]) if frames and text else None
+
+
+@dataclass
+class Spoken:
+    """A piece of the text that is being spoken or was.
+
+    Attributes:
+        piece: The text, as the client wrote it.
+        start: Where its audio begins, in seconds of the turn's audio.
+        end: Where its audio ends, so far.
+        complete: Whether all of it has been spoken.
+        words: When each word is heard, if the voice knows that.
+        parts: Its segments that have codec tokens.
+    """
+
+    piece: Piece
+    start: float
+    end: float
+    complete: bool = False
+    words: list[WordCaption] = field(default_factory=list)
+    parts: list[SpokenPart] = field(default_factory=list)
+
+    def note(
+        self, finished: Sequence[SegmentTimestamp], unfinished: SegmentTimestamp | None, said: Mapping[int, ContextPart], speed: float
+    ) -> None:
+        """Note when it was spoken.
+
+        Args:
+            finished: Its segments that are complete, at normal speed.
+            unfinished: The one of which only the beginning is there, if there is one.
+            said: The segments that have codec tokens, by number.
+            speed: Of the turn's audio.
+        """
+        times = [*finished, unfinished] if unfinished else finished
+        if times:
+            self.start, self.end = times[0].start / speed, times[-1].end / speed
+        self.parts = [
+            SpokenPart(said[each.segment], each.start / speed, each.end / speed, each is not unfinished)
+            for each in times
+            if each.segment in said
+        ]
+
+    def heard(self, seconds: float, pace: float) -> int:
+        """Return how many characters of the piece were heard at `seconds`: whole words; arguments as for `SpokenPart.heard`."""
+        text = self.piece.text
+        if self.complete and seconds >= self.end:
+            return len(text)
+        if self.words:
+            return max((word.end_char for word in self.words if word.end <= seconds), default=0)
+        seconds = min(seconds, self.end)
+        return _whole_words(text, _share(seconds, self.start, _text_end(text, self.start, self.end, None if self.complete else pace)))
+
+
+class Playback:
+    """The pieces that a turn has spoken, in order.
+
+    Args:
+        speed: Of the turn's audio.
+    """
+
+    def __init__(self, speed: float) -> None:
+        self._speed = speed
+        self._pieces: list[Spoken] = []
+
+    def __len__(self) -> int:
+        """Return how many pieces there are."""
+        return len(self._pieces)
+
+    def begin(self, piece: Piece, start: float) -> Spoken:
+        """Add a piece whose audio begins at `start` seconds of the turn's audio."""
+        self._pieces.append(Spoken(piece, start, start))
+        return self._pieces[-1]
+
+    def heard(self, seconds: float) -> int:
+        """Return the offset in the turn's text after the last word that was heard, if so many seconds of the audio were played."""
+        reached, pace = 0, self._pace()
+        for spoken in self._pieces:
+            if seconds > spoken.start and (count := spoken.heard(seconds, pace)):
+                reached = spoken.piece.start + count
+        return reached
+
+    def parts(self, seconds: float = math.inf) -> list[ContextPart]:
+        """Return the segments that were heard; the last one may be the beginning of one."""
+        pace = self._pace()
+        heard = (part.heard(seconds, pace) for spoken in self._pieces for part in spoken.parts)
+        return [part for part in heard if part is not None]
+
+    def _pace(self) -> float:
+        """Return the characters a second of the complete pieces."""
+        complete = [spoken for spoken in self._pieces if spoken.complete]
+        seconds = sum(spoken.end - spoken.start for spoken in complete)
+        return sum(len(spoken.piece.text) for spoken in complete) / seconds if seconds else _CHARACTERS_PER_SECOND * self._speed
+
+
+def _text_end(text: str, start: float, end: float, pace: float | None) -> float:
+    """Return where all of `text` is spoken: at `end`, or if only its beginning was, where it would be at this pace."""
+    return end if pace is None else max(end, start + len(text) / pace)
+
+
+def _share(seconds: float, start: float, end: float) -> float:
+    """Return which share of the time from `start` to `end` has passed at `seconds`, from 0 to 1."""
+    return min(1.0, max(0.0, seconds - start) / (end - start)) if end > start else 0.0
+
+
+def _whole_words(text: str, share: float) -> int:
+    """Return the offset after the words that end within `share` of the text."""
+    return max((word.end() for word in WORD.finditer(text) if word.end() <= len(text) * share), default=0)

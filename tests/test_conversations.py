@@ -30,7 +30,7 @@ from conversation_routes import Conversations, Turn
 from csm_decoding import CONTEXT
 from errors import NotFoundError
 from speech_model import Codes, ContextPart, SpeechOptions
-from speech_playback import SpokenPart
+from speech_turn import SpokenPart
 
 Event = dict[str, Any]
 
