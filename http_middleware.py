@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -172,6 +173,8 @@ class AccessMiddleware:
 
     def _has_key(self, headers: Headers) -> bool:
         """Return whether the request has one of the API keys. Each key is compared in constant time."""
+        if not self._keys:
+            return False
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
@@ -251,11 +254,7 @@ def is_owner(request: Request) -> bool:
     """Return whether the request has the API key or comes from this machine."""
     if request.state.authorized or request.client is None:
         return bool(request.state.authorized)
-    try:
-        address = ipaddress.ip_address(request.client.host)
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # with HOST=:: a local IPv4 client is ::ffff:127.0.0.1
+    return _is_loopback(request.client.host)
 
 
 async def run_until_gone(work: Awaitable[T], receive: Receive) -> T:
@@ -348,7 +347,7 @@ def _with_plain_path(scope: Scope) -> Scope:
     if absolute := _ABSOLUTE_FORM.match(path):
         scope.setdefault("state", {})["target_hosts"] = [absolute["host"]]
         path = path[absolute.end() :] or "/"
-    return {**scope, "path": re.sub("/{2,}", "/", path)}
+    return {**scope, "path": re.sub("/{2,}", "/", path) if "//" in path else path}
 
 
 def _check_length(headers: Headers, limit: int) -> None:
@@ -388,6 +387,16 @@ def _host_of(header: str) -> str:
     return header.rpartition(":")[0].lower() if ":" in header else header.lower()
 
 
+@lru_cache(maxsize=64)
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # with HOST=:: a local IPv4 client is ::ffff:127.0.0.1
+
+
+@lru_cache(maxsize=64)
 def _is_local(host: str) -> bool:
     """Return whether public DNS cannot hold this host: IP addresses, single labels, and names reserved for private networks."""
     try:

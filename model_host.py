@@ -164,10 +164,12 @@ class Pace:
 
     def __init__(self) -> None:
         self._measured: deque[tuple[int, float, float]] = deque(maxlen=_MEASURED_UTTERANCES)  # characters, seconds of audio and of work
+        self._info: dict[str, float | int] | None = {}  # None: to be computed again
 
     def observe(self, characters: int, audio_seconds: float, seconds: float) -> None:
         """Add a complete utterance."""
         self._measured.append((characters, audio_seconds, seconds))
+        self._info = None
 
     def seconds(self, characters: int) -> float | None:
         """Return how long a text of this length would take, without the queue; None before the first utterance."""
@@ -177,9 +179,12 @@ class Pace:
         return start + each * characters
 
     def info(self) -> dict[str, float | int]:
-        """Return what `/health` shows; empty before the first utterance."""
-        if not self._measured:
-            return {}
+        """Return what `/health` shows; empty before the first utterance. Computed once for each utterance."""
+        if self._info is None:
+            self._info = self._summary()
+        return self._info
+
+    def _summary(self) -> dict[str, float | int]:
         start, each = self._fit()
         _, audio, work = np.sum(np.array(self._measured), axis=0)
         frames = float(audio * CODEC_FRAMES_PER_SECOND / work) if work else 0.0

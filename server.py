@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
@@ -28,7 +29,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, NoMatchFound
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client_routes import router as client_routes
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
@@ -41,14 +42,9 @@ from model_host import started_threads
 from monitoring import LOG_FILE, Facts, Metrics, Terminal, Voices, configure_logging, on_terminal
 from schemas import (
     COMMON_REFUSALS,
-    CsmStatus,
-    Fallback,
     Health,
-    ModelStatus,
-    QueueStatus,
     Readiness,
     Reloaded,
-    SkippedPresetFile,
     complete_document,
     explain,
     refusals,
@@ -58,7 +54,7 @@ from speech_routes import SpeechService
 from speech_routes import router as speech_routes
 from speech_socket import router as socket_routes
 from tts_engine import TTSEngine
-from voice_presets import Voice, VoicePresetManager
+from voice_presets import VoicePresetManager
 from voice_routes import VoiceEndpoint, fresh_voices
 from voice_routes import router as voice_routes
 from voice_store import VoiceStore
@@ -107,24 +103,20 @@ class Server:
 
     def default_ready(self) -> bool:
         """Return whether the default voice can speak."""
-        default = self._default_voice()
+        default = self.presets.catalog.default
         return default is not None and self.engine.ready(default)
 
-    def _default_voice(self) -> Voice | None:
-        catalog, name = self.presets.catalog, self.settings.default_voice
-        return catalog.resolve(name) if catalog.knows(name) else None
-
-    def fallback(self) -> Fallback | None:
+    def fallback(self) -> dict[str, str] | None:
         """Return which voice speaks for the default voice while that is not ready."""
-        default = self._default_voice()
+        default = self.presets.catalog.default
         if default is None or self.engine.ready(default):
             return None
         speaker = self.engine.fallback(named=False)
-        return Fallback(voice=speaker.name, replaces=default.name) if speaker else None
+        return {"voice": speaker.name, "replaces": default.name} if speaker else None
 
     def voices_now(self) -> Voices:
         """Return which voice speaks now and the states of the models, for the terminal."""
-        speaker = self.settings.default_voice if self.default_ready() else fallback.voice if (fallback := self.fallback()) else None
+        speaker = self.settings.default_voice if self.default_ready() else fallback["voice"] if (fallback := self.fallback()) else None
         return Voices(self.settings.default_voice, speaker, {name: host.info() for name, host in self.engine.hosts.items()})
 
     def setting_faults(self) -> list[str]:
@@ -146,40 +138,41 @@ class Server:
             return "loading"
         return "ok" if self.default_ready() else "degraded"
 
-    def health(self, *, to_owner: bool) -> Health:
-        """Return everything that `/health` shows, and for the owner `ffmpeg_path`: neither it nor its field's name is shown to others."""
-        models = {name: ModelStatus.model_validate(host.info()) for name, host in self.engine.hosts.items()}
-        csm = models["csm-1b"]
-        ffmpeg = find_ffmpeg()
-        health = Health(
-            status=self.status(),
-            model=CsmStatus(
-                id=self.settings.model_id,
-                loaded=csm.loaded,
-                sample_rate=csm.sample_rate,
-                peak_memory_gb=csm.peak_memory_gb,
-                error=csm.error,
-            ),
-            models=models,
-            ffmpeg=ffmpeg is not None,
-            ffmpeg_version=ffmpeg_version(),
-            voices=self.presets.catalog.names(),
-            default_voice=self.settings.default_voice,
-            fallback=self.fallback(),
-            max_input_length=self.settings.max_input_length,
-            skipped_presets=[SkippedPresetFile(file=skipped.file, reason=skipped.reason) for skipped in self.presets.catalog.skipped],
-            queue=self._queue_status(),
-            setting_faults=self.setting_faults(),
-            peak_resident_gb=_peak_resident_gb(),
-            uptime_seconds=round(time.monotonic() - self._started, 3),
-            version=VERSION,
-        )
-        return health.model_copy(update={"ffmpeg_path": ffmpeg} if to_owner else {})
+    def health(self, *, to_owner: bool) -> dict[str, Any]:
+        """Return what `Health` describes, and for the owner `ffmpeg_path`: neither it nor its field's name is shown to others.
 
-    def _queue_status(self) -> QueueStatus:
+        A dictionary, because it is asked for often, and to make and to check the objects of the schema would take most of its time.
+        """
+        models = {name: host.info() for name, host in self.engine.hosts.items()}
+        csm, catalog, ffmpeg = models["csm-1b"], self.presets.catalog, find_ffmpeg()
         queues = [host.queue for host in self.engine.hosts.values()]
-        active, waiting = sum(queue.active for queue in queues), sum(queue.waiting for queue in queues)
-        return QueueStatus(active=active, waiting=waiting, limit=self.settings.max_queue)
+        return {
+            "status": self.status(),
+            "model": {
+                "id": self.settings.model_id,
+                "loaded": csm["loaded"],
+                "sample_rate": csm["sample_rate"],
+                "peak_memory_gb": csm.get("peak_memory_gb"),
+                "error": csm["error"],
+            },
+            "models": models,
+            "ffmpeg": ffmpeg is not None,
+            "ffmpeg_version": ffmpeg_version(),
+            "voices": catalog.names(),
+            "default_voice": self.settings.default_voice,
+            "fallback": self.fallback(),
+            "max_input_length": self.settings.max_input_length,
+            "skipped_presets": [asdict(skipped) for skipped in catalog.skipped],
+            "queue": {
+                "active": sum(queue.active for queue in queues),
+                "waiting": sum(queue.waiting for queue in queues),
+                "limit": self.settings.max_queue,
+            },
+            "setting_faults": self.setting_faults(),
+            "peak_resident_gb": _peak_resident_gb(),
+            "uptime_seconds": round(time.monotonic() - self._started, 3),
+            "version": VERSION,
+        } | ({"ffmpeg_path": ffmpeg} if to_owner else {})
 
 
 async def _server(request: Request) -> Server:
@@ -190,34 +183,20 @@ async def _server(request: Request) -> Server:
 CurrentServer = Annotated[Server, Depends(_server)]
 
 
-class _PlainRoute(APIRoute):
-    """A route that calls its endpoint with the request and sends the response, without FastAPI's dependencies and validation.
-
-    Nothing is requested as often as the health checks, and these take most of the time of such a request. Documented as other routes are.
-    """
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in (self.methods or ()):
-            await super().handle(scope, receive, send)  # refuses it
-            return
-        response = await self.endpoint(Request(scope, receive))
-        await response(scope, receive, send)
-
-
-status_routes = APIRouter(tags=["service"], responses=COMMON_REFUSALS, route_class=_PlainRoute)
+# The middleware `_StatusFirst` calls these; FastAPI documents them and refuses other methods.
+status_routes = APIRouter(tags=["service"], responses=COMMON_REFUSALS)
 _KEY_ACCEPTED: dict[str, Any] = {"security": [{"HTTPBearer": []}]}
 
 
 @status_routes.get(
     "/health", operation_id="getHealth", summary="Get the server's state", response_model=Health, openapi_extra=_KEY_ACCEPTED
 )
-async def health(request: Request) -> Response:
+async def health(request: Request) -> JSONResponse:
     """Return the state of models, queue, ffmpeg and voices. If API_KEY is set, requests without the key get `status` only."""
     server = await _server(request)
     await fresh_voices(request)
     stranger = server.settings.api_key and not request.state.authorized
-    state = Health(status=server.status()) if stranger else server.health(to_owner=is_owner(request))
-    return Response(state.model_dump_json(exclude_unset=True), media_type="application/json")
+    return JSONResponse({"status": server.status()} if stranger else server.health(to_owner=is_owner(request)))
 
 
 @status_routes.get(
@@ -234,6 +213,26 @@ async def ready(request: Request) -> JSONResponse:
     await fresh_voices(request)
     is_ready = server.default_ready()
     return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+
+class _StatusFirst:
+    """The innermost middleware: answers `/health` and `/health/ready` itself.
+
+    Nothing is requested as often, and FastAPI's routing, dependencies and validation would take most of the time of such a request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._endpoints = {route.path: route.endpoint for route in status_routes.routes if isinstance(route, APIRoute)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        endpoint = self._endpoints.get(scope.get("path", "")) if scope.get("method") == "GET" else None
+        if endpoint is None:
+            await self._app(scope, receive, send)
+        else:
+            response = await endpoint(Request(scope, receive))
+            await response(scope, receive, send)
 
 
 service_routes = APIRouter(tags=["service"])
@@ -294,6 +293,7 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
     if settings.playground:
         _serve_page(app)
     _add_error_handlers(app, server)
+    app.add_middleware(_StatusFirst)
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
         app.add_middleware(

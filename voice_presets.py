@@ -204,6 +204,7 @@ class VoiceCatalog:
         voices: Presets sorted by name, then added voices sorted by name.
         skipped: The preset files that cannot be used.
         pronunciations: The owner's pronunciations of words.
+        default: The default voice; None if there is none of its name.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class VoiceCatalog:
         self._by_alias = {alias: voice for voice in voices for alias in voice.preset.aliases}
         self._by_key = {name_key(name): voice for name, voice in (self._by_alias | self._by_id).items()}
         self._by_given_name = {name_key(voice.name): voice for voice in voices if voice.uploaded}
-        self._default = self._find(default_voice)
+        self.default = self._find(default_voice)
 
     def names(self) -> list[str]:
         """Return the voices' names, in the order of `voices`."""
@@ -238,7 +239,7 @@ class VoiceCatalog:
         Raises:
             InvalidVoiceError: There is none; the message lists the voices.
         """
-        voice = self._default if self.means_default(name) else self._find(name)
+        voice = self.default if self.means_default(name) else self._find(name)
         if voice is None:
             raise InvalidVoiceError(
                 f"Voice {shorten(name)} not found. Available voices: {', '.join(self.names()) or 'none'}.", param="voice"
@@ -247,7 +248,7 @@ class VoiceCatalog:
 
     def knows(self, name: str) -> bool:
         """Return whether `resolve` finds a voice."""
-        return (self._default if self.means_default(name) else self._find(name)) is not None
+        return (self.default if self.means_default(name) else self._find(name)) is not None
 
     def means_default(self, name: str) -> bool:
         """Return whether `name` selects whatever the default voice is: one of OpenAI's names or "default", unless a voice claims it."""
@@ -256,7 +257,7 @@ class VoiceCatalog:
     def aliases_of(self, voice: Voice) -> list[str]:
         """Return the other names that select a voice, sorted; for the default voice these include OpenAI's."""
         aliases = set(voice.preset.aliases)
-        if voice is self._default:
+        if voice is self.default:
             aliases.update(filter(self.means_default, OPENAI_VOICES))
         return sorted(aliases)
 

@@ -16,6 +16,8 @@ import pytest
 from conftest import RunningServer
 from listening import decode, duration, transcribe, word_error_rate
 
+from schemas import Health
+
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 FORMATS = {"mp3": "audio/mpeg", "opus": "audio/opus", "aac": "audio/aac", "flac": "audio/flac", "wav": "audio/wav", "pcm": "audio/pcm"}
 
@@ -137,6 +139,8 @@ def test_health_shows_models_ffmpeg_voices_and_queue(server: RunningServer) -> N
     assert health["voices"] == ["conversational", "conversational_b", "emma", "fenrir", "heart", "hibari-fable", "kore"]
     assert health["queue"]["active"] == 0
     assert health["uptime_seconds"] > 0
+    documented = Health.model_validate(health, strict=True)  # the answer is not made from it
+    assert documented.model_fields_set == set(Health.model_fields) | {"ffmpeg_path"}
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
 
 
