@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -204,14 +205,21 @@ _AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16
 
 
 def _mp3_frame(data: bytes, at: int) -> tuple[int, float]:
-    """Return the size and the seconds of the frame at `at` (ISO 11172-3, 2.4.2.3), or of an ID3 tag; (0, 0) if there is none."""
-    if data[at : at + 3] == b"ID3":
+    """Return the size and the seconds of the frame at `at`, or of an ID3 tag; (0, 0) if there is none."""
+    head = data[at : at + 3]
+    if head == b"ID3":
         return 10 + sum(byte << 7 * (3 - index) for index, byte in enumerate(data[at + 6 : at + 10])), 0.0
-    version, kbits, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 4, data[at + 2] >> 2 & 3
-    if data[at] != 0xFF or data[at + 1] & 0xE6 != 0xE2 or version == 1 or kbits in (0, 15) or rate == 3:
+    return _mp3_head(head)
+
+
+@lru_cache(maxsize=64)  # a file has two or three different heads, and 42 frames a second
+def _mp3_head(head: bytes) -> tuple[int, float]:
+    """Return the size and the seconds of a frame by its first three bytes (ISO 11172-3, 2.4.2.3); (0, 0) if they begin none."""
+    version, kbits, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
+    if head[0] != 0xFF or head[1] & 0xE6 != 0xE2 or version == 1 or kbits in (0, 15) or rate == 3:
         return 0, 0.0
     samples, hertz = (1152 if version == 3 else 576), _MP3_RATES[version][rate]
-    return samples * 125 * _MP3_KBITS[version != 3][kbits - 1] // hertz + (data[at + 2] >> 1 & 1), samples / hertz
+    return samples * 125 * _MP3_KBITS[version != 3][kbits - 1] // hertz + (head[2] >> 1 & 1), samples / hertz
 
 
 def _aac_frame(data: bytes, at: int) -> tuple[int, float]:

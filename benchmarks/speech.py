@@ -34,6 +34,9 @@ sys.path.insert(0, str(PROJECT))
 from audio_converter import Encoder, to_int16  # noqa: E402 - the project's folder comes first
 from audio_formats import FORMATS  # noqa: E402 - the project's folder comes first
 from ffmpeg import find_ffmpeg  # noqa: E402 - the project's folder comes first
+from hibari_model import HibariModel  # noqa: E402 - the project's folder comes first
+from speech_model import SpeechOptions  # noqa: E402 - the project's folder comes first
+from voice_presets import Voice, VoicePreset  # noqa: E402 - the project's folder comes first
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody minds at all."
 TEN = " ".join(
@@ -42,6 +45,7 @@ TEN = " ".join(
 )
 LONG = " ".join([TEN, TEN])[:1500]
 BYTES_A_SECOND = 48_000  # pcm
+HEART = Voice(VoicePreset(name="heart", model="hibari", voice_key="heart"), Path())
 
 
 def milliseconds(seconds: float) -> str:
@@ -141,8 +145,11 @@ def one_sentence(server: Server, voice: Hibari, runs: int) -> None:
     )
 
 
-def complete_files(server: Server, voice: Hibari, runs: int) -> None:
+def complete_files(server: Server, runs: int) -> None:
     """Measure complete answers of 1,500 characters against pcm, which needs no encoder, alternately."""
+    model = HibariModel()
+    model.load(lambda _: None)
+    model.warm_up([HEART])
     whole: dict[str, list[float]] = {name: [] for name in FORMATS}
     after: dict[str, list[float]] = {name: [] for name in FORMATS}
     for _ in range(runs):
@@ -158,20 +165,21 @@ def complete_files(server: Server, voice: Hibari, runs: int) -> None:
     for name in FORMATS:
         complete = statistics.median(whole[name])
         outside = milliseconds(statistics.median(after[name])) if name != "pcm" else ""
-        last = milliseconds(statistics.median(asyncio.run(after_last_sample(voice, name)) for _ in range(runs))) if name != "pcm" else ""
+        last = milliseconds(statistics.median(asyncio.run(after_last_sample(model, name)) for _ in range(runs))) if name != "pcm" else ""
         rows.append([name, milliseconds(complete), f"{complete / pcm:.2f}", outside, last])
     head = ["format", "complete", "ratio to pcm", "of it outside the generation: request, encoder's start, last samples, sending"]
     head += ["of that after the last sample, with the encoder alone"]
     table(f"Complete answers of 1,500 characters, median of {runs}", head, rows)
 
 
-async def after_last_sample(voice: Hibari, name: str) -> float:
+async def after_last_sample(model: HibariModel, name: str) -> float:
     """Return how long the encoder takes to give the complete file once it has the last samples; it encodes while the voice speaks."""
-    sentences = voice.stream(LONG, seed=1)
+    chunks = model.speak(Hibari.split_sentences(LONG), HEART, SpeechOptions(seed=1), lambda: False)
     async with Encoder(FORMATS[name], 24_000, streamed=False) as encoder:
-        while (samples := await asyncio.to_thread(next, sentences, None)) is not None:
-            await encoder.write(samples)
-        started = time.perf_counter()
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            if chunk.samples.size:
+                await encoder.write(chunk.samples)
+                started = time.perf_counter()
         await encoder.file()
         return time.perf_counter() - started
 
@@ -316,7 +324,7 @@ def main() -> None:
             server.speak(input=SENTENCE)
             voice(SENTENCE)
         one_sentence(server, voice, runs)
-        complete_files(server, voice, 3 if quick else 7)
+        complete_files(server, 3 if quick else 7)
         streaming(server, voice, runs)
         probes(server)
         throughput(server, voice, 20 if quick else 80)

@@ -141,6 +141,44 @@ def test_voices_are_loaded_when_they_speak_share_the_lexicons_and_are_freed_when
     assert list(model._pronunciations) == [False]
 
 
+class _NoNoise:
+    """A voice's network whose outputs ask for no noise: they are the size and phase of the filter, then the size of the noise."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.runs: list[Any] = []
+
+    def run(self, names: None, inputs: dict[str, Any]) -> list[Any]:
+        outputs = self._session.run(names, inputs)
+        outputs[2][:] = -100
+        return list(outputs)
+
+
+@pytest.mark.parametrize(
+    "text", ["No.", TEXT, f"{TEXT[:-1]}, and the people on the pier counted them one by one, until the last was there."]
+)
+def test_the_voice_sounds_as_hibari_makes_it_but_comes_in_parts(text: str) -> None:
+    model = HibariModel()
+    model.load(lambda _: None)
+    heart = model._voices["heart"]
+    heart.sess = _NoNoise(heart.sess)
+    chunks = [chunk.samples for chunk in model.speak([text], voice("heart"), SpeechOptions(seed=1), lambda: False)]
+    np.testing.assert_allclose(np.concatenate(chunks), heart(text), atol=1e-6)
+    assert max(chunk.size for chunk in chunks) <= 24_600
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_the_same_sounds() -> None:
+    model = HibariModel()
+    model.load(lambda _: None)
+    first, same, other = (
+        np.concatenate([chunk.samples for chunk in model.speak([TEXT], voice("heart"), SpeechOptions(seed=seed), lambda: False)])
+        for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, same)
+    assert first.size == other.size
+    assert 0 < np.abs(first - other).max() < np.abs(first).max() / 2
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package hibari whose registry says that two voices are copies of heart."""

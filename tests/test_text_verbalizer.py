@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from conftest import RunningServer
-from hibari import Hibari
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listening import listen, word_error_rate
@@ -76,9 +74,10 @@ def test_the_built_in_voice_says_the_words_and_adds_none_of_its_own() -> None:
 
 @pytest.mark.parametrize("verbalized", [True, False])
 def test_no_at_the_end_of_a_sentence_is_not_a_number(verbalized: bool) -> None:
-    chunks = _hibari().speak(["I said no."], _voice(), SpeechOptions(1, verbalize=verbalized), lambda: False)
-    samples = np.concatenate([chunk.samples for chunk in chunks])
-    np.testing.assert_array_equal(samples, Hibari().from_phonemes("ˌI sˈɛd nˈO.", seed=[1, 0]))
+    model = _hibari()
+    assert list(model.speak(["I said no."], _voice(), SpeechOptions(1, verbalize=verbalized), lambda: False))
+    heart = model._voices["heart"]
+    assert [ids for ids, _ in heart.sess.runs] == [heart.ids("ˌI sˈɛd nˈO.")]
 
 
 def _voice() -> Voice:
