@@ -271,6 +271,8 @@ class HibariModel:
                         return
                     for samples in _sound(hibari, phonemes, noise):
                         yield SegmentChunk(index, samples, last=False)
+                        if cancelled():
+                            return
             yield SegmentChunk(
                 index, np.zeros(0, np.float32), last=True, words=_word_times(segment, hibari.g2p.tokens, hibari.sess, hibari.vocab)
             )

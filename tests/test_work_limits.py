@@ -11,7 +11,7 @@ import pytest
 from conftest import RunningServer, start_server
 
 from config import Settings
-from hibari_model import HibariModel
+from hibari_model import _FRAME_SECONDS, HibariModel
 from speech_model import SegmentLengths, SpeechOptions
 from text_normalizer import has_speech, normalize_text
 from text_splitter import split_text
@@ -97,7 +97,7 @@ def hibari() -> HibariModel:
 
 
 def spoken(model: HibariModel, text: str, *, verbalize: bool) -> tuple[list[float], int]:
-    """The seconds of each chunk of the text, and how often the model asked whether to go on."""
+    """The seconds of each block that the voice's network computed at once, and how often the model asked whether to go on."""
     asked = 0
 
     def cancelled() -> bool:
@@ -109,8 +109,12 @@ def spoken(model: HibariModel, text: str, *, verbalize: bool) -> tuple[list[floa
     heart = VoicePresetManager(settings.presets_dir, "heart").catalog.resolve("heart")
     segments = split_text(text, model.segment_lengths, lambda part: spoken_length(part) <= model.segment_lengths.maximum)
     words = SpokenSegments(segments, "en" if verbalize else None)
-    chunks = model.speak(words, heart, SpeechOptions(seed=1, verbalize=verbalize), cancelled)
-    return [len(chunk.samples) / model.sample_rate for chunk in chunks if not chunk.last], asked
+    network = model._voices["heart"].sess
+    blocks: dict[tuple[int, int], float] = {}
+    for chunk in model.speak(words, heart, SpeechOptions(seed=1, verbalize=verbalize), cancelled):
+        if network.runs:
+            blocks[chunk.segment, len(network.runs)] = sum(network.runs[-1][1]) * _FRAME_SECONDS
+    return list(blocks.values()), asked
 
 
 @pytest.mark.parametrize(
