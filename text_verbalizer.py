@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -144,29 +145,29 @@ class SpokenSegments(Sequence[str]):
         self._language = language
         self._pronounce = pronounce
         self._ahead: dict[int, Future[SpokenText]] = {}
+        self._places = range(len(segments))  # of its segments; fewer in a part
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """Return the words of a segment."""
+    def __getitem__(self, index: slice) -> SpokenSegments: ...
+    def __getitem__(self, index: int | slice) -> str | SpokenSegments:
+        """Return the words of a segment; a part of the segments is read when it is asked for them, too."""
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        text = self.reading(index).text
-        if self._needs_reading(index + 1):
-            self._ahead[index + 1] = _reader().submit(self._read, index + 1)
+            part = copy(self)
+            part._places = self._places[index]
+            return part
+        place = self._places[index]
+        text = self.reading(place).text
+        if self._needs_reading(place + 1):
+            self._ahead[place + 1] = _reader().submit(self._read, place + 1)
         return text
 
-    def part(self, start: int, end: int) -> Sequence[str]:
-        """Return the words of the segments from `start` to before `end`, read when they are asked for."""
-        return _Part(self, start, end)
-
     def reading(self, index: int) -> SpokenText:
-        """Return the words of segment `index` with the way back to the written ones."""
+        """Return the words of segment `index` of the whole text, with the way back to the written ones."""
         if index in self._ahead:
             return self._ahead[index].result()
         return self._read(index)
@@ -178,24 +179,9 @@ class SpokenSegments(Sequence[str]):
         return verbalize(text, self._language, self._pronounce)
 
     def _needs_reading(self, index: int) -> bool:
-        return self._language in LANGUAGES and 0 < index < len(self) and index not in self._ahead and _is_written(self._segments[index])
-
-
-class _Part(Sequence[str]):
-    def __init__(self, whole: SpokenSegments, start: int, end: int) -> None:
-        self._whole = whole
-        self._places = range(start, end)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        places = self._places[index]
-        return self._whole[places] if isinstance(places, int) else [self._whole[place] for place in places]
+        return (
+            self._language in LANGUAGES and index < len(self._segments) and index not in self._ahead and _is_written(self._segments[index])
+        )
 
 
 @lru_cache(maxsize=1)

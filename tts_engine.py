@@ -601,7 +601,7 @@ def _spoken(turns: Sequence[_Turn], utterance: Utterance, model: SpeechModel, op
     start = 0
     for _, group in groupby(turns, lambda turn: turn.voice.id):
         same = list(group)
-        words = utterance.spoken.part(start, start + sum(len(turn.segments) for turn in same))
+        words = utterance.spoken[start : start + sum(len(turn.segments) for turn in same)]
         if words:
             for chunk in model.speak(words, same[0].voice, options, utterance.heartbeat.cancelled):
                 yield replace(chunk, segment=chunk.segment + start) if start else chunk
