@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py                three minutes on two cores
     python benchmarks/compare.py --frames 8     longer sentences
+    python benchmarks/compare.py --prompt 4     a voice prompt of 4 s; the voices of CSM-1B have prompts of 10 s and more
 
 mlx-audio's server is the installed one, without webrtcvad, which only its speech recognition needs. It asks for a stream of the GPU even where
 there is none, so it gets one of the CPU in its place.
@@ -34,6 +35,7 @@ import tiny_csm  # noqa: E402 - the project's folders come first
 
 SENTENCE = "The harbour was quiet that morning."
 ENDLESS = "Nobody on the pier spoke a word."  # the checkpoint does not end a segment that begins with an N
+VOICE = "conversational_a"
 AFTER_SECONDS = 8.0
 READY_SECONDS = 300.0
 STOCK = """
@@ -164,10 +166,17 @@ def show(stock: Server, ours: Server, same: tuple[bool, bool]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=3, help="frames of 80 ms that each sentence has")
+    parser.add_argument("--prompt", type=float, default=tiny_csm.PROMPT_SECONDS[VOICE], help="seconds of the voice prompt")
     options = parser.parse_args()
+    tiny_csm.PROMPT_SECONDS[VOICE] = options.prompt
     script = {"": [tiny_csm.ends_after(options.frames)], "N": [tiny_csm.NEVER]}
-    environment = tiny_csm.environment(tiny_csm.build(script=script))
-    fields: dict[str, object] = {"model": tiny_csm.SESAME, "voice": "conversational_a"}
+    with tempfile.TemporaryDirectory() as root:
+        compare(tiny_csm.environment(tiny_csm.build(Path(root), script=script)))
+
+
+def compare(environment: dict[str, str]) -> None:
+    """Measure both servers, one after the other."""
+    fields: dict[str, object] = {"model": tiny_csm.SESAME, "voice": VOICE}
     port = free_port()
     with running("mlx_audio.server", ["-c", STOCK, str(port)], port, fields, "/v1/models", **environment) as stock:
         stock_same = measure(stock, streaming_interval=0.08)
