@@ -163,17 +163,6 @@ def show(stock: Server, ours: Server, same: tuple[bool, bool]) -> None:
     print(f"| the same seed gives the same bytes | {' | '.join('yes' if each else 'no' for each in same)} | | | | |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=3, help="frames of 80 ms that each sentence has")
-    parser.add_argument("--prompt", type=float, default=tiny_csm.PROMPT_SECONDS[VOICE], help="seconds of the voice prompt")
-    options = parser.parse_args()
-    tiny_csm.PROMPT_SECONDS[VOICE] = options.prompt
-    script = {"": [tiny_csm.ends_after(options.frames)], "N": [tiny_csm.NEVER]}
-    with tempfile.TemporaryDirectory() as root:
-        compare(tiny_csm.environment(tiny_csm.build(Path(root), script=script)))
-
-
 def compare(environment: dict[str, str]) -> None:
     """Measure both servers, one after the other."""
     fields: dict[str, object] = {"model": tiny_csm.SESAME, "voice": VOICE}
@@ -186,6 +175,17 @@ def compare(environment: dict[str, str]) -> None:
     with running("sesame-tts", ["server.py"], port, ours_fields, "/health/ready", **settings) as ours:
         same = measure(ours)
     show(stock, ours, (stock_same, same))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=3, help="frames of 80 ms that each sentence has")
+    parser.add_argument("--prompt", type=float, default=tiny_csm.PROMPT_SECONDS[VOICE], help="seconds of the voice prompt")
+    options = parser.parse_args()
+    tiny_csm.PROMPT_SECONDS[VOICE] = options.prompt
+    script = {"": [tiny_csm.ends_after(options.frames)], "N": [tiny_csm.NEVER]}
+    with tempfile.TemporaryDirectory() as root:
+        compare(tiny_csm.environment(tiny_csm.build(Path(root), script=script)))
 
 
 if __name__ == "__main__":
