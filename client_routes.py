@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from captions import WordCaption
+from config import FormatName
 from errors import NotFoundError, shorten
 from schemas import ResponseModel, SpeechRequest, document_nulls, refusals
 from speech_response import AnswerForm
@@ -78,7 +79,7 @@ class CaptionedSpeechRequest(BaseModel):
     model: str = Field("kokoro", description="Ignored: the voice decides which model speaks.", max_length=200)
     input: str = Field(description="The text to speak.", min_length=1)
     voice: str = Field("af_heart", description="A voice; Kokoro's other voices are spoken by the nearest built-in voice.", max_length=200)
-    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
+    response_format: FormatName = "mp3"
     speed: float = Field(1.0, ge=0.25, le=4.0)
     stream: bool = Field(True, description="Send one JSON object a line while the audio is generated; else a single one.")
     return_timestamps: bool = Field(True, description="Send the time of each word.")

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from config import Settings
-from errors import InvalidAudioError, NotFoundError
+from errors import NotFoundError
 from http_middleware import run_until_gone
 from recordings import read_recording_bytes
 from schemas import ResponseModel, refusals
@@ -227,11 +227,7 @@ class ConversationEndpoint:
     async def _encoded(self, recording: UploadFile | None) -> Codes:
         if recording is None:
             return np.zeros((0, _CODEBOOKS), np.int16)
-        data = await recording.read()
-        try:
-            samples = await asyncio.to_thread(read_recording_bytes, data)
-        except InvalidAudioError as error:
-            raise InvalidAudioError(error.message, param="audio_sample") from None
+        samples = await asyncio.to_thread(read_recording_bytes, await recording.read())
         return await self._engine.encode(samples)
 
 

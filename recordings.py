@@ -81,7 +81,7 @@ def read_recording(path: Path) -> Samples:
 
 
 def read_recording_bytes(data: bytes) -> Samples:
-    """Return an uploaded recording as `read_recording` does.
+    """Return the recording in a form's field `audio_sample`; raise as `read_recording` does.
 
     It goes through a file, because some formats (M4A) have their index at the end and cannot be read from a pipe.
     """
@@ -91,7 +91,11 @@ def read_recording_bytes(data: bytes) -> Samples:
         except OSError as error:
             logger.error("a recording cannot be written to a temporary file: %s", error.strerror)  # noqa: TRY400 - the cause is enough
             raise ConversionError("The server has no room for a temporary file.") from None
-        return _checked(_decode(folder))
+        try:
+            return _checked(_decode(folder))
+        except InvalidAudioError as error:
+            error.param = "audio_sample"
+            raise
 
 
 def _fault(path: Path) -> str | None:

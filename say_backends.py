@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from audio_joiner import SegmentTimestamp
     from model_host import ModelHost
     from tts_engine import Utterance
+    from voice_presets import VoicePresetManager
 
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 2.0
@@ -346,10 +347,8 @@ class LocalSpeaker:
     def __init__(self, settings: Settings, voice: str, status: Callable[[str], None], *, streamed: bool, words: bool = False) -> None:
         # The engine takes seconds to import, and a running server needs none of it.
         from tts_engine import TTSEngine
-        from voice_presets import VoicePresetManager
-        from voice_store import VoiceStore
 
-        presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
+        presets = _presets(settings)
         self._voice = presets.catalog.resolve(voice)
         self.voice = self._voice.id
         self.model: str = self._voice.preset.model
@@ -415,20 +414,24 @@ class LocalSpeaker:
 
 def local_voices(settings: Settings) -> list[dict[str, Any]]:
     """Return the voices of this machine's settings, as `/v1/audio/voices` lists them, but without knowing whether they are ready."""
-    from voice_presets import VoicePresetManager
-    from voice_store import VoiceStore
-
-    presets = VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
+    catalog = _presets(settings).catalog
     return [
         {
             "id": voice.id,
             "name": voice.name,
             "model": voice.preset.model,
             "description": voice.preset.description,
-            "aliases": presets.catalog.aliases_of(voice),
+            "aliases": catalog.aliases_of(voice),
         }
-        for voice in presets.catalog.voices
+        for voice in catalog.voices
     ]
+
+
+def _presets(settings: Settings) -> VoicePresetManager:
+    from voice_presets import VoicePresetManager
+    from voice_store import VoiceStore
+
+    return VoicePresetManager(settings.presets_dir, settings.default_voice, VoiceStore(*settings.voice_folders))
 
 
 async def _parts(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[Part, None]:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from audio_formats import FORMATS, SAMPLE_RATE
+from config import FormatName
 from errors import (
     AuthenticationError,
     BodyTooLargeError,
@@ -88,7 +89,7 @@ class SpeechFields(BaseModel):
 
     model: str = Field(description="Ignored: the voice decides which model speaks.", max_length=200)
     voice: str | VoiceId = Field(description="A voice's name or alias, or an object with its `id`. OpenAI's names reach the default voice.")
-    response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_lower)] = Field(
+    response_format: Annotated[FormatName | None, BeforeValidator(_lower)] = Field(
         None, description="`mp3` unless DEFAULT_FORMAT says otherwise. `pcm` is 16-bit little-endian mono at 24 kHz and always streams."
     )
     speed: Annotated[float, _Number] = Field(
@@ -210,7 +211,7 @@ def _allowed(name: str, voices: list[str]) -> str:
     if name == "voice":
         return f" Available voices: {', '.join(voices) or 'none'}."
     if name == "response_format":
-        return " Available formats: mp3, opus, aac, flac, wav, pcm."
+        return f" Available formats: {', '.join(FORMATS)}."
     if name == "model":
         return " Any text is allowed: the voice decides which model speaks."
     if name == "input":

@@ -289,10 +289,7 @@ class VoiceEndpoint:
 
     async def _store_voice(self, form: VoiceForm, name: str) -> StoredVoice:
         async with self._queue.slot():
-            try:
-                samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.file.read()))
-            except InvalidAudioError as error:
-                raise InvalidAudioError(error.message, param="audio_sample") from None
+            samples = await _in_thread(lambda: read_recording_bytes(form.audio_sample.file.read()))
             words = form.ref_text or await _in_thread(lambda: _transcribe(samples))
             check_pace(words, len(samples) / SAMPLE_RATE)
             return await _in_thread(lambda: self._store.add(name, samples, words, form.consent))
