@@ -363,10 +363,12 @@ class Metrics:
         self._active = self._gauge("active", "Utterances being generated")
         self._waiting = self._gauge("waiting", "Utterances waiting in the request queue")
         self._ready = self._gauge("model_ready", "1 when the model can speak")
-        self._queue = self._histogram("queue_seconds", "Time spent in the request queue", _SECONDS)
-        self._generation = self._histogram("generation_seconds", "Time the model worked", _SECONDS)
-        self._first_audio = self._histogram("first_audio_seconds", "Time from the end of the wait to the first samples", _SECONDS)
-        self._audio = self._histogram("audio_seconds", "Length of the speech", _SECONDS)
+        self._seconds = {
+            "queue": self._histogram("queue_seconds", "Time spent in the request queue", _SECONDS),
+            "generation": self._histogram("generation_seconds", "Time the model worked", _SECONDS),
+            "first_audio": self._histogram("first_audio_seconds", "Time from the end of the wait to the first samples", _SECONDS),
+            "audio": self._histogram("audio_seconds", "Length of the speech", _SECONDS),
+        }
         self._factor = self._histogram("real_time_factor", "Generation time over length of speech", _FACTORS)
         self._outcomes = Counter(
             "sesame_tts_requests",
@@ -376,23 +378,13 @@ class Metrics:
         )
         self._registry.register(_Faults(hosts))
 
-    def observe(
-        self,
-        *,
-        model: str,
-        format_name: str,
-        outcome: str,
-        queue: float | None = None,
-        generation: float | None = None,
-        first_audio: float | None = None,
-        audio: float | None = None,
-    ) -> None:
-        """Record one speech request; all times in seconds."""
+    def observe(self, model: str, format_name: str, outcome: str, measured: Mapping[str, float | None]) -> None:
+        """Record one speech request; `measured` as in `Utterance`."""
         self._outcomes.labels(model, format_name, outcome).inc()
-        pairs = ((self._queue, queue), (self._generation, generation), (self._first_audio, first_audio), (self._audio, audio))
-        for histogram, value in pairs:
-            if value is not None:
-                histogram.labels(model).observe(value)
+        for name, seconds in measured.items():
+            if seconds is not None:
+                self._seconds[name].labels(model).observe(seconds)
+        generation, audio = measured.get("generation"), measured.get("audio")
         if generation is not None and audio:
             self._factor.labels(model).observe(generation / audio)
 

@@ -232,7 +232,6 @@ class ServerSpeaker:
     """Speaks with a server.
 
     Args:
-        server: The server.
         voice: A voice's name or alias.
         status: Called with a line that says what is being waited for, "" when the wait is over.
         warn: Called with a warning.
@@ -334,7 +333,6 @@ class LocalSpeaker:
     """Speaks with the engine in this process. An async context manager, which loads the model.
 
     Args:
-        settings: The settings.
         voice: A voice's name or alias.
         status: Called with a line about the load, "" when it is over.
         streamed: The audio is consumed while it is generated.

@@ -288,7 +288,6 @@ class Outbox:
     """Sends events and audio in the order in which they are put in.
 
     Args:
-        websocket: The connection.
         unread: Counts the audio that has not been sent.
     """
 

@@ -75,9 +75,6 @@ class SpeechService:
     """Answers speech requests, and has what they share with the texts that arrive through a WebSocket.
 
     Args:
-        settings: The settings.
-        presets: The voices.
-        engine: Speaks.
         metrics: Gets one observation for each request, and for each piece of a WebSocket's text.
         conversations: What was said before.
 
@@ -133,14 +130,12 @@ class SpeechService:
 
     def observe(self, voice: Voice, audio_format: AudioFormat, utterance: Utterance, outcome: str) -> None:
         """Record an utterance in the metrics."""
-        self._metrics.observe(model=voice.preset.model, format_name=audio_format.name, outcome=outcome, **utterance.measured)
+        self._metrics.observe(voice.preset.model, audio_format.name, outcome, utterance.measured)
 
     async def answer(self, body: SpeechRequest, request: Request, form: AnswerForm | None = None) -> Response:
         """Return the response to a speech request.
 
         Args:
-            body: The request.
-            request: The HTTP request.
             form: Another form than audio or events.
 
         Raises:
@@ -178,7 +173,7 @@ class SpeechService:
                 self.observe(run.plan.voice, run.plan.format, run.utterance, outcome)
                 request.state.log_fields.update(_log_fields(run.utterance, outcome))
             else:
-                self._metrics.observe(model="-", format_name="-", outcome=outcome)
+                self._metrics.observe("-", "-", outcome, {})
 
     async def _plan(self, body: SpeechRequest, request: Request, always_streamed: Collection[str]) -> Plan:
         """Check everything that can be refused before any speech is generated.

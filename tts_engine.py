@@ -129,7 +129,7 @@ class Utterance:
 
     @property
     def measured(self) -> dict[str, float | None]:
-        """Its measurements for `Metrics.observe`; None for what did not take place."""
+        """Its measurements for the metrics, in seconds; None for what did not take place."""
         started = self.generation_time > 0
         return {
             "queue": self.queue_time if started else None,
@@ -384,9 +384,6 @@ class TTSEngine:
         All later failures, including a full queue, are raised where the utterance is read.
 
         Args:
-            text: The text.
-            voice: The voice.
-            options: How to speak.
             joiner: Continues the audio of an earlier utterance, which has ended; its timestamps continue, too. Then the text is spoken even
                 if the shutdown has begun.
 
@@ -567,7 +564,6 @@ class _Turn:
     """Segments that one voice speaks after a pause.
 
     Attributes:
-        voice: The voice.
         pause: Seconds of silence before it; None: as between two sentences.
         segments: The text; none at the end of a text that ends with a pause.
     """
