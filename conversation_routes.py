@@ -199,51 +199,26 @@ _FORM_DOCUMENT: dict[str, Any] = {
 }
 
 
-class ConversationEndpoint:
-    """Adds, lists and forgets turns.
-
-    Args:
-        conversations: Where they are kept.
-        engine: Encodes recordings.
-    """
-
-    def __init__(self, conversations: Conversations, engine: TTSEngine) -> None:
-        self.conversations = conversations
-        self._engine = engine
-
-    async def add(self, key: str, request: Request) -> dict[str, Any]:
-        """Add the turn in the request's form.
-
-        Raises:
-            TTSError: The form or the recording is invalid, or CSM, which has to encode it, is not ready.
-            ClientDisconnect: The client disconnected.
-        """
-        async with read_form(request, TurnForm) as form:
-            codes = await run_until_gone(self._encoded(form.audio_sample), request.receive)
-        turn = Turn("user", form.speaker, [ContextPart(form.text, form.speaker, codes)])
-        self.conversations.add(key, turn)
-        return described(turn, with_text=True)
-
-    async def _encoded(self, recording: UploadFile | None) -> Codes:
-        if recording is None:
-            return np.zeros((0, _CODEBOOKS), np.int16)
-        samples = await asyncio.to_thread(read_recording_bytes, await recording.read())
-        return await self._engine.encode(samples)
+async def _encoded(recording: UploadFile | None, engine: TTSEngine) -> Codes:
+    if recording is None:
+        return np.zeros((0, _CODEBOOKS), np.int16)
+    samples = await asyncio.to_thread(read_recording_bytes, await recording.read())
+    return await engine.encode(samples)
 
 
-def described(turn: Turn, *, with_text: bool) -> dict[str, Any]:
+def _described(turn: Turn, *, with_text: bool) -> dict[str, Any]:
     """Return a turn as the API shows it."""
     shown = {"role": turn.role, "speaker": turn.speaker, "seconds": round(turn.seconds, 2), "characters": len(turn.text)}
     shown |= {"in_prompt": any(len(part.codes) for part in turn.parts)}
     return shown | ({"text": turn.text} if with_text else {})
 
 
-async def _endpoint(request: Request) -> ConversationEndpoint:
-    endpoint: ConversationEndpoint = request.app.state.server.conversations
-    return endpoint
+async def _conversations(request: Request) -> Conversations:
+    conversations: Conversations = request.app.state.server.conversations
+    return conversations
 
 
-Endpoint = Annotated[ConversationEndpoint, Depends(_endpoint)]
+_Conversations = Annotated[Conversations, Depends(_conversations)]
 
 router = APIRouter(tags=["conversations"], prefix="/audio/conversations/{conversation}/turns")
 
@@ -257,9 +232,13 @@ router = APIRouter(tags=["conversations"], prefix="/audio/conversations/{convers
     openapi_extra=_FORM_DOCUMENT,
     responses=refusals(429),
 )
-async def add_turn(conversation: str, request: Request, endpoint: Endpoint) -> dict[str, Any]:
+async def add_turn(conversation: str, request: Request, conversations: _Conversations) -> dict[str, Any]:
     """Add what somebody else has said, with its recording if there is one: CSM hears it before the next reply. A turn without a recording is listed only."""
-    return await endpoint.add(conversation, request)
+    async with read_form(request, TurnForm) as form:
+        codes = await run_until_gone(_encoded(form.audio_sample, request.app.state.server.engine), request.receive)
+    turn = Turn("user", form.speaker, [ContextPart(form.text, form.speaker, codes)])
+    conversations.add(conversation, turn)
+    return _described(turn, with_text=True)
 
 
 @router.get(
@@ -270,15 +249,15 @@ async def add_turn(conversation: str, request: Request, endpoint: Endpoint) -> d
     response_model_exclude_unset=True,
     responses=refusals(404),
 )
-async def list_turns(conversation: str, endpoint: Endpoint, text: bool = False) -> dict[str, Any]:
+async def list_turns(conversation: str, conversations: _Conversations, text: bool = False) -> dict[str, Any]:
     """Return the turns, the oldest first; with `?text=true` also their words."""
-    return {"turns": [described(turn, with_text=text) for turn in endpoint.conversations.turns(conversation)]}
+    return {"turns": [_described(turn, with_text=text) for turn in conversations.turns(conversation)]}
 
 
 @router.delete(
     "", operation_id="forgetConversation", summary="Forget a conversation", response_model=ForgottenConversation, responses=refusals(404)
 )
-async def forget(conversation: str, endpoint: Endpoint) -> dict[str, Any]:
+async def forget(conversation: str, conversations: _Conversations) -> dict[str, Any]:
     """Remove the conversation from memory, the only place where it is."""
-    endpoint.conversations.forget(conversation)
+    conversations.forget(conversation)
     return {"id": conversation, "deleted": True}

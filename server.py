@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client_routes import router as client_routes
 from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
-from conversation_routes import ConversationEndpoint, Conversations
+from conversation_routes import Conversations
 from conversation_routes import router as conversation_routes
 from errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, TTSError, shorten
 from ffmpeg import clean_temporary_files, ffmpeg_version, find_ffmpeg, watch_children_without_threads
@@ -89,9 +89,8 @@ class Server:
         self.presets = VoicePresetManager(settings.presets_dir, settings.default_voice, self.store)
         self.engine = TTSEngine(settings, self.presets)
         self.metrics = Metrics(self.engine.hosts)
-        conversations = Conversations(settings)
-        self.speech = SpeechService(settings, self.presets, self.engine, self.metrics, conversations)
-        self.conversations = ConversationEndpoint(conversations, self.engine)
+        self.conversations = Conversations(settings)
+        self.speech = SpeechService(settings, self.presets, self.engine, self.metrics, self.conversations)
         self.voices = VoiceEndpoint(settings, self.presets, self.store, self.engine)
         self._started = time.monotonic()
 
