@@ -34,6 +34,7 @@ from conftest import PROJECT, RunningServer
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 DOCUMENTED_SENTENCE = "Hello! This is my own voice server."
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+SEED: Any = {"seed": 1}  # where many requests have the same text: the same sound is transcribed once
 
 
 def client_of(server: RunningServer, **options: Any) -> openai.OpenAI:
@@ -43,7 +44,7 @@ def client_of(server: RunningServer, **options: Any) -> openai.OpenAI:
 @pytest.mark.parametrize("name", FORMATS)
 def test_openai_for_python_speaks_every_format(server: RunningServer, name: Any) -> None:
     with client_of(server) as client:
-        speech = client.audio.speech.create(model="gpt-4o-mini-tts", voice="coral", input=SENTENCE, response_format=name)
+        speech = client.audio.speech.create(model="gpt-4o-mini-tts", voice="coral", input=SENTENCE, response_format=name, extra_body=SEED)
     assert_says(speech.content, name, SENTENCE)
 
 
@@ -61,10 +62,13 @@ def test_openai_for_python_speaks_asynchronously(server: RunningServer) -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
             create = client.audio.speech.create
             answers = await asyncio.gather(
-                *(create(model="m", voice="nova", input=text, response_format="wav") for text in (SENTENCE, DOCUMENTED_SENTENCE))
+                *(
+                    create(model="m", voice="nova", input=text, response_format="wav", extra_body=SEED)
+                    for text in (SENTENCE, DOCUMENTED_SENTENCE)
+                )
             )
-            streaming = client.audio.speech.with_streaming_response
-            async with streaming.create(model="m", voice="alloy", input=SENTENCE, response_format="pcm", stream_format="sse") as response:
+            pcm: Any = {"response_format": "pcm", "stream_format": "sse", "extra_body": SEED}
+            async with client.audio.speech.with_streaming_response.create(model="m", voice="alloy", input=SENTENCE, **pcm) as response:
                 events = [json.loads(line.removeprefix("data: ")) async for line in response.iter_lines() if line]
         assert events[-1]["type"] == "speech.audio.done"
         return [*(answer.content for answer in answers), b"".join(base64.b64decode(event["audio"]) for event in events[:-1])]
@@ -117,7 +121,9 @@ def speak_twice_with_python(server: RunningServer, folder: Path) -> None:
     async def speak() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
             create = client.audio.speech.create
-            answers = await asyncio.gather(*(create(model="m", voice="coral", input=DOCUMENTED_SENTENCE) for _ in range(2)))
+            answers = await asyncio.gather(
+                *(create(model="m", voice="coral", input=DOCUMENTED_SENTENCE, extra_body=SEED) for _ in range(2))
+            )
         for count, answer in enumerate(answers):
             answer.write_to_file(folder / f"{count}.mp3")
 

@@ -122,7 +122,7 @@ def test_the_highlight_lies_exactly_under_the_text(guest: Guest) -> None:
             [s.font, s.letterSpacing, s.padding, s.whiteSpace, s.overflowWrap, s.wordSpacing, s.tabSize, s.textIndent])"""
         layer, text = seen.page.evaluate(styles)
         assert layer == text
-        seen.speak(f"{STORY}\n\n{SENTENCE}")
+        seen.speak(f"{STORY[: len(STORY) // 2]}\n\n{SENTENCE}")
         seen.wait_complete()
         seen.page.evaluate("sesame.player.seek(sesame.take.words.at(-3).start)")
         seen.wait("document.getElementById('sheet').scrollTop > 100")  # the text follows the spoken word

@@ -8,16 +8,17 @@ import OpenAI from "openai";
 const [text, folder] = process.argv.slice(2);
 const client = new OpenAI();
 const formats = ["mp3", "opus", "aac", "flac", "wav", "pcm"];
+const seed = 1; // the server's own field: the same sound for all formats
 
 async function save(name, response) {
   await writeFile(path.join(folder, name), Buffer.from(await response.arrayBuffer()));
 }
 
 for (const format of formats) {
-  await save(`speech.${format}`, await client.audio.speech.create({ model: "csm-1b", voice: "coral", input: text, response_format: format }));
+  await save(`speech.${format}`, await client.audio.speech.create({ model: "csm-1b", voice: "coral", input: text, response_format: format, seed }));
 }
 
-await save("by-id.mp3", await client.audio.speech.create({ model: "csm-1b", voice: { id: "heart" }, input: text }));
+await save("by-id.mp3", await client.audio.speech.create({ model: "csm-1b", voice: { id: "heart" }, input: text, seed }));
 
 const events = await client.audio.speech.create({
   model: "gpt-4o-mini-tts",
@@ -25,6 +26,7 @@ const events = await client.audio.speech.create({
   input: text,
   response_format: "pcm",
   stream_format: "sse",
+  seed,
 });
 const pieces = [];
 let buffered = "";

@@ -9,7 +9,7 @@ const [text, folder] = process.argv.slice(2);
 const client = new OpenAI();
 
 async function speak(name) {
-  const speech = await client.audio.speech.create({ model: "csm-1b", voice: "coral", input: text });
+  const speech = await client.audio.speech.create({ model: "csm-1b", voice: "coral", input: text, seed: 1 });
   await writeFile(path.join(folder, name), Buffer.from(await speech.arrayBuffer()));
 }
 
