@@ -292,6 +292,12 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
     if settings.playground:
         _serve_page(app)
     _add_error_handlers(app, server)
+    _add_middleware(app, settings)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """Add the middleware, the innermost first."""
     app.add_middleware(_StatusFirst)
     app.add_middleware(AccessMiddleware, settings=settings)
     if settings.cors_origins:
@@ -304,7 +310,6 @@ def create_app(settings: Settings, terminal: Terminal | None = None) -> FastAPI:
             allow_private_network=True,
         )
     app.add_middleware(RequestLog)
-    return app
 
 
 def _include_routers(app: FastAPI) -> None:
