@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -15,7 +19,7 @@ import as_mac
 import httpx
 import pytest
 import tiny_csm
-from client_programs import CLIENTS, LONG, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
+from client_programs import CLIENTS, LONG, RUN_SECONDS, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
 from conftest import RunningServer, csm_server
 from small_hub import SmallHub, write_small_repositories
 
@@ -134,14 +138,45 @@ def test_it_tries_no_other_provider_where_that_is_switched_off(tmp_path: Path) -
     assert "openai: fetch failed; microsoft: not configured" in ended.stdout
 
 
+@contextmanager
+def asleep_until_called(server: RunningServer) -> Iterator[int]:
+    """Stop the server's process until a client connects to the port that this returns, so that it does not work while the client starts."""
+    with socket.create_server(("127.0.0.1", 0)) as door, ThreadPoolExecutor(3) as pool:
+        door.settimeout(RUN_SECONDS)
+
+        def answer() -> None:
+            connection, _ = door.accept()
+            os.kill(server.process.pid, signal.SIGCONT)
+            upstream = socket.create_connection(("127.0.0.1", server.port))
+            pool.submit(pump, connection, upstream)
+            pool.submit(pump, upstream, connection)
+
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            pool.submit(answer)
+            yield int(door.getsockname()[1])
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what arrives until one side closes, then close both."""
+    with source, target, suppress(OSError):
+        while data := source.recv(65_536):
+            target.sendall(data)
+        for each in (source, target):
+            each.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_a_timeout_in_openclaw_cancels_the_request(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
     """The request is either being spoken (0 ahead) or waits in the queue."""
     server = make_server()
-    configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1"}, timeoutMs=1000)
     text = LONG[:3990]
     with busy(server, ahead):
-        ended = convert(tmp_path, text, ok=False)
+        with asleep_until_called(server) as port:
+            configure(tmp_path, {"apiKey": "local", "baseUrl": f"http://127.0.0.1:{port}/v1"}, timeoutMs=1000)
+            ended = convert(tmp_path, text, ok=False)
         assert ended.returncode != 0
         server.wait_for(lambda _: any("cancelled" in line and f"characters={len(text.strip())}" in line for line in log_lines(server)))
     server.wait_for(lambda health: health["queue"]["active"] == health["queue"]["waiting"] == 0)
