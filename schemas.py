@@ -64,7 +64,7 @@ def _number(value: object) -> object:
 _Number = BeforeValidator(_number)
 
 _REQUIRED = ("model", "input", "voice")
-_EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
+SPEECH_EXAMPLE: dict[str, Any] = {"model": "csm-1b", "input": "Hello! This is my own voice server speaking.", "voice": "alloy"}
 
 
 def document_nulls(schema: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def document_nulls(schema: dict[str, Any]) -> None:
 
 def _document_speech(schema: dict[str, Any]) -> None:
     """Add the examples and the nulls."""
-    schema["examples"] = [_EXAMPLE, _EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]
+    schema["examples"] = [SPEECH_EXAMPLE, SPEECH_EXAMPLE | {"voice": "heart", "response_format": "wav", "speed": 1.25, "seed": 7}]
     document_nulls(schema)
 
 
@@ -400,62 +400,6 @@ def refusals(*statuses: int) -> dict[int | str, Document]:
 COMMON_REFUSALS = refusals(400, 401, 408, 413, 415, 421, 500, 503)
 """Errors of every route: most are found before a route is chosen."""
 
-_BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
-_TEXT: Document = {"schema": {"type": "string"}}
-_EVENT_KINDS = [f"speech.audio.{kind}" for kind in ("delta", "timestamps", "done", "error")]
-# FastAPI too describes an event of a stream by `itemSchema`, which OpenAPI has since 3.2.
-_EVENTS: Document = {
-    "itemSchema": {
-        "type": "object",
-        "properties": {
-            "data": {
-                "type": "string",
-                "contentMediaType": "application/json",
-                "contentSchema": {"type": "object", "properties": {"type": {"enum": _EVENT_KINDS}}, "required": ["type"]},
-            }
-        },
-        "required": ["data"],
-    }
-}
-_SPEECH_HEADERS = {
-    "X-Voice": "The voice that speaks.",
-    "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
-    "X-Model": "The model of this voice.",
-    "X-Transliterated": "How many words in foreign scripts are spoken in Latin letters; absent if none.",
-    "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
-    "X-Queue-Time": "Seconds spent in the queue.",
-    "X-Generation-Time": "Seconds that the model needed; complete files only.",
-    "X-Audio-Duration": "Seconds of speech; complete files only.",
-    "X-Retries": "How many segments were generated again; complete files only.",
-    "X-Word-Error-Rate": "The worst segment's word error rate; complete files only, with VERIFY.",
-    "X-Timestamps": "The path of the timestamps, if they were requested.",
-    "X-Conversation": "With `conversation`: `used`, or `ignored` because the voice's model takes no context.",
-}
-SPEECH_EXAMPLES: Document = {
-    "mp3": {"summary": "MP3, a complete file", "value": _EXAMPLE},
-    "opus": {"summary": "Opus in Ogg", "value": _EXAMPLE | {"response_format": "opus"}},
-    "aac": {"summary": "AAC", "value": _EXAMPLE | {"response_format": "aac"}},
-    "flac": {"summary": "FLAC, lossless", "value": _EXAMPLE | {"response_format": "flac"}},
-    "wav": {"summary": "WAV at 8 kHz, as telephones use it", "value": _EXAMPLE | {"response_format": "wav", "sample_rate": 8000}},
-    "pcm": {"summary": "PCM: raw samples, as a stream", "value": _EXAMPLE | {"response_format": "pcm"}},
-    "stream": {"summary": "MP3, as a stream", "value": _EXAMPLE | {"stream": True}},
-    "events": {
-        "summary": "Server-sent events with the times of words",
-        "value": _EXAMPLE | {"stream_format": "sse", "timestamps": "word", "voice": "heart"},
-    },
-    "repeatable": {
-        "summary": "The same samples each time: a voice, a speed and a seed",
-        "value": _EXAMPLE | {"voice": "heart", "speed": 1.25, "seed": 7},
-    },
-}
-"""Requests for `/docs`, one for each format and for what else a request can ask for."""
-
-SPEECH_ANSWER: Document = {
-    "description": "The speech",
-    "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _EVENTS},
-    "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _SPEECH_HEADERS.items()},
-}
-CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip": _TEXT}}
 _WITHOUT_KEY = ("/health", "/health/ready")
 
 

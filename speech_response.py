@@ -18,12 +18,12 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from audio_converter import Converted, Encoder
-from audio_formats import AudioFormat, SyntheticTag
+from audio_formats import FORMATS, AudioFormat, SyntheticTag
 from audio_joiner import SegmentTimestamp
 from captions import AnswerCaptions, WordCaption, WordFinder, captions_of
 from errors import InternalError, TTSError
 from http_middleware import UnreadAudio, run_until_gone
-from schemas import SpeechRequest
+from schemas import Document, SpeechRequest
 from speech_model import CODEC_FRAMES_PER_SECOND, SpeechOptions
 from tts_engine import Utterance
 from voice_presets import Voice
@@ -36,6 +36,42 @@ _MAX_WAITING_EVENTS = 256  # that a client leaves unread before the server stops
 _AUDIO_BYTES = 48_000  # in one message: a second of pcm
 
 Event = dict[str, Any]
+
+_BINARY: Document = {"schema": {"type": "string", "format": "binary"}}
+_EVENT_KINDS = [f"speech.audio.{kind}" for kind in ("delta", "timestamps", "done", "error")]
+# FastAPI too describes an event of a stream by `itemSchema`, which OpenAPI has since 3.2.
+_EVENTS: Document = {
+    "itemSchema": {
+        "type": "object",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"type": "object", "properties": {"type": {"enum": _EVENT_KINDS}}, "required": ["type"]},
+            }
+        },
+        "required": ["data"],
+    }
+}
+_SPEECH_HEADERS = {
+    "X-Voice": "The voice that speaks.",
+    "X-Fallback-For": "The requested voice, if it is not ready and X-Voice speaks instead.",
+    "X-Model": "The model of this voice.",
+    "X-Transliterated": "How many words in foreign scripts are spoken in Latin letters; absent if none.",
+    "X-Seed": "Send it as `seed` to get the same samples again for the same text and voice.",
+    "X-Queue-Time": "Seconds spent in the queue.",
+    "X-Generation-Time": "Seconds that the model needed; complete files only.",
+    "X-Audio-Duration": "Seconds of speech; complete files only.",
+    "X-Retries": "How many segments were generated again; complete files only.",
+    "X-Word-Error-Rate": "The worst segment's word error rate; complete files only, with VERIFY.",
+    "X-Timestamps": "The path of the timestamps, if they were requested.",
+    "X-Conversation": "With `conversation`: `used`, or `ignored` because the voice's model takes no context.",
+}
+SPEECH_ANSWER: Document = {
+    "description": "The speech",
+    "content": {form.content_type: _BINARY for form in FORMATS.values()} | {"text/event-stream": _EVENTS},
+    "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _SPEECH_HEADERS.items()},
+}
 
 
 @dataclass(frozen=True)

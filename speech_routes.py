@@ -21,13 +21,34 @@ from conversation_routes import Conversations, Turn
 from errors import DeadlineError, InternalError, InvalidInputError, InvalidRequestError, NotFoundError, TTSError, shorten
 from http_middleware import UnreadAudio, client_address, run_until_gone
 from monitoring import Metrics
-from schemas import CAPTION_FILES, SPEECH_ANSWER, SPEECH_EXAMPLES, ResponseModel, SpeechFields, SpeechRequest, refusals
+from schemas import SPEECH_EXAMPLE, Document, ResponseModel, SpeechFields, SpeechRequest, refusals
 from speech_model import SpeechOptions
-from speech_response import Answer, AnswerForm, Plan, SpeechFile, SpeechStream, Unread
+from speech_response import SPEECH_ANSWER, Answer, AnswerForm, Plan, SpeechFile, SpeechStream, Unread
 from tts_engine import TTSEngine, Utterance, new_seed
 from voice_presets import Voice, VoicePresetManager
 
 _RESAMPLED_FORMATS = ("pcm", "wav")
+_EXAMPLES: Document = {
+    "mp3": {"summary": "MP3, a complete file", "value": SPEECH_EXAMPLE},
+    "opus": {"summary": "Opus in Ogg", "value": SPEECH_EXAMPLE | {"response_format": "opus"}},
+    "aac": {"summary": "AAC", "value": SPEECH_EXAMPLE | {"response_format": "aac"}},
+    "flac": {"summary": "FLAC, lossless", "value": SPEECH_EXAMPLE | {"response_format": "flac"}},
+    "wav": {"summary": "WAV at 8 kHz, as telephones use it", "value": SPEECH_EXAMPLE | {"response_format": "wav", "sample_rate": 8000}},
+    "pcm": {"summary": "PCM: raw samples, as a stream", "value": SPEECH_EXAMPLE | {"response_format": "pcm"}},
+    "stream": {"summary": "MP3, as a stream", "value": SPEECH_EXAMPLE | {"stream": True}},
+    "events": {
+        "summary": "Server-sent events with the times of words",
+        "value": SPEECH_EXAMPLE | {"stream_format": "sse", "timestamps": "word", "voice": "heart"},
+    },
+    "repeatable": {
+        "summary": "The same samples each time: a voice, a speed and a seed",
+        "value": SPEECH_EXAMPLE | {"voice": "heart", "speed": 1.25, "seed": 7},
+    },
+}
+"""Requests for `/docs`, one for each format and for what else a request can ask for."""
+
+_TEXT: Document = {"schema": {"type": "string"}}
+_CAPTION_FILES: Document = {"content": {"text/vtt": _TEXT, "application/x-subrip": _TEXT}}
 
 
 class SpokenCaption(ResponseModel):
@@ -367,9 +388,7 @@ router = APIRouter(tags=["speech"])
     response_class=Response,
     responses={200: SPEECH_ANSWER, **refusals(429)},
 )
-async def create_speech(
-    body: Annotated[SpeechRequest, Body(openapi_examples=SPEECH_EXAMPLES)], request: Request, service: Service
-) -> Response:
+async def create_speech(body: Annotated[SpeechRequest, Body(openapi_examples=_EXAMPLES)], request: Request, service: Service) -> Response:
     """Speak a text. The answer is a complete audio file, or a stream of bytes or events if the request asks for one."""
     return await service.answer(body, request)
 
@@ -380,7 +399,7 @@ async def create_speech(
     summary="Get timestamps",
     response_model=Captions,
     response_model_exclude_unset=True,
-    responses={200: CAPTION_FILES, **refusals(404)},
+    responses={200: _CAPTION_FILES, **refusals(404)},
 )
 async def get_timestamps(answer: str, service: Service, format: Literal["json", "vtt", "srt"] = "json") -> Response:
     """Return the start and end of each segment of an answer that was requested with `timestamps: true`, and of each word with `"word"`.
