@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import socket
 import subprocess
@@ -11,48 +12,48 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from client_programs import CLIENTS, assert_says, client_python, documented, last_json, run_program
 from conftest import RunningServer, free_port
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
+REPLY = f"{SENTENCE} We could have breakfast outside. The bread is from the bakery at the corner, and the jam is from last summer."
+IN_ONE_PROCESS = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def speak(server: RunningServer, program: str, heading: str, folder: Path) -> dict[str, Any]:
-    """Run one of our client programs with the `tts` from the document; it writes speech.pcm."""
-    (folder / "users.py").write_text(documented(heading, server))
-    ended = run_program([client_python(".venv"), CLIENTS / program, "users.py", SENTENCE, "speech.pcm"], folder)
-    assert_says((folder / "speech.pcm").read_bytes(), "pcm", SENTENCE)
-    return last_json(ended.stdout)
+def speak(server: RunningServer, library: str, headings: tuple[str, str], folder: Path) -> dict[str, Any]:
+    """Run our two client programs of a library in one process, which imports it once, each with the `tts` from the document.
+
+    The first one speaks a complete text, the second one a text that is still being written. Return what the first one prints.
+    """
+    for name, heading in zip(("complete", "written"), headings, strict=True):
+        (folder / f"{name}.py").write_text(documented(heading, server))
+    programs = [
+        [str(CLIENTS / f"{library}_speech.py"), "complete.py", SENTENCE, "complete.pcm"],
+        [str(CLIENTS / f"{library}_stream.py"), "written.py", REPLY, "written.pcm", "8"],
+    ]
+    ended = run_program([client_python(".venv"), "-c", IN_ONE_PROCESS, json.dumps(programs)], folder)
+    for name, text in (("complete", SENTENCE), ("written", REPLY)):
+        assert_says((folder / f"{name}.pcm").read_bytes(), "pcm", text)
+    complete, written = (json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{"))
+    assert 0 < written["share_at_first_audio"] < 1 / 3
+    assert written.get("errors", []) == []
+    return dict(complete)
 
 
-def test_livekit_agents_speaks(server: RunningServer, tmp_path: Path) -> None:
-    results = speak(server, "livekit_speech.py", "LiveKit Agents", tmp_path)
+def test_livekit_agents_speaks_and_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path) -> None:
+    results = speak(server, "livekit", ("LiveKit Agents", "LiveKit Agents, while the reply is being written"), tmp_path)
     assert (results["rate"], results["channels"]) == (24_000, 1)
     assert results["frames"] > 1
 
 
-def test_pipecat_speaks(server: RunningServer, tmp_path: Path) -> None:
-    results = speak(server, "pipecat_speech.py", "Pipecat", tmp_path)
+def test_pipecat_speaks_and_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path) -> None:
+    results = speak(server, "pipecat", ("Pipecat", "Pipecat, while the reply is being written"), tmp_path)
     assert (results["rates"], results["channels"], results["errors"]) == ([24_000], [1], [])
     assert results["frames"] > 1
-
-
-@pytest.mark.parametrize(
-    ("program", "heading"),
-    [
-        ("livekit_stream.py", "LiveKit Agents, while the reply is being written"),
-        ("pipecat_stream.py", "Pipecat, while the reply is being written"),
-    ],
-)
-def test_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path, program: str, heading: str) -> None:
-    (tmp_path / "users.py").write_text(documented(heading, server))
-    text = f"{SENTENCE} We could have breakfast outside. The bread is from the bakery at the corner, and the jam is from last summer."
-    ended = run_program([client_python(".venv"), CLIENTS / program, "users.py", text, "speech.pcm", "8"], tmp_path)
-    assert_says((tmp_path / "speech.pcm").read_bytes(), "pcm", text)
-    results = last_json(ended.stdout)
-    assert 0 < results["share_at_first_audio"] < 1 / 3
-    assert results.get("errors", []) == []
 
 
 @contextmanager
