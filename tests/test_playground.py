@@ -30,6 +30,15 @@ from server import create_app
 SENTENCE = "The quick brown fox jumps over the lazy dog."
 STORY = " ".join(f"On day {day} the ship sailed further north, and the wind grew colder with every mile." for day in range(1, 46))
 HOSTILE = "It's 5 o'clock; she said \"hi\" & $HOME `id` \\n — naïve 🙂\nNew line, {braces}, 100%."
+# The page shows a take before the browser has stored it. This reads what is committed.
+STORED_TAKES = """await new Promise((resolve) => {
+    indexedDB.open("sesame").onsuccess = ({ target: { result: database } }) => {
+        database.transaction("takes").objectStore("takes").count().onsuccess = ({ target }) => {
+            database.close();
+            resolve(target.result);
+        };
+    };
+})"""
 
 Guest = Callable[..., AbstractContextManager[Visit]]
 
@@ -391,6 +400,7 @@ def test_recent_takes_survive_a_reload_until_they_are_cleared(guest: Guest) -> N
             seen.speak(words)
             seen.wait(f"sesame.take?.request.input === '{words}' && sesame.take.state === 'complete'")
         expect(seen.page.locator("#results li")).to_have_count(2)
+        seen.wait(f"({STORED_TAKES}) === 2")
         seen.page.reload()
         expect(seen.page.locator("#results .said")).to_have_text(["Two.", "One."])
         expect(seen.page.locator("#dock")).to_be_hidden()
