@@ -145,13 +145,15 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
     if _LOADER_SETTINGS & settings.keys():
         process: subprocess.Popen[bytes] | ForkedProcess = _run_program(environment, log)
     else:
-        process = _fork_program(environment, log)
+        process = fork_server(environment, log)
     return RunningServer(process, port, cache_dir, log, dict(settings))
 
 
-def _fork_program(environment: dict[str, str], log: Path) -> ForkedProcess:
+def fork_server(environment: dict[str, str], log: Path, descriptors: int | None = None) -> ForkedProcess:
+    """A forked server; `descriptors` limits its open files."""
     with log.open("ab") as stderr, Path(os.devnull).open() as stdin:
-        return server_forker(environment).start(["server.py"], environment, PROJECT, (stdin.fileno(), stderr.fileno(), stderr.fileno()))
+        streams = (stdin.fileno(), stderr.fileno(), stderr.fileno())
+        return server_forker(environment).start(["server.py"], environment, PROJECT, streams, descriptors)
 
 
 def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -100,7 +100,9 @@ class ServerForker:
         self.pid = self._process.pid
         self._lock = threading.Lock()
 
-    def start(self, command: Sequence[str], environment: dict[str, str], cwd: Path, streams: Sequence[int]) -> ForkedProcess:
+    def start(
+        self, command: Sequence[str], environment: dict[str, str], cwd: Path, streams: Sequence[int], descriptors: int | None = None
+    ) -> ForkedProcess:
         """Fork a program.
 
         Args:
@@ -108,8 +110,9 @@ class ServerForker:
             environment: All of it.
             cwd: The working directory.
             streams: The descriptors of its standard input, output and error.
+            descriptors: The limit of its open files; None for that of the tests.
         """
-        request = {"command": list(command), "env": environment, "cwd": str(cwd), "mac": as_mac.active()}
+        request = {"command": list(command), "env": environment, "cwd": str(cwd), "mac": as_mac.active(), "descriptors": descriptors}
         exit_status, theirs = os.pipe()
         with self._lock:
             socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [*streams, theirs])

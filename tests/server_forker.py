@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -31,7 +32,7 @@ _STREAMS = 3
 
 
 def main() -> None:
-    """Answer requests `{"command", "env", "cwd", "mac"}` with PIDs until the socket is closed, then end all programs.
+    """Answer requests `{"command", "env", "cwd", "mac", "descriptors"}` with PIDs until the socket is closed, then end all programs.
 
     A request brings four descriptors: standard input, output and error of the program, and a pipe for its exit status.
     """
@@ -128,6 +129,8 @@ def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
+        if request["descriptors"] is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (request["descriptors"], request["descriptors"]))
         sys.argv = request["command"]
         sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         tempfile.tempdir = None  # TMPDIR may be another one

@@ -10,8 +10,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ import listening
 import psutil
 import pytest
 import uvicorn
-from conftest import PROJECT, RunningServer, clean_environment, free_port
+from conftest import PROJECT, RunningServer, clean_environment, fork_server, free_port
 
 from config import Settings
 from http_middleware import RequestLog
@@ -33,6 +31,11 @@ from server_process import GuardedProtocol
 
 BODY: dict[str, Any] = {"model": "m", "voice": "heart", "input": "This is said in spite of it all."}
 STREAMED = BODY | {"stream": True}
+LONG: dict[str, Any] = {
+    "input": BODY["input"] * 15,
+    "speed": 0.25,
+    "seed": 1,
+}  # two minutes, for a quarter of the work that such a text takes at speed 1
 
 
 def speak(server: RunningServer, **fields: Any) -> httpx.Response:
@@ -231,12 +234,12 @@ def test_a_pipe_among_the_presets_blocks_nobody(own: RunningServer) -> None:
 
 def test_a_hangup_ends_the_server_after_its_answers(make_server: Callable[..., RunningServer]) -> None:
     server = make_server()
-    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=STREAMED | {"input": BODY["input"] * 60}) as answer:
+    with server.client() as client, client.stream("POST", "/v1/audio/speech", json=STREAMED | LONG) as answer:
         pieces = answer.iter_raw()
         size = len(next(pieces))
         server.process.send_signal(signal.SIGHUP)
         size += sum(map(len, pieces))
-    assert size > 60 * 8000, "the answer is whole: 60 sentences of at least a second, 8 kB each"
+    assert size > 60 * 8000, "the answer is whole: 15 sentences of at least four seconds, 32 kB each"
     assert server.process.wait(30) == 0
 
 
@@ -330,10 +333,7 @@ def test_pauses_between_requests_do_not_time_out(impatient: int) -> None:
 def limited_server(folder: Path, descriptors: int, **settings: object) -> RunningServer:
     """Start a server with a limit of open files."""
     port, log = free_port(), folder / "stderr.log"
-    command = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", sys.executable, "server.py"]
-    with log.open("ab") as stderr:
-        environment = clean_environment(folder / "cache", PORT=port, **settings)
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+    process = fork_server(clean_environment(folder / "cache", PORT=port, **settings), log, descriptors)
     return RunningServer(process, port, folder / "cache", log)
 
 
@@ -413,9 +413,8 @@ def post_patiently(server: RunningServer, body: dict[str, Any], headers: dict[st
 def test_a_client_that_reads_nothing_is_disconnected_and_its_audio_freed(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(CLIENT_TIMEOUT=1)
     process = psutil.Process(server.process.pid)
-    text = BODY["input"] * 60
     requests = [{"response_format": "wav"}, {"response_format": "pcm"}, {"response_format": "wav", "stream_format": "sse"}]
-    silent = [each for fields in requests for each in non_readers(server.port, 1, speech_request(input=text, **fields))]
+    silent = [each for fields in requests for each in non_readers(server.port, 1, speech_request(**LONG, **fields))]
     silent += non_readers(server.port, 1, DOCS_SCRIPT * 6)
     try:
         until(lambda: len(process.net_connections()) >= len(silent))
@@ -433,7 +432,7 @@ def test_a_client_that_reads_nothing_is_disconnected_and_its_audio_freed(make_se
 
 def test_unread_audio_is_bounded_for_one_client_and_for_all(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(MAX_CLIENT_UNREAD_MB=9, MAX_UNREAD_MB=14)
-    long = {"input": BODY["input"] * 60, "response_format": "wav"}
+    long = LONG | {"response_format": "wav"}
 
     def ask(address: str) -> httpx.Response:
         headers = {"X-Forwarded-For": address}
@@ -457,7 +456,7 @@ def test_unread_audio_is_bounded_for_one_client_and_for_all(make_server: Callabl
 
 def test_a_stream_that_nobody_reads_ends_at_the_limit(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(MAX_CLIENT_UNREAD_MB=2)
-    (silent,) = non_readers(server.port, 1, speech_request(input=BODY["input"] * 60, response_format="pcm"))
+    (silent,) = non_readers(server.port, 1, speech_request(**LONG, response_format="pcm"))
     try:
         until(lambda: server.health()["models"]["hibari"]["active"] == 1)
         until(lambda: server.health()["models"]["hibari"]["active"] == 0)
