@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +13,7 @@ import huggingface_hub.constants
 import mlx.core as mx
 import tiny_csm
 import tiny_weights
-from mlx_audio.codec.models.mimi.mimi import Mimi, MimiStreamingDecoder
+from mlx_audio.codec.models.mimi import mimi
 from mlx_audio.tts.models.sesame import Model, sesame
 
 from config import Settings
@@ -42,10 +41,12 @@ def load(
 ) -> Model:
     """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it, with this project's network unless `stock`.
 
-    `small_codec` replaces Mimi by one of a fortieth of its size: the full-size Mimi takes about a second for each frame on a CPU.
+    `small_codec`: The cache has one (`tiny_csm.build`). The full-size Mimi takes about a second for each frame on a CPU.
     """
     snapshot = tiny_csm.snapshot_of(cache, repo)
-    with hub_at(cache):
+    small = tiny_weights.small_mimi_config()
+    codec = patch.object(mimi, "mimi_202407", lambda _: small) if small_codec else nullcontext()
+    with hub_at(cache), codec:
         config = json.loads((snapshot / "config.json").read_text())
         model = Model(config)
     if not stock:
@@ -55,24 +56,8 @@ def load(
     mx.eval(model.parameters())
     if not stock:
         model.model.join_layers()
-    if small_codec:
-        model._audio_tokenizer = small_mimi()
-        model._streaming_decoder = MimiStreamingDecoder(model._audio_tokenizer)
     model.eval()
     return model
-
-
-def small_mimi() -> Mimi:
-    """Return mlx-audio's Mimi with narrow layers."""
-    config = tiny_weights.small_mimi_config()
-    mimi = Mimi(config)
-    with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/mimi.safetensors"
-        mx.save_safetensors(file, {name: mx.array(value) for name, value in tiny_weights.mimi_weights(config).items()})
-        mimi.load_pytorch_weights(file)
-        mx.eval(mimi.parameters())
-    mimi.eval()
-    return mimi
 
 
 def prompt_folder(cache: Path) -> Path:

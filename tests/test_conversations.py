@@ -23,6 +23,7 @@ from mlx_audio.lm.sample_utils import make_sampler
 from mlx_audio.tts.models.sesame import Model
 from mlx_audio.tts.models.sesame.sesame import Segment
 from tiny_csm import NEVER, ends_after
+from tiny_weights import SMALL_CODEBOOKS
 from websockets.sync.client import ClientConnection, connect
 
 from config import Settings
@@ -36,7 +37,7 @@ Event = dict[str, Any]
 
 
 def part(text: str, frames: int, speaker: int = 0) -> ContextPart:
-    return ContextPart(text, speaker, np.full((frames, 32), 7, np.int16))
+    return ContextPart(text, speaker, np.full((frames, SMALL_CODEBOOKS), 7, np.int16))
 
 
 def with_conversations(work: Callable[[Conversations], Coroutine[Any, Any, None]], **settings: Any) -> None:
@@ -78,8 +79,8 @@ def test_conversations_turns_and_bytes_are_bounded() -> None:
         with pytest.raises(NotFoundError):
             kept.turns("a")
         assert kept.turns("long"), "the one that was not used for longest goes first"
-        kept.add("c", Turn("user", 1, [part("large", 15_000)]))  # 0.96 MB
-        kept.add("d", Turn("user", 1, [part("large", 15_000)]))
+        kept.add("c", Turn("user", 1, [part("large", 60_000)]))  # 0.96 MB
+        kept.add("d", Turn("user", 1, [part("large", 60_000)]))
         assert kept.context("c") == kept.context("long") == ()
         assert len(kept.context("d")) == 1
 
@@ -248,7 +249,7 @@ def test_a_segment_that_was_streamed_is_heard_once(recordings: Path, model: Mode
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    cache = tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER]}, small_codec=True)
+    cache = tiny_csm.build(script={"": [ends_after(5)], "L": [NEVER], "D": [ends_after(30)]}, small_codec=True)
     with csm_server(tmp_path_factory.mktemp("talking"), cache, {"tiny": 100}, MAX_RETRIES=0) as running:
         yield running
 
@@ -422,7 +423,9 @@ def test_a_sentence_that_is_cancelled_leaves_the_conversation_as_it_was(talking:
 
 def test_a_deadline_counts_for_each_sentence(talking: RunningServer) -> None:
     ask(talking, "hello.")  # before the first one the pace is unknown
-    sentences = "one two three four. five six seven eight. "
+    sentences = "Do one two three four. Do five six seven eight. "
+    for _ in range(2):  # of the other voice, too
+        ask(talking, sentences, voice="heart")
     with talk(talking, "late", deadline_ms=600_000) as client:
         client.send("input_text.append", text=sentences)
         client.send("input_text.done")
@@ -435,9 +438,9 @@ def test_a_deadline_counts_for_each_sentence(talking: RunningServer) -> None:
         assert (error["code"], error["param"]) == ("deadline_unreachable", "deadline_ms")
         assert client.until("done")["status"] == "failed"
     pace = talking.health()["models"]["csm-1b"]["pace"]
-    half = 500 * (pace["start_seconds"] + pace["seconds_per_character"] * len("one two three four."))
+    half = 500 * (pace["start_seconds"] + pace["seconds_per_character"] * len("Do one two three four."))
     with talk(talking, "late", deadline_ms=int(half), on_deadline="fallback", seed=2) as client:
-        client.send("input_text.append", text=sentences + "And the rest.")
+        client.send("input_text.append", text=sentences + "Do the rest.")
         client.send("input_text.done")
         for _ in range(2):
             begun = client.until("segment.start")

@@ -69,12 +69,12 @@ Frame = NDArray[np.int32]
 @pytest.fixture(scope="module")
 def scripted() -> Model:
     """Ends, or fails, as the text's first capital says."""
-    return csm_loading.load(tiny_csm.build(script=SCRIPT), small_codec=True)
+    return csm_loading.load(tiny_csm.build(script=SCRIPT, small_codec=True), small_codec=True)
 
 
 @pytest.fixture(scope="module")
 def faulty() -> Model:
-    return csm_loading.load(tiny_csm.build(script=FAULTY), small_codec=True)
+    return csm_loading.load(tiny_csm.build(script=FAULTY, small_codec=True), small_codec=True)
 
 
 @pytest.fixture(scope="module")
@@ -579,8 +579,9 @@ def test_a_prompt_that_is_a_segment_of_its_own_is_read_once(recordings: Path, mo
 def test_prompts_that_were_read_are_kept_up_to_a_limit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("csm_decoding.PREFIX_POSITIONS", 20)
     cache = PrefixCache(model.model)
-    mask = mx.ones((8, 33), mx.bool_)
-    first, second, third = (cache.get((mx.full((8, 33), token, mx.int32), mask)) for token in (1, 2, 3))
-    assert cache.get((mx.full((8, 33), 3, mx.int32), mask)) is third
-    assert cache.get((mx.full((8, 33), 2, mx.int32), mask)) is second
-    assert cache.get((mx.full((8, 33), 1, mx.int32), mask)) is not first
+    shape = (8, model.model.args.audio_num_codebooks + 1)
+    mask = mx.ones(shape, mx.bool_)
+    first, second, third = (cache.get((mx.full(shape, token, mx.int32), mask)) for token in (1, 2, 3))
+    assert cache.get((mx.full(shape, 3, mx.int32), mask)) is third
+    assert cache.get((mx.full(shape, 2, mx.int32), mask)) is second
+    assert cache.get((mx.full(shape, 1, mx.int32), mask)) is not first

@@ -25,7 +25,7 @@ Frames = NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def stock() -> SesameModel:
-    return csm_loading.load(tiny_csm.build(), small_codec=True, stock=True).model
+    return csm_loading.load(tiny_csm.build(), stock=True).model
 
 
 def network(stock: SesameModel, *, compiled: bool = False) -> FrameNetwork:

@@ -27,7 +27,7 @@ TEXT = "Good morning."
 
 @pytest.fixture(scope="module")
 def cache() -> Path:
-    return tiny_csm.build()
+    return tiny_csm.build(small_codec=True)
 
 
 @pytest.fixture(scope="module")

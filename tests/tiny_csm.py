@@ -71,7 +71,8 @@ def build(
         extra_files: Add two files of weights with other names beside `model.safetensors`, as in `sesame/csm-1b`.
         truncated: Cut off the second half of `model.safetensors`.
         quantized: Convert it with mlx-audio's own convert, 8 bits.
-        small_codec: Mimi's weights are those of `tiny_weights.small_mimi_config`, for servers that `environment(...)` tells so. The voice
+        small_codec: Eight codebooks, and Mimi's weights are those of `tiny_weights.small_mimi_config`: for `csm_loading.load` and for servers,
+            which `environment(...)` tells so. The voice
             prompts have short transcripts: each of the real ones has 500 tokens of the tiny tokenizer, which every warm-up reads nine times.
     """
     variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized, small_codec], sort_keys=True, default=list)
@@ -84,7 +85,7 @@ def build(
         if quantized:
             _quantize(build(root, repo=repo, script=script, dtype=dtype), repo, snapshot)
         else:
-            _write_model(snapshot, repo, script, dtype)
+            _write_model(snapshot, repo, script, dtype, tiny_weights.SMALL_CODEBOOKS if small_codec else tiny_weights.CODEBOOKS)
         _write_prompts(snapshot, short=small_codec)
         if extra_files:
             _write_extra_files(snapshot)
@@ -185,11 +186,11 @@ def _save(path: Path, weights: dict[str, tiny_weights.Array], dtype: str) -> Non
     mx.save_safetensors(str(path), {name: mx.array(value).astype(getattr(mx, dtype)) for name, value in weights.items()}, {"format": "pt"})
 
 
-def _write_model(snapshot: Path, repo: str, script: Script | None, dtype: str) -> None:
-    weights = tiny_weights.random_weights() if script is None else tiny_weights.scripted_weights(script)
+def _write_model(snapshot: Path, repo: str, script: Script | None, dtype: str, codebooks: int) -> None:
+    weights = tiny_weights.random_weights(codebooks) if script is None else tiny_weights.scripted_weights(script, codebooks)
     if repo != SESAME:
         weights = {_mlx_name(name): value for name, value in weights.items()}
-    (snapshot / "config.json").write_text(json.dumps(tiny_weights.config(), indent=2))
+    (snapshot / "config.json").write_text(json.dumps(tiny_weights.config(codebooks), indent=2))
     _save(snapshot / "model.safetensors", weights, dtype)
 
 

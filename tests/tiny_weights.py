@@ -3,12 +3,13 @@
 A *script* makes the network predictable without leaving it. Hidden dimensions are flags: a text or prompt frame sets the flag "choose",
 every other frame the flag of the state it stands for. The blocks pass the flags through unchanged (their output projections are zero),
 RMSNorm scales them, and `codebook0_head` is a table of what follows what: a Markov chain over codebook 0. One attention head looks for
-capital letters, so that the text can choose among several beginnings. The 31 other codebooks follow codebook 0 and are all 0 exactly
+capital letters, so that the text can choose among several beginnings. The other codebooks follow codebook 0 and are all 0 exactly
 when it is: that is CSM's end of speech.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ HIDDEN = 128
 HEAD_DIM = 64
 LAYERS = 2
 CODEBOOKS = 32
+SMALL_CODEBOOKS = 8  # of a checkpoint with a small codec: a frame then takes a third of the time
 AUDIO_VOCABULARY = 2051
 TEXT_VOCABULARY = 320
 BOS, EOS = 256, 257
@@ -45,7 +47,7 @@ _AMPLITUDE, _WHISPER = 100.0, 0.1  # of codebook 0's and text's embeddings, and 
 _LOGIT = 20.0
 
 
-def config() -> dict[str, Any]:
+def config(codebooks: int = CODEBOOKS) -> dict[str, Any]:
     """Return `config.json`: every field of mlx-audio's `SesameModelArgs` and `DepthDecoderConfig`, with CSM-1B's values except for the sizes."""
     rope = {
         "factor": 32.0,
@@ -65,7 +67,7 @@ def config() -> dict[str, Any]:
         "max_position_embeddings": 2048,
         "mlp_bias": False,
         "num_attention_heads": HIDDEN // HEAD_DIM,
-        "num_codebooks": CODEBOOKS,
+        "num_codebooks": codebooks,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": 1,
         "rms_norm_eps": 1e-5,
@@ -82,7 +84,7 @@ def config() -> dict[str, Any]:
         "decoder_flavor": "llama-100M",
         "text_vocab_size": TEXT_VOCABULARY,
         "audio_vocab_size": AUDIO_VOCABULARY,
-        "audio_num_codebooks": CODEBOOKS,
+        "audio_num_codebooks": codebooks,
         "audio_eos_token_id": 128003,
         "audio_token_id": 128002,
         "bos_token_id": 128000,
@@ -95,7 +97,7 @@ def config() -> dict[str, Any]:
     }
 
 
-def random_weights(seed: int = 0) -> dict[str, Array]:
+def random_weights(codebooks: int = CODEBOOKS, seed: int = 0) -> dict[str, Array]:
     """Return random weights under the names in the file of `sesame/csm-1b`, float32."""
     random = np.random.default_rng(seed)
     weights: dict[str, Array] = {}
@@ -107,15 +109,15 @@ def random_weights(seed: int = 0) -> dict[str, Array]:
                 weights[f"{part}.layers.{layer}.{name}.scale"] = np.ones(HIDDEN, np.float32)
         weights[f"{part}.norm.scale"] = np.ones(HIDDEN, np.float32)
     weights["text_embeddings.weight"] = _normal(random, TEXT_VOCABULARY, HIDDEN, scale=1.0)
-    weights["audio_embeddings.weight"] = _normal(random, AUDIO_VOCABULARY * CODEBOOKS, HIDDEN, scale=0.2)
+    weights["audio_embeddings.weight"] = _normal(random, AUDIO_VOCABULARY * codebooks, HIDDEN, scale=0.2)
     weights["projection.weight"] = _normal(random, HIDDEN, HIDDEN, scale=HIDDEN**-0.5)
     weights["codebook0_head.weight"] = _normal(random, AUDIO_VOCABULARY, HIDDEN, scale=HIDDEN**-0.5)
-    weights["audio_head"] = _normal(random, CODEBOOKS - 1, HIDDEN, AUDIO_VOCABULARY, scale=HIDDEN**-0.5)
+    weights["audio_head"] = _normal(random, codebooks - 1, HIDDEN, AUDIO_VOCABULARY, scale=HIDDEN**-0.5)
     _only_what_mimi_can_say(weights)
     return weights
 
 
-def scripted_weights(script: Script) -> dict[str, Array]:
+def scripted_weights(script: Script, codebooks: int = CODEBOOKS) -> dict[str, Array]:
     """Return weights that follow `script`, under the same names.
 
     Raises:
@@ -124,7 +126,7 @@ def scripted_weights(script: Script) -> dict[str, Array]:
     letters = sorted(letter for letter in script if letter)
     if "" not in script or len(letters) > _CHOOSE - _LETTER:
         raise ValueError(f"a script needs the entry '' and at most {_CHOOSE - _LETTER} letters")
-    weights = random_weights()
+    weights = random_weights(codebooks)
     for name in weights:
         if name.endswith(("output_proj.weight", "w2.weight")):
             weights[name][:] = 0
@@ -161,7 +163,7 @@ def _write_letters(weights: dict[str, Array], letters: Sequence[str]) -> None:
 def _write_chain(weights: dict[str, Array], script: Script, letters: Sequence[str]) -> None:
     states = _states(script)
     tokens = {state: _TOKENS[kind] + number for state, (number, kind) in states.items()}
-    audio = weights["audio_embeddings.weight"].reshape(CODEBOOKS, AUDIO_VOCABULARY, HIDDEN)
+    audio = weights["audio_embeddings.weight"].reshape(-1, AUDIO_VOCABULARY, HIDDEN)
     audio[:] = 0
     audio[0, :, _CHOOSE] = _AMPLITUDE
     head = weights["codebook0_head.weight"]
@@ -189,12 +191,12 @@ def _write_chain(weights: dict[str, Array], script: Script, letters: Sequence[st
 
 
 def _write_other_codebooks(audio: Array, head: Array, first_rest: Array, step: np.float32) -> None:
-    """Write codebooks 1 to 31: each follows the one before it; 0, silence and tone stay the same, sound goes through eight groups."""
+    """Write all codebooks but the first: each follows the one before it; 0, silence and tone stay the same, sound goes through eight groups."""
     every = np.arange(AUDIO_VOCABULARY)
     flags = _GROUP + every % _GROUPS
     flags[0], flags[_SILENT_TOKEN], flags[_TONE_TOKEN] = 0, _SILENT, _TONE
     random = np.random.default_rng(2)
-    for codebook in range(1, CODEBOOKS):
+    for codebook in range(1, len(audio)):
         audio[codebook, every, flags] = _WHISPER
         table = first_rest if codebook == 1 else np.zeros_like(first_rest)
         if codebook > 1:
@@ -271,10 +273,10 @@ def _normal(random: np.random.Generator, *shape: int, scale: float) -> Array:
 
 
 def small_mimi_config() -> Any:
-    """Return the configuration of a Mimi with narrow layers; scripts' tokens sound as they do with the full-size one."""
+    """Return the configuration of a Mimi with narrow layers and few codebooks; scripts' tokens sound as they do with the full-size one."""
     from mlx_audio.codec.models.mimi.mimi import mimi_202407
 
-    config = mimi_202407(CODEBOOKS)
+    config = mimi_202407(SMALL_CODEBOOKS)
     config.seanet.nfilters = 4
     config.seanet.dimension = config.transformer.d_model = 64
     config.transformer.num_layers = 1
@@ -350,7 +352,8 @@ def _write_codebooks(weights: dict[str, Array], random: np.random.Generator) -> 
     first[_TOKENS["n"] : _PROMPT_TOKENS] = 3e38
     # The first codebook and the others cancel each other out in a silent frame.
     weights["quantizer.rvq_rest.output_proj.weight"] = weights["quantizer.rvq_first.output_proj.weight"].copy()
-    for codebook in range(CODEBOOKS - 1):
+    rest = [name for name in weights if re.fullmatch(r"quantizer\.rvq_rest\.vq\.layers\.\d+\._codebook\.embedding_sum", name)]
+    for codebook in range(len(rest)):
         rows = weights[f"quantizer.rvq_rest.vq.layers.{codebook}._codebook.embedding_sum"]
         rows[:] = _normal(random, *rows.shape, scale=0.3 * scale)
         rows[_SILENT_TOKEN] = -silent if codebook == 0 else 0
