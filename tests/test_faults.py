@@ -456,7 +456,7 @@ def test_unread_audio_is_bounded_for_one_client_and_for_all(make_server: Callabl
 
 def test_a_stream_that_nobody_reads_ends_at_the_limit(make_server: Callable[..., RunningServer]) -> None:
     server = make_server(MAX_CLIENT_UNREAD_MB=2)
-    (silent,) = non_readers(server.port, 1, speech_request(**LONG, response_format="pcm"))
+    (silent,) = non_readers(server.port, 1, speech_request(input=BODY["input"] * 60, response_format="pcm"))
     try:
         until(lambda: server.health()["models"]["hibari"]["active"] == 1)
         until(lambda: server.health()["models"]["hibari"]["active"] == 0)
