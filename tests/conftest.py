@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import as_mac
 import httpx
+import psutil
 import pytest
 import tiny_csm
 from forking import ForkedProcess, end_server_forkers, server_forker
@@ -56,6 +57,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def still_running(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Return which of the processes have not ended after 10 s: on a busy machine a killed one ends when it gets the processor."""
+    _, alive = psutil.wait_procs(processes, 10)
+    return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def clean_environment(cache_dir: Path, **settings: object) -> dict[str, str]:

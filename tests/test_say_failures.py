@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import RunningServer, free_port
+from conftest import RunningServer, free_port, still_running
 from saying import Process, at_terminal, command, environment, family, refused, said, say, started, wait_until
 
 from audio_formats import FORMATS
@@ -127,7 +127,7 @@ def test_a_signal_leaves_no_half_file_and_no_child(server: RunningServer, tmp_pa
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (128 + number, b"", b"")
     assert children
-    assert not any(child.is_running() for child in children)
+    assert not still_running(children)
     assert (tmp_path / "old.mp3").read_bytes() == b"old"
     assert files(tmp_path) == {"old.mp3"}
     server.wait_for(lambda health: health["queue"]["active"] == 0)

@@ -8,9 +8,8 @@ import subprocess
 from ctypes.util import find_library
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import RunningServer
+from conftest import RunningServer, still_running
 from listening import listen, word_error_rate
 from saying import add_loudspeaker, command, environment, family, refused, said, started, wait_until
 
@@ -57,7 +56,7 @@ def test_playing_starts_before_all_is_spoken_and_ctrl_c_silences_it(server: Runn
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"")
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not still_running(children)
 
 
 def test_ctrl_c_while_the_last_samples_are_played(server: RunningServer, tmp_path: Path) -> None:

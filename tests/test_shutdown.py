@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from conftest import RunningServer, start_server
+from conftest import RunningServer, start_server, still_running
 from listening import decode
 
 from server_process import pid_file
@@ -131,7 +131,7 @@ def test_requests_after_the_timeout_get_503_and_the_exit_status_is_0(make_server
         answer = running.result()
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
     assert server.process.wait(30) == 0
-    assert not any(child.is_running() for child in children)
+    assert not still_running(children)
     assert left_over(server.cache_dir) == []
 
 
@@ -179,8 +179,7 @@ def test_the_server_starts_after_a_kill_under_load(tmp_path: Path, monkeypatch: 
             thread.join()
         for opened in half:
             opened.close()
-        psutil.wait_procs(children, 10)  # an encoder ends when its input is closed
-        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        assert not still_running(children)  # an encoder ends when its input is closed
     again = start_server(tmp_path)
     try:
         again.wait_for(lambda health: health["status"] == "ok")
