@@ -58,7 +58,7 @@ _NAMES = {
 }
 _DURATIONS = "/Round_output_0"  # the network's inner value: the length of each phoneme
 _FRAME_SECONDS = 600 / SAMPLE_RATE
-_FRAMES_AT_ONCE = 80  # of the spectrum, of 300 samples each
+_FIRST_FRAMES = 80  # of the spectrum, of 300 samples each
 _SILENT = frozenset(';:,.!?—…"“”()')
 _WORD = re.compile(r"\S+")
 _NUMBER = re.compile(r"\d[\d,]*")
@@ -405,7 +405,7 @@ def _with_durations(model: bytes) -> bytes:
 
 
 def _sound(hibari: Hibari, phonemes: str, noise: np.random.Generator) -> Iterator[Samples]:
-    """Yield the samples of a block of phonemes, a second at a time.
+    """Yield the samples of a block of phonemes: a second, then twice as much each time.
 
     `Hibari.from_phonemes` with other random numbers for the noise. It takes a third of its time to make the samples of the network's outputs.
     Here the first second needs little of that, and players and encoders work while the rest is made.
@@ -422,8 +422,9 @@ def _sound(hibari: Hibari, phonemes: str, noise: np.random.Generator) -> Iterato
     windows = np.lib.stride_tricks.sliding_window_view(pulses, dsp.N_FFT)[:: dsp.HOP]
     # The windows overlap: what those so far add to the samples after the last complete ones, and the sums of their squares, to divide by.
     sums = weights = np.zeros((hops - 1, dsp.HOP), np.float32)
-    for start in range(0, pitch.size, _FRAMES_AT_ONCE):
-        end = min(start + _FRAMES_AT_ONCE, pitch.size)
+    start = end = 0
+    while end < pitch.size:
+        start, end = end, min(2 * end + _FIRST_FRAMES, pitch.size)
         count = end - start
         spectrum = _spectrum(windows[start:end], [part[:, start:end].T for part in spectra], noise)
         pieces = (dsp.irfft(spectrum, dsp.N_FFT, 1) * dsp.WIN).reshape(count, hops, dsp.HOP)

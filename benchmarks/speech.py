@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 from hibari import Hibari
 
@@ -32,7 +33,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from audio_converter import Encoder, to_int16  # noqa: E402 - the project's folder comes first
-from audio_formats import FORMATS  # noqa: E402 - the project's folder comes first
+from audio_formats import FORMATS, Samples  # noqa: E402 - the project's folder comes first
 from ffmpeg import find_ffmpeg  # noqa: E402 - the project's folder comes first
 from hibari_model import HibariModel  # noqa: E402 - the project's folder comes first
 from speech_model import SpeechOptions  # noqa: E402 - the project's folder comes first
@@ -173,15 +174,24 @@ def complete_files(server: Server, runs: int) -> None:
 
 
 async def after_last_sample(model: HibariModel, name: str) -> float:
-    """Return how long the encoder takes to give the complete file once it has the last samples; it encodes while the voice speaks."""
-    chunks = model.speak(Hibari.split_sentences(LONG), HEART, SpeechOptions(seed=1), lambda: False)
-    async with Encoder(FORMATS[name], 24_000, streamed=False) as encoder:
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+    """Return how long the encoder takes to give the complete file after the last samples; it encodes while the voice speaks in its own thread."""
+    loop = asyncio.get_running_loop()
+    spoken: asyncio.Queue[Samples] = asyncio.Queue()
+
+    def speak() -> float:
+        for chunk in model.speak(Hibari.split_sentences(LONG), HEART, SpeechOptions(seed=1), lambda: False):
             if chunk.samples.size:
-                await encoder.write(chunk.samples)
-                started = time.perf_counter()
+                last = time.perf_counter()
+                loop.call_soon_threadsafe(spoken.put_nowait, chunk.samples)
+        loop.call_soon_threadsafe(spoken.put_nowait, np.zeros(0, np.float32))
+        return last
+
+    async with Encoder(FORMATS[name], 24_000, streamed=False) as encoder:
+        speaking = loop.run_in_executor(None, speak)
+        while (samples := await spoken.get()).size:
+            await encoder.write(samples)
         await encoder.file()
-        return time.perf_counter() - started
+        return time.perf_counter() - await speaking
 
 
 def probe(server: Server, path: str, count: int) -> list[float]:
