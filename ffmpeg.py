@@ -302,7 +302,7 @@ def muxer_name() -> str | None:
 
 def _version_key() -> tuple[str, FileSignature | None] | None:
     program = find_ffmpeg()
-    return None if program is None else (program, file_signature(Path(program)))
+    return None if program is None else (program, file_signature(program))
 
 
 def run_ffmpeg(arguments: Sequence[str], *, folder: Path, timeout: float) -> bytes:
