@@ -317,7 +317,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
 def _include_routers(app: FastAPI) -> None:
     """Add the API. Only its routes refresh the voices: the page's files do not need them."""
     shared: dict[str, Any] = {"dependencies": [Depends(fresh_voices), _BEARER], "responses": COMMON_REFUSALS}
-    app.router.routes[:0] = status_routes.routes  # first: the routes are tried in this order
+    app.include_router(status_routes)
     app.include_router(speech_routes, prefix="/v1", **shared)
     app.include_router(service_routes, **shared)
     app.include_router(voice_routes, prefix="/v1", **shared)
