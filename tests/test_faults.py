@@ -142,8 +142,8 @@ def test_a_full_disk_costs_files_and_log_lines_and_nothing_else(own: RunningServ
     before = resource.prlimit(pid, limit)
     resource.prlimit(pid, limit, (log.stat().st_size + 100, before[1]))
     try:
-        for _ in range(5):
-            failed(speak(own, response_format="flac", input=BODY["input"] * 20), "conversion_failed")
+        for _ in range(3):
+            failed(speak(own, response_format="flac", input=BODY["input"] * 10), "conversion_failed")
             assert speak(own, stream=True).status_code == 200
     finally:
         resource.prlimit(pid, limit, before)
@@ -327,7 +327,7 @@ def test_pauses_between_requests_do_not_time_out(impatient: int) -> None:
         for _ in range(3):
             assert client.get("/health").status_code == 200
             time.sleep(0.5)
-        assert client.post("/v1/audio/speech", json=BODY | {"input": BODY["input"] * 60}).status_code == 200
+        assert client.post("/v1/audio/speech", json=BODY | {"input": BODY["input"] * 40}).status_code == 200
 
 
 def limited_server(folder: Path, descriptors: int, **settings: object) -> RunningServer:

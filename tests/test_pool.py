@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -43,7 +44,7 @@ def speak(pool: Pool, sentences: int = 2, **fields: object) -> httpx.Response:
 
 
 class Load:
-    """Clients that send requests until `end`; all answers are kept."""
+    """Clients that send requests until `end`, with a short pause after each answer; all answers are kept."""
 
     def __init__(self, pool: Pool, clients: int, sentences: int) -> None:
         self._pool = pool
@@ -59,6 +60,7 @@ class Load:
                 self.answers.append(speak(self._pool, self._sentences))
             except httpx.TransportError as error:
                 self.answers.append(error)
+            time.sleep(0.1)
 
     def end(self) -> list[httpx.Response | httpx.TransportError]:
         """Let the last requests finish and return the answers that are not a complete file."""
@@ -80,7 +82,7 @@ def test_haproxy_accepts_the_configuration() -> None:
 def test_each_server_gets_one_request_and_the_others_wait_in_haproxy(pool: Pool) -> None:
     before = {name: int(pool.statistics(name)["stot"]) for name in NAMES}
     with ThreadPoolExecutor(8) as executor:
-        futures = [executor.submit(speak, pool, 4) for _ in range(8)]
+        futures = [executor.submit(speak, pool, 2) for _ in range(8)]
         until(lambda: int(pool.statistics("BACKEND")["qmax"]) > 0)
         while not all(future.done() for future in futures):
             assert all(int(pool.statistics(name)["scur"]) <= 1 for name in NAMES)
@@ -146,7 +148,7 @@ def test_the_longest_text_fits_however_it_is_escaped(pool: Pool) -> None:
 
 
 def test_a_stream_is_neither_buffered_nor_changed(pool: Pool) -> None:
-    fields = request(20, response_format="pcm", stream=True)
+    fields = request(8, response_format="pcm", stream=True)
     with pool.client(headers=KEY) as client, client.stream("POST", "/v1/audio/speech", json=fields) as answer:
         chunks = answer.iter_raw()
         through = next(chunks)
@@ -198,7 +200,7 @@ def test_a_copied_voice_folder_is_used_at_once(pool: Pool) -> None:
 
 def test_disconnected_clients_leave_the_queue(pool: Pool) -> None:
     with ThreadPoolExecutor(2) as executor:
-        busy = [executor.submit(speak, pool, 20) for _ in NAMES]
+        busy = [executor.submit(speak, pool, 12) for _ in NAMES]
         until(lambda: all(pool.statistics(name)["scur"] == "1" for name in NAMES))
         before = sum(int(pool.statistics(name)["stot"]) for name in NAMES)
         with pool.client(headers=KEY) as client, pytest.raises(httpx.ReadTimeout):

@@ -60,30 +60,30 @@ def check_seams(told: list[dict[str, Any]], pieces: list[str], wav: Path) -> Non
 
 
 def test_a_book_of_five_pieces_in_one_file(make_server: MakeServer, tmp_path: Path) -> None:
-    text = a_book(5000)
-    server = make_server(MAX_INPUT_LENGTH=1024)
+    text = a_book(2500)
+    server = make_server(MAX_INPUT_LENGTH=512)
     (tmp_path / "book.txt").write_text(text)
     asked = ("-f", "book.txt", "-o", "book.wav", "--captions", "book.json", "--server", server.url, "--seed", 3)
-    said(tmp_path, *asked, MAX_INPUT_LENGTH=1024)
+    said(tmp_path, *asked, MAX_INPUT_LENGTH=512)
     told = captions_in(tmp_path / "book.json")
     check_book(told, text, tmp_path / "book.wav")
-    pieces = split_pieces(clean_text(text, normalize=True), 1024)
+    pieces = split_pieces(clean_text(text, normalize=True), 512)
     assert len(pieces) >= 5
     check_seams(told, pieces[:4], tmp_path / "book.wav")
     assert len(re.findall("POST", server.log_text())) == len(pieces)
 
 
 def test_pieces_sound_the_same_here_and_through_a_server(make_server: MakeServer, tmp_path: Path) -> None:
-    text = a_book(1200)
-    server = make_server(MAX_INPUT_LENGTH=400)
-    limit: dict[str, Any] = {"MAX_INPUT_LENGTH": 400}
+    text = a_book(800)
+    server = make_server(MAX_INPUT_LENGTH=250)
+    limit: dict[str, Any] = {"MAX_INPUT_LENGTH": 250}
     said(tmp_path, text, "-o", "served.wav", "--captions", "served.json", "--server", server.url, "--seed", 3, **limit)
     said(tmp_path, text, "-o", "local.wav", "--captions", "local.json", "--local", "--seed", 3, **limit)
     told = captions_in(tmp_path / "served.json")
     assert told == captions_in(tmp_path / "local.json")
     assert (tmp_path / "served.wav").read_bytes() == (tmp_path / "local.wav").read_bytes()
     check_book(told, text, tmp_path / "served.wav")
-    check_seams(told, split_pieces(clean_text(text, normalize=True), 400), tmp_path / "served.wav")
+    check_seams(told, split_pieces(clean_text(text, normalize=True), 250), tmp_path / "served.wav")
     assert len(re.findall("POST", server.log_text())) >= 4
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_takes_less_than_expected_gets_smaller_pieces(make_server:
 
 def test_a_full_queue_is_waited_for(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server(MAX_QUEUE=1)
-    text = a_book(2000)
+    text = a_book(1000)
     others = [started(tmp_path, text, "-o", f"{number}.wav", "--captions", f"{number}.json", "--server", server.url) for number in range(3)]
     with others[0] as first, others[1] as second, others[2] as third:
         runs = (first, second, third)

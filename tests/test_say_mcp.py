@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import as_mac
 from conftest import PROJECT, RunningServer
 from listening import decode, listen, transcribe, word_error_rate
-from mcp import Client, StdioServerParameters, stdio_client
-from mcp.types import CallToolResult, TextContent
 from saying import add_loudspeaker, environment
+
+if TYPE_CHECKING:  # its import takes most of a second, and every test process reads this file
+    from mcp import Client
+    from mcp.types import CallToolResult
 
 TEXT = "The kettle is on, and the coffee will be ready soon."
 
 
 @asynccontextmanager
 async def assistant(tmp_path: Path, errors: Path, **settings: object) -> AsyncIterator[Client]:
+    from mcp import Client, StdioServerParameters, stdio_client
+
     command, *arguments = [*as_mac.python(), str(PROJECT / "say_mcp.py")]
     server = StdioServerParameters(command=command, args=arguments, env=environment(tmp_path, **settings), cwd=tmp_path)
     with errors.open("w") as log:
@@ -40,6 +44,8 @@ def run(tmp_path: Path, work: Callable[[Client], Any], **settings: object) -> st
 
 
 def text_of(result: CallToolResult) -> str:
+    from mcp.types import TextContent
+
     (content,) = result.content
     assert isinstance(content, TextContent)
     return content.text

@@ -70,7 +70,7 @@ def test_ctrl_c_while_the_last_samples_are_played(server: RunningServer, tmp_pat
 
 def test_a_loudspeaker_that_stalls_holds_up_no_other_request(server: RunningServer, tmp_path: Path) -> None:
     played = add_loudspeaker(tmp_path, "stalls")
-    with started(tmp_path, LONG, "--server", server.url) as process:
+    with started(tmp_path, LONG[:1500], "--server", server.url) as process:
         wait_until(played.exists, "the loudspeaker is open")
         server.wait_for(lambda health: health["queue"]["active"] == 0)
         with server.client() as client:
