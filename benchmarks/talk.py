@@ -104,6 +104,7 @@ def main() -> None:
     """Run both measurements."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ["TEST_RUN_FOLDER"] = name  # where the tests' forker of servers has its socket
         dialogue(folder)
         server = start_server(folder)
         try:

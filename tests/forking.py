@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -86,18 +88,14 @@ def _read_and_close(pipe: IO[bytes] | None) -> bytes:
 
 
 class ServerForker:
-    """The client of `server_forker.py`, at most one of each kind a test process."""
+    """A connection to `server_forker.py`, at most one of each kind a test process; all processes of a test run share the forkers.
+
+    The first one that needs a forker starts it, and it ends with its last connection.
+    """
 
     def __init__(self, *arguments: str) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, str(Path(__file__).with_name("server_forker.py")), str(theirs.fileno()), *arguments]
-            environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-            self._process = subprocess.Popen(
-                command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()]
-            )
+        self._socket = _connect(arguments)
         self._answers = self._socket.makefile("r")
-        self.pid = self._process.pid
         self._lock = threading.Lock()
 
     def start(
@@ -120,9 +118,46 @@ class ServerForker:
             return ForkedProcess(int(self._answers.readline()), exit_status)
 
     def close(self) -> None:
+        """End all programs that this process has had forked, and wait for their ends."""
+        self._socket.shutdown(socket.SHUT_WR)
+        self._answers.read()
         self._answers.close()
         self._socket.close()
-        self._process.wait(30)
+
+
+def _connect(arguments: tuple[str, ...]) -> socket.socket:
+    name = Path(os.environ["TEST_RUN_FOLDER"], "-".join(("forker", *arguments)))
+    with name.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        connection = _greeted(name)
+        if connection is None:  # there is none, or it is just ending
+            name.unlink(missing_ok=True)
+            _start_forker(name, arguments)
+            connection = _greeted(name)
+    assert connection, "server_forker.py has ended: its standard error says why"
+    return connection
+
+
+def _greeted(name: Path) -> socket.socket | None:
+    """Connect to the forker at `name` and wait for its greeting."""
+    connection = socket.socket(socket.AF_UNIX)
+    with suppress(OSError):
+        connection.connect(str(name))
+        if connection.recv(1):
+            return connection
+    connection.close()
+    return None
+
+
+def _start_forker(name: Path, arguments: tuple[str, ...]) -> None:
+    """Start it in the background of a shell: it outlives this process, and is none of its children."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(name))
+        listener.listen()
+        program = [sys.executable, str(Path(__file__).with_name("server_forker.py")), str(listener.fileno()), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        shell = ["/bin/sh", "-c", '"$@" &', "sh", *program]
+        subprocess.run(shell, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[listener.fileno()], check=True)
 
 
 SERVER_FORKERS: dict[tuple[str, ...], ServerForker] = {}

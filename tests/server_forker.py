@@ -5,7 +5,7 @@
 With `csm` it has also imported what CSM needs, which takes 2 s.
 
 Every program is a real process with its own environment, working directory, descriptors and signals; only Python's imports and the
-built-in voice are shared. `forking.ServerForker` talks to it through the descriptor SOCKET of a socket.
+built-in voice are shared. `forking.ServerForker` talks to it: SOCKET is the descriptor of a socket that listens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import io
 import json
 import os
 import resource
+import selectors
 import signal
 import socket
 import sys
 import tempfile
+import time
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import as_mac
 import huggingface_hub
@@ -32,9 +34,11 @@ _STREAMS = 3
 
 
 def main() -> None:
-    """Answer requests `{"command", "env", "cwd", "mac", "descriptors"}` with PIDs until the socket is closed, then end all programs.
+    """Serve connections until the last one is closed.
 
-    A request brings four descriptors: standard input, output and error of the program, and a pipe for its exit status.
+    A request is a line `{"command", "env", "cwd", "mac", "descriptors"}` with four descriptors: standard input, output and error of the
+    program, and a pipe for its exit status. The answer is its PID. A connection begins with a greeting of one byte; when the client sends
+    no more, its programs are ended and the connection is closed.
     """
     import say_backends  # noqa: F401
     import say_output  # noqa: F401
@@ -59,11 +63,42 @@ def main() -> None:
                 pipe.write(str(os.waitstatus_to_exitcode(status)))
 
     signal.signal(signal.SIGCHLD, reap)
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        _serve(requests, exits)
-    for pid in list(exits):
-        os.kill(pid, signal.SIGKILL)
+    with socket.socket(fileno=int(sys.argv[1])) as listener:
+        _serve(listener, exits)
     os._exit(0)  # nothing that a library does at exit may keep it alive
+
+
+def _serve(listener: socket.socket, exits: dict[int, int]) -> None:
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    started: dict[socket.socket, set[int]] = {}
+    while True:
+        for key, _ in selector.select():
+            client = cast(socket.socket, key.fileobj)
+            if client is listener:
+                client, _ = listener.accept()
+                client.sendall(b"!")  # the greeting
+                started[client] = set()
+                selector.register(client, selectors.EVENT_READ)
+            elif pid := _answer(client, exits):
+                for pids in started.values():
+                    pids.discard(pid)  # of an earlier program
+                started[client].add(pid)
+            else:
+                selector.unregister(client)
+                _end(started.pop(client), exits)
+                client.close()
+                if not started:
+                    return
+
+
+def _end(pids: set[int], exits: dict[int, int]) -> None:
+    """Kill the programs that still run, and wait for their ends."""
+    for pid in pids:
+        if pid in exits:
+            os.kill(pid, signal.SIGKILL)
+    while any(pid in exits for pid in pids):
+        time.sleep(0.01)
 
 
 def _load_voice() -> None:
@@ -101,22 +136,23 @@ def _import_csm() -> None:
     import csm_generation  # noqa: F401
 
 
-def _serve(requests: socket.socket, exits: dict[int, int]) -> None:
-    while True:
-        line, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, _STREAMS + 1)
-        while line and not line.endswith(b"\n"):
-            line += requests.recv(1 << 20)
-        if not line:
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its pipe is known before it can end
-        pid = os.fork()
-        if pid == 0:
-            _run(json.loads(line), descriptors[:_STREAMS])
-        *streams, exits[pid] = descriptors
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        for descriptor in streams:
-            os.close(descriptor)
-        requests.sendall(f"{pid}\n".encode())
+def _answer(client: socket.socket, exits: dict[int, int]) -> int | None:
+    """Fork the program of the client's next request; return its PID, or None if there is none."""
+    line, descriptors, _, _ = socket.recv_fds(client, 1 << 20, _STREAMS + 1)
+    while line and not line.endswith(b"\n"):
+        line += client.recv(1 << 20)
+    if not line:
+        return None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its pipe is known before it can end
+    pid = os.fork()
+    if pid == 0:
+        _run(json.loads(line), descriptors[:_STREAMS])
+    *streams, exits[pid] = descriptors
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    for descriptor in streams:
+        os.close(descriptor)
+    client.sendall(f"{pid}\n".encode())
+    return pid
 
 
 def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from forking import SERVER_FORKERS
 from mutagen.aac import AAC
 
 from audio_converter import Converted, Encoder, encoder_arguments, to_int16
@@ -80,11 +78,8 @@ async def stream(samples: listening.Samples, fmt: AudioFormat, step: int = 2400,
 
 
 def children() -> list[psutil.Process]:
-    """Return the processes that the tests here have started, without the servers of other tests and the processes that fork them."""
-    own = [child for child in psutil.Process().children() if child.pid not in {forker.pid for forker in SERVER_FORKERS.values()}]
-    with suppress(psutil.NoSuchProcess):
-        own += [grandchild for child in own for grandchild in child.children(recursive=True)]
-    return own
+    """Return the processes that the tests here have started."""
+    return list(psutil.Process().children(recursive=True))
 
 
 def left_in(folder: Path) -> list[Path]:
