@@ -70,9 +70,14 @@ def _npm_answers() -> bool:
     return which("npm") is not None and subprocess.run(["npm", "ping"], capture_output=True, timeout=120, check=False).returncode == 0
 
 
+def program_environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return the environment of a program with `folder` as home, and with PATH as the only inherited variable."""
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_COLOR": "1"} | variables
+
+
 def run_program(command: list[str | Path], folder: Path, *, ok: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a program with `folder` as home and working directory, and with PATH as the only inherited variable."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "NO_COLOR": "1"} | variables
+    """Run a program with `folder` as home and working directory."""
+    environment = program_environment(folder, **variables)
     ended = subprocess.run(
         [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
     )

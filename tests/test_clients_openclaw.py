@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any
 
 import as_mac
 import httpx
 import pytest
 import tiny_csm
-from client_programs import CLIENTS, LONG, RUN_SECONDS, assert_says, busy, client_node, document_blocks, documented, last_json, run_program
+from client_programs import CLIENTS, LONG, assert_says, busy, client_node, document_blocks, documented, program_environment, run_program
 from conftest import RunningServer, csm_server
 from small_hub import SmallHub, write_small_repositories
 
@@ -51,9 +46,34 @@ def written(ended: CompletedProcess[str]) -> tuple[bytes, str]:
     return Path(output["path"]).read_bytes(), output["format"]
 
 
-def configure(folder: Path, provider: dict[str, Any], **tts: Any) -> None:
-    config = {"tts": {"provider": "openai", "providers": {"openai": provider}} | tts}
-    (folder / "openclaw.json").write_text(json.dumps(config))
+def configured(provider: dict[str, Any], **tts: Any) -> dict[str, Any]:
+    return {"tts": {"provider": "openai", "providers": {"openai": provider}} | tts}
+
+
+class OpenClaw:
+    """OpenClaw's functions in one process (`clients/openclaw_functions.mjs`)."""
+
+    def __init__(self, process: Popen[str]) -> None:
+        self._process = process
+
+    def run(self, function: str, cfg: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+        """Run a function with a configuration and return its result."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(arguments | {"function": function, "cfg": cfg}) + "\n")
+        self._process.stdin.flush()
+        return dict(json.loads(self._process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenClaw]:
+    """OpenClaw without its command line, for all tests of the file: only the first call has to wait until it has started."""
+    folder = tmp_path_factory.mktemp("openclaw")
+    command = [client_node(), CLIENTS / "openclaw_functions.mjs"]
+    environment = program_environment(folder, **state_variables(folder))
+    with Popen(command, cwd=folder, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+        yield OpenClaw(process)
+        process.terminate()
 
 
 def test_it_speaks_as_documented(server: RunningServer, tmp_path: Path) -> None:
@@ -74,7 +94,7 @@ def test_it_speaks_by_environment_variables_alone(server: RunningServer, tmp_pat
 
 
 def test_it_speaks_with_base_url_and_key_only_and_without_v1_while_csm_is_downloaded(
-    make_server: Callable[..., RunningServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., RunningServer], functions: OpenClaw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a Mac, in the minutes after the installation. It requests OpenAI's model and voice; `opus` is set by the user."""
     monkeypatch.setattr("config.system_and_processor", as_mac.system_and_processor)
@@ -82,46 +102,44 @@ def test_it_speaks_with_base_url_and_key_only_and_without_v1_while_csm_is_downlo
         network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": tmp_path / "hub", "HF_HOME": tmp_path / "hf"}
         server = make_server(CSM="auto", wait=False, **network)
         server.wait_for(lambda health: health["fallback"] is not None and "progress" in health["models"]["csm-1b"])
-        configure(tmp_path, {"apiKey": "local", "baseUrl": server.url, "responseFormat": "opus"})
-        data, fmt = written(convert(tmp_path, SENTENCE))
-        assert fmt == "opus"
+        provider = {"apiKey": "local", "baseUrl": server.url, "responseFormat": "opus"}
+        result = functions.run("speech", configured(provider), text=SENTENCE)
+        assert result["outputFormat"] == "opus"
+        data = Path(result["audioPath"]).read_bytes()
         assert data.startswith(b"OggS")
         assert_says(data, "opus", SENTENCE)
         assert "fallback_for=conversational" in server.log_text()
         assert server.health()["models"]["csm-1b"]["state"] == "loading"
 
 
-def test_its_extra_body_carries_the_conversation_and_the_deadline(tmp_path: Path) -> None:
+def test_its_extra_body_carries_the_conversation_and_the_deadline(functions: OpenClaw, tmp_path: Path) -> None:
     cache = tiny_csm.build(script={"": [tiny_csm.ends_after(5)]}, small_codec=True)
     with csm_server(tmp_path, cache, {"tiny": 100}, MAX_RETRIES=0) as server:
-        configs: list[Path] = []
         for body in ({"conversation": "kitchen"}, {"deadline_ms": 1, "on_deadline": "fallback"}):
-            configure(tmp_path, {"apiKey": "local", "baseUrl": server.url, "speakerVoice": "tiny", "extraBody": body})
-            configs.append((tmp_path / "openclaw.json").rename(tmp_path / f"{len(configs)}.json"))
-        program: list[str | Path] = [client_node(), CLIENTS / "openclaw_speech.mjs", "hello there.", *configs]
-        results = [json.loads(line) for line in run_program(program, tmp_path, **state_variables(tmp_path)).stdout.splitlines()]
-        assert [(result["success"], result["provider"]) for result in results] == [(True, "openai")] * 2
+            provider = {"apiKey": "local", "baseUrl": server.url, "speakerVoice": "tiny", "extraBody": body}
+            result = functions.run("speech", configured(provider), text="hello there.")
+            assert (result["success"], result["provider"]) == (True, "openai")
         (turn,) = httpx.get(f"{server.url}/v1/audio/conversations/kitchen/turns").json()["turns"]
         assert turn["role"] == "assistant"
         assert "fallback_for=tiny" in server.log_text()
 
 
-def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer, tmp_path: Path) -> None:
+def test_it_speaks_in_telephone_calls_voice_notes_and_talk(server: RunningServer, functions: OpenClaw, tmp_path: Path) -> None:
     config = json.loads(documented("OpenClaw", server)) | json.loads(documented("OpenClaw Talk", server))
-    file = tmp_path / "openclaw.json"
-    file.write_text(json.dumps(config))
-    assert "Config valid" in openclaw(tmp_path, "config", "validate").stdout
-    program: list[str | Path] = [client_node(), CLIENTS / "openclaw_channels.mjs", file, SENTENCE, tmp_path]
-    results = last_json(run_program(program, tmp_path, **state_variables(tmp_path)).stdout)
-    assert (results["telephony.pcm"]["outputFormat"], results["telephony.pcm"]["sampleRate"]) == ("pcm", 24_000)
-    assert (results["voice-note.opus"]["outputFormat"], results["voice-note.opus"]["voiceCompatible"]) == ("opus", True)
-    assert results["talk.mp3"]["outputFormat"] == "mp3"
-    for name in results:
-        assert_says((tmp_path / name).read_bytes(), name.rsplit(".", 1)[1], SENTENCE)
+    assert functions.run("validation", config)["ok"] is True
+    assert functions.run("validation", config | {"talk": {"voice": "alloy"}})["ok"] is False
+    files = {"call": "pcm", "voiceNote": "opus", "talk": "mp3"}
+    results = {name: functions.run(name, config, text=SENTENCE, file=str(tmp_path / name)) for name in files}
+    assert (results["call"]["outputFormat"], results["call"]["sampleRate"]) == ("pcm", 24_000)
+    assert (results["voiceNote"]["outputFormat"], results["voiceNote"]["voiceCompatible"]) == ("opus", True)
+    assert results["talk"]["outputFormat"] == "mp3"
+    for name, fmt in files.items():
+        assert_says((tmp_path / name).read_bytes(), fmt, SENTENCE)
 
 
 def test_it_shows_the_servers_error_to_the_user(server: RunningServer, tmp_path: Path) -> None:
-    configure(tmp_path, {"apiKey": "local", "baseUrl": f"{server.url}/v1", "speakerVoice": "nobody"})
+    provider = {"apiKey": "local", "baseUrl": f"{server.url}/v1", "speakerVoice": "nobody"}
+    (tmp_path / "openclaw.json").write_text(json.dumps(configured(provider)))
     ended = convert(tmp_path, SENTENCE, ok=False)
     assert ended.returncode != 0
     shown = ended.stdout + ended.stderr
@@ -131,53 +149,23 @@ def test_it_shows_the_servers_error_to_the_user(server: RunningServer, tmp_path:
     assert re.findall(r" id=(\w{32}) ", logged)[0] in shown
 
 
-def test_it_tries_no_other_provider_where_that_is_switched_off(tmp_path: Path) -> None:
-    (tmp_path / "openclaw.json").write_text(documented("OpenClaw without other providers").replace("localhost:8880", "127.0.0.1:9"))
-    ended = convert(tmp_path, SENTENCE, ok=False)
-    assert ended.returncode != 0
-    assert "openai: fetch failed; microsoft: not configured" in ended.stdout
-
-
-@contextmanager
-def asleep_until_called(server: RunningServer) -> Iterator[int]:
-    """Stop the server's process until a client connects to the port that this returns, so that it does not work while the client starts."""
-    with socket.create_server(("127.0.0.1", 0)) as door, ThreadPoolExecutor(3) as pool:
-        door.settimeout(RUN_SECONDS)
-
-        def answer() -> None:
-            connection, _ = door.accept()
-            os.kill(server.process.pid, signal.SIGCONT)
-            upstream = socket.create_connection(("127.0.0.1", server.port))
-            pool.submit(pump, connection, upstream)
-            pool.submit(pump, upstream, connection)
-
-        os.kill(server.process.pid, signal.SIGSTOP)
-        try:
-            pool.submit(answer)
-            yield int(door.getsockname()[1])
-        finally:
-            os.kill(server.process.pid, signal.SIGCONT)
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what arrives until one side closes, then close both."""
-    with source, target, suppress(OSError):
-        while data := source.recv(65_536):
-            target.sendall(data)
-        for each in (source, target):
-            each.shutdown(socket.SHUT_RDWR)
+def test_it_tries_no_other_provider_where_that_is_switched_off(functions: OpenClaw) -> None:
+    config = documented("OpenClaw without other providers").replace("localhost:8880", "127.0.0.1:9")
+    result = functions.run("speech", json.loads(config), text=SENTENCE)
+    assert result["success"] is False
+    assert "openai: fetch failed; microsoft: not configured" in result["error"]
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_a_timeout_in_openclaw_cancels_the_request(make_server: Callable[..., RunningServer], tmp_path: Path, ahead: int) -> None:
+def test_a_timeout_in_openclaw_cancels_the_request(make_server: Callable[..., RunningServer], functions: OpenClaw, ahead: int) -> None:
     """The request is either being spoken (0 ahead) or waits in the queue."""
     server = make_server()
     text = LONG[:3990]
+    config = configured({"apiKey": "local", "baseUrl": f"{server.url}/v1"}, timeoutMs=1000)
     with busy(server, ahead):
-        with asleep_until_called(server) as port:
-            configure(tmp_path, {"apiKey": "local", "baseUrl": f"http://127.0.0.1:{port}/v1"}, timeoutMs=1000)
-            ended = convert(tmp_path, text, ok=False)
-        assert ended.returncode != 0
+        result = functions.run("speech", config, text=text)
+        assert result["success"] is False
+        assert "request timed out" in result["error"]
         server.wait_for(lambda _: any("cancelled" in line and f"characters={len(text.strip())}" in line for line in log_lines(server)))
     server.wait_for(lambda health: health["queue"]["active"] == health["queue"]["waiting"] == 0)
     with server.client() as client:
@@ -188,18 +176,12 @@ def log_lines(server: RunningServer) -> list[str]:
     return server.log_text().splitlines()
 
 
-def test_its_doctor_converts_older_configurations_to_the_documented_one(tmp_path: Path) -> None:
-    client_node()
-    headings = ("OpenClaw 2026.3.28 to 2026.7", "OpenClaw 2026.3.7 to 2026.3.22")
-
-    def migrated(heading: str) -> Any:
-        folder = tmp_path / heading.replace(" ", "-")
-        folder.mkdir()
-        (folder / "openclaw.json").write_text(documented(heading))
-        asked = ("doctor", "--fix", "--non-interactive", "--no-workspace-suggestions")
-        openclaw(folder, *asked, OPENCLAW_DISABLE_BUNDLED_PLUGINS="1")  # it reads them all, which takes half of its time
-        return json.loads((folder / "openclaw.json").read_text())["tts"]
-
-    with ThreadPoolExecutor(len(headings)) as pool:
-        results = list(pool.map(migrated, headings))
-    assert results == [json.loads(documented("OpenClaw"))["tts"]] * 2
+def test_its_doctor_converts_older_configurations_to_the_documented_one(functions: OpenClaw, tmp_path: Path) -> None:
+    """The older form with the command, the other one with the function that the command calls."""
+    current = json.loads(documented("OpenClaw"))["tts"]
+    (tmp_path / "openclaw.json").write_text(documented("OpenClaw 2026.3.7 to 2026.3.22"))
+    asked = ("doctor", "--fix", "--non-interactive", "--no-workspace-suggestions")
+    openclaw(tmp_path, *asked, OPENCLAW_DISABLE_BUNDLED_PLUGINS="1")  # it reads them all, which takes half of its time
+    assert json.loads((tmp_path / "openclaw.json").read_text())["tts"] == current
+    newer = functions.run("migration", json.loads(documented("OpenClaw 2026.3.28 to 2026.7")))
+    assert newer["sourceConfig"]["tts"] == current
