@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import select
@@ -91,10 +92,19 @@ class ServerForker:
     """A connection to `server_forker.py`, at most one of each kind a test process; all processes of a test run share the forkers.
 
     The first one that needs a forker starts it, and it ends with its last connection.
+
+    Args:
+        arguments: For `server_forker.py`.
+        project: The folder of our programs: this one, or a copy.
+
+    Attributes:
+        address: The name of its socket, for `forked_program.py`.
     """
 
-    def __init__(self, *arguments: str) -> None:
-        self._socket = _connect(arguments)
+    def __init__(self, *arguments: str, project: Path = PROJECT) -> None:
+        folder = hashlib.sha256(str(project).encode()).hexdigest()[:8]
+        self.address = Path(os.environ["TEST_RUN_FOLDER"], "-".join(("forker", folder, *arguments)))
+        self._socket = _connect(self.address, arguments, project)
         self._answers = self._socket.makefile("r")
         self._lock = threading.Lock()
 
@@ -104,7 +114,7 @@ class ServerForker:
         """Fork a program.
 
         Args:
-            command: `server.py` or `say.py`, and its arguments.
+            command: `server.py`, `say.py`, `supervisor.py` or the path of another program, and its arguments.
             environment: All of it.
             cwd: The working directory.
             streams: The descriptors of its standard input, output and error.
@@ -125,14 +135,13 @@ class ServerForker:
         self._socket.close()
 
 
-def _connect(arguments: tuple[str, ...]) -> socket.socket:
-    name = Path(os.environ["TEST_RUN_FOLDER"], "-".join(("forker", *arguments)))
+def _connect(name: Path, arguments: tuple[str, ...], project: Path) -> socket.socket:
     with name.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         connection = _greeted(name)
         if connection is None:  # there is none, or it is just ending
             name.unlink(missing_ok=True)
-            _start_forker(name, arguments)
+            _start_forker(name, arguments, project)
             connection = _greeted(name)
     assert connection, "server_forker.py has ended: its standard error says why"
     return connection
@@ -149,15 +158,15 @@ def _greeted(name: Path) -> socket.socket | None:
     return None
 
 
-def _start_forker(name: Path, arguments: tuple[str, ...]) -> None:
+def _start_forker(name: Path, arguments: tuple[str, ...], project: Path) -> None:
     """Start it in the background of a shell: it outlives this process, and is none of its children."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(name))
         listener.listen()
         program = [sys.executable, str(Path(__file__).with_name("server_forker.py")), str(listener.fileno()), *arguments]
-        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        environment = os.environ | {"PYTHONPATH": str(project)}
         shell = ["/bin/sh", "-c", '"$@" &', "sh", *program]
-        subprocess.run(shell, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[listener.fileno()], check=True)
+        subprocess.run(shell, cwd=project, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[listener.fileno()], check=True)
 
 
 SERVER_FORKERS: dict[tuple[str, ...], ServerForker] = {}

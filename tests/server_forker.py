@@ -5,7 +5,7 @@
 With `csm` it has also imported what CSM needs, which takes 2 s.
 
 Every program is a real process with its own environment, working directory, descriptors and signals; only Python's imports and the
-built-in voice are shared. `forking.ServerForker` talks to it: SOCKET is the descriptor of a socket that listens.
+built-in voice are shared. `forking.ServerForker` and `forked_program.py` talk to it: SOCKET is the descriptor of a socket that listens.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ import io
 import json
 import os
 import resource
+import runpy
 import selectors
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import as_mac
-import huggingface_hub
+import supervisor
 import tiny_csm
 
 _STREAMS = 3
+_MOST_DESCRIPTORS = 300  # of this process and a program when it starts
+_WITH_CSM = ("say.py", "server.py", "start.py")
 
 
 def main() -> None:
@@ -128,9 +133,14 @@ def _load_voice() -> None:
     verbalize("a1b2c3")
 
 
+def _show_no_progress() -> None:
+    """Set what csm_model sets before it imports MLX."""
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
 def _import_csm() -> None:
     """Import what a load of CSM imports; nothing starts a thread of MLX, which a fork would not have."""
-    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as csm_model sets them
+    _show_no_progress()
     from transformers import PreTrainedTokenizerFast  # noqa: F401 - what its AutoTokenizer imports late
 
     import csm_generation  # noqa: F401
@@ -157,25 +167,26 @@ def _answer(client: socket.socket, exits: dict[int, int]) -> int | None:
 
 def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
     """Become a program, as Python would run it with this environment."""
-    status = 1
-    try:
+
+    def run() -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         _take_streams(streams)
-        os.environ.clear()
-        os.environ.update(request["env"])
         os.chdir(request["cwd"])
         if request["descriptors"] is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (request["descriptors"], request["descriptors"]))
-        sys.argv = request["command"]
-        sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        tempfile.tempdir = None  # TMPDIR may be another one
         if request["mac"]:
             as_mac.pretend()
-        if tiny_csm.SMALL_CODEC in os.environ:
-            importlib.reload(huggingface_hub.constants)  # they were those of this process's own environment
-            tiny_csm.use_small_codec()
-        status = _say() if sys.argv[0] == "say.py" else _serve_speech()
+        return _program(request["command"], request["env"])
+
+    _end_with(run)
+
+
+def _end_with(run: Callable[[], int]) -> NoReturn:
+    """End this process as Python would after this program."""
+    status = 1
+    try:
+        status = run()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0
     except BaseException:
@@ -186,12 +197,32 @@ def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
         os._exit(status)
 
 
+def _program(command: list[str], environment: dict[str, str]) -> int:
+    """Run a program with this environment to its end and return its exit status."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    tempfile.tempdir = None  # TMPDIR may be another one
+    time.tzset()
+    name = Path(command[0]).name
+    if tiny_csm.SMALL_CODEC in os.environ and name in _WITH_CSM:
+        if constants := sys.modules.get("huggingface_hub.constants"):
+            importlib.reload(constants)  # they were those of this process's own environment
+        _show_no_progress()
+        tiny_csm.use_small_codec()
+    if name in _PROGRAMS:
+        return _PROGRAMS[name]()
+    runpy.run_path(command[0], run_name="__main__")
+    return 0
+
+
 def _take_streams(streams: list[int]) -> None:
     """Make them descriptors 0 to 2, and Python's own three files; close all others."""
     copies = [fcntl.fcntl(stream, fcntl.F_DUPFD, 256) for stream in streams]
     for number, copy in enumerate(copies):
         os.dup2(copy, number)
-    os.closerange(3, 300)
+    os.closerange(_STREAMS, _MOST_DESCRIPTORS)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)  # as with PYTHONUNBUFFERED
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", write_through=True)
@@ -212,6 +243,25 @@ def _serve_speech() -> int:
     status = serve()
     logging.shutdown()
     return status
+
+
+def _supervise() -> int:
+    small = {name: value for name, value in os.environ.items() if name == tiny_csm.SMALL_CODEC}
+
+    def become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
+        """Take the place of the job's program: `arguments` are those of an interpreter."""
+        os.closerange(_STREAMS, _MOST_DESCRIPTORS)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # without those of the supervisor
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
+        gc.enable()  # subprocess has disabled it
+        _end_with(lambda: _program(arguments[1:], environment | small))
+
+    supervisor.main(become)
+    return 0
+
+
+_PROGRAMS: dict[str, Callable[[], int]] = {"say.py": _say, "server.py": _serve_speech, "supervisor.py": _supervise}
 
 
 if __name__ == "__main__":

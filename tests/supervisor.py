@@ -17,12 +17,16 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 _TICK_SECONDS = 0.05
+
+Become = Callable[[list[str], dict[str, str]], NoReturn]
+"""Takes the place of a program in the process that was made for it: arguments and environment."""
 
 
 class State(TypedDict):
@@ -99,6 +103,7 @@ class Supervisor:
     Attributes:
         starts: Start times, on the monotonic clock.
         statuses: Exit statuses, in order; negative for a signal.
+        become: Called in the job's process in place of an exec.
     """
 
     job: Job
@@ -106,6 +111,7 @@ class Supervisor:
     throttle_scale: float = 1.0
     starts: list[float] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    become: Become | None = None
     _process: subprocess.Popen[bytes] | None = None
     _wanted: str = "run"
 
@@ -150,13 +156,15 @@ class Supervisor:
                 stderr=output,
                 start_new_session=True,
                 umask=self.job.umask,
-                preexec_fn=self._limit_descriptors,
+                preexec_fn=lambda: self._before_exec(environment),
             )
         self._write_state()
 
-    def _limit_descriptors(self) -> None:
+    def _before_exec(self, environment: dict[str, str]) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(self.job.descriptors, hard), hard))
+        if self.become:
+            self.become(self.job.arguments, environment)
 
     def _reap(self) -> None:
         process = self._process
@@ -191,14 +199,14 @@ class Supervisor:
         draft.replace(self.state_file)
 
 
-def main() -> None:
+def main(become: Become | None = None) -> None:
     """Run the supervisor."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("state", type=Path)
     parser.add_argument("--throttle-scale", type=float, default=1.0)
     arguments = parser.parse_args()
-    Supervisor(Job.read(arguments.file), arguments.state, arguments.throttle_scale).run()
+    Supervisor(Job.read(arguments.file), arguments.state, arguments.throttle_scale, become=become).run()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from supervisor import State
+if TYPE_CHECKING:
+    from supervisor import State
 
-THROTTLE_SCALE = "0.1"
+THROTTLE_SCALE = "0.1"  # a throttle interval of one second
 
 # Exit statuses of launchctl
 _NO_SUCH_SERVICE = 113  # print: the service is not loaded
@@ -47,13 +48,20 @@ def _service() -> State | None:
     return state
 
 
+def supervisor_command(file: str, state: Path, *, forks: bool) -> list[str]:
+    """Return the command that supervises the job of a service file; `forks`: the job's process is forked from the supervisor's, without an exec."""
+    here = Path(__file__)
+    python = [sys.executable, "-I", "-S", str(here.with_name("forked_program.py"))] if forks else [sys.executable]
+    return [*python, str(here.with_name("supervisor.py")), file, str(state / "service.json"), "--throttle-scale", THROTTLE_SCALE]
+
+
 def _supervise(file: str) -> None:
+    import subprocess  # only here: install.sh calls these tools up to twenty times
+
     (_state_dir() / "service.json").unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("supervisor.py")), file, str(_state_dir() / "service.json")]
     output = (_state_dir() / "supervisor.log").open("ab")
-    subprocess.Popen(
-        [*command, "--throttle-scale", THROTTLE_SCALE], start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-    )
+    command = supervisor_command(file, _state_dir(), forks=_answer("server", "forked") == "forked")
+    subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     while not _service():
         time.sleep(0.02)
 
@@ -136,7 +144,7 @@ _CAFFEINATE = 'echo "caffeinate $1" >> "$STAND_IN_STATE/calls"\nshift\nexec "$@"
 def install_tools(folder: Path) -> None:
     """Write an executable for each tool into `folder`."""
     folder.mkdir()
-    scripts = {name: f'exec "{sys.executable}" -S "{__file__}" {name} "$@"\n' for name in PROGRAMS} | {"caffeinate": _CAFFEINATE}
+    scripts = {name: f'exec "{sys.executable}" -I -S "{__file__}" {name} "$@"\n' for name in PROGRAMS} | {"caffeinate": _CAFFEINATE}
     for words, (file, default) in ANSWERS.items():
         name, _, option = words.partition(" ")
         answer = f'cat "$STAND_IN_STATE/{file}" 2>/dev/null || echo "{default}"\n'

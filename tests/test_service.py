@@ -21,11 +21,13 @@ from pathlib import Path
 
 import acceptance
 import as_mac
+import forked_program
 import httpx
 import pytest
 import system_tools
 import tiny_csm
 from conftest import PROJECT, START_SECONDS, free_port
+from forking import ServerForker
 from small_hub import SmallHub, write_small_repositories
 from supervisor import State
 from test_makefile import OLD_BASH
@@ -46,12 +48,16 @@ class Machine:
     """A Mac: a home folder, a copy of the project in a folder with an unusual name, and replacements for the system's tools.
 
     Our code believes that it runs on Apple Silicon, in the tests for Linux too: CSM is off unless a test switches it on.
+
+    Its Python forks our programs from a process that has imported them (`server_forker.py`): `install.sh` starts up to ten. The supervisor
+    forks the server, its child as with an exec, unless a test calls `starts_real_programs`.
     """
 
     home: Path
     project: Path
     state: Path
     port: int
+    forker: Path
     supervisor: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,8 +74,8 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = f"{self.home / 'tools'}:/usr/bin:/bin"
-        return {"HOME": str(self.home), "PATH": path, "STAND_IN_STATE": str(self.state), "XDG_RUNTIME_DIR": str(self.home)}
+        stand_in = {"STAND_IN_STATE": str(self.state), "STAND_IN_FORKER": str(self.forker)}
+        return {"HOME": str(self.home), "PATH": f"{self.home / 'tools'}:/usr/bin:/bin", "XDG_RUNTIME_DIR": str(self.home)} | stand_in
 
     def configure(self, **settings: object) -> None:
         lines = {"HOST": "127.0.0.1", "PORT": self.port, "CSM": "off", "CACHE_DIR": self.cache_dir, "SHUTDOWN_TIMEOUT": 20} | settings
@@ -79,6 +85,11 @@ class Machine:
         """Set the output of the system's tools."""
         for name, answer in answers.items():
             (self.state / name).write_text(answer)
+
+    def starts_real_programs(self, names: str = "*") -> None:
+        """Start the server as launchd and systemd do, and our other programs too; `names`: a pattern for those that are not forked."""
+        self.says(server="real")
+        write_interpreter(self.project, f'case "$1" in */{names}.py) exec "{sys.executable}" "{as_mac.__file__}" "$@";; esac\n')
 
     def install(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -124,13 +135,12 @@ class Machine:
 
     def end(self) -> None:
         """Stop the supervisor and the server."""
-        if self.supervisor:
-            self.supervisor.terminate()
-            self.supervisor.wait(SECONDS)
-        elif (self.state / "service.json").exists():
+        if (self.state / "service.json").exists():
             pid = self.manager()["supervisor"]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+            if self.supervisor:
+                self.supervisor.wait(SECONDS)
             until(lambda: not _alive(pid))
 
 
@@ -142,32 +152,48 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def write_interpreter(project: Path, *, small_codec: bool = False) -> None:
-    """Write the Python of a copy of the project: the tests' own, as on a Mac. `small_codec`: the server has that of `tiny_csm`."""
-    python = f'"{sys.executable}" "{as_mac.__file__}"'
-    server = f'case "$1" in */start.py) exec {python} "{tiny_csm.__file__}" "$@";; esac\n' if small_codec else ""
+def write_interpreter(project: Path, first: str = "") -> None:
+    """Write the Python of a copy of the project, which forks programs; `first`: lines of shell that may start one."""
     interpreter = project / ".venv" / "bin" / "python"
-    interpreter.write_text(f'#!/bin/sh\n{server}exec {python} "$@"\n')
+    interpreter.write_text(f'#!/bin/sh\n{first}exec "{sys.executable}" -I -S "{forked_program.__file__}" "$@"\n')
     interpreter.chmod(0o755)
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    home, state = tmp_path / "home", tmp_path / "state"
-    project = tmp_path / "100% Burke's $peech & co"
-    for folder in (home, state, project):
-        folder.mkdir()
+def copy_project(project: Path) -> Path:
+    """Copy the project with its compiled modules, or every program would compile them all."""
+    project.mkdir()
     for file in [*PROJECT.glob("*.py"), *PROJECT.glob("*.plist"), PROJECT / "install.sh", PROJECT / "Makefile"]:
         shutil.copy2(file, project)
-    for folder_name in ("presets", "playground", "deploy"):
-        shutil.copytree(PROJECT / folder_name, project / folder_name)
-    for compiled in PROJECT.glob("__pycache__/*.pyc"):  # or the programs of every test would compile all modules
-        (project / "__pycache__").mkdir(exist_ok=True)
-        shutil.copy2(compiled, project / "__pycache__")
+    for name in ("presets", "playground", "deploy", "__pycache__"):
+        if (PROJECT / name).exists():
+            shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("*.pyc.*"))  # those that are being written
     (project / ".venv" / "bin").mkdir(parents=True)
     write_interpreter(project)
+    return project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One copy for all tests that change nothing in it but `.env`."""
+    return copy_project(tmp_path_factory.mktemp("service") / "100% Burke's $peech & co")
+
+
+@pytest.fixture(scope="module")
+def forker(project: Path) -> Iterator[Path]:
+    """The address of a forker with the modules of the copy."""
+    forking = ServerForker(project=project)
+    yield forking.address
+    forking.close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, project: Path, forker: Path) -> Iterator[Machine]:
+    home, state = tmp_path / "home", tmp_path / "state"
+    for folder in (home, state):
+        folder.mkdir()
+    write_interpreter(project)
     system_tools.install_tools(home / "tools")
-    made = Machine(home, project, state, free_port())
+    made = Machine(home, project, state, free_port(), forker)
     made.configure()
     yield made
     made.end()
@@ -252,6 +278,7 @@ def test_the_systemd_unit_passes_systemds_own_check(machine: Machine) -> None:
 
 
 def test_mac_install_upgrade_restart_and_uninstall(machine: Machine) -> None:
+    machine.starts_real_programs("start")
     installed = machine.install()
     assert installed.returncode == 0, installed.stdout + installed.stderr + machine.log()
     assert machine.calls("launchctl bootstrap") == [f"launchctl bootstrap gui/501 {machine.plist}"]
@@ -303,6 +330,7 @@ def test_mac_install_upgrade_restart_and_uninstall(machine: Machine) -> None:
 
 
 def test_linux_install_restart_and_uninstall(machine: Machine) -> None:
+    machine.starts_real_programs()
     machine.says(system="Linux", processor="x86_64")
     machine.configure(API_KEY="it's a secret")
     link = machine.home / ".local" / "bin" / "sesame"
@@ -313,6 +341,7 @@ def test_linux_install_restart_and_uninstall(machine: Machine) -> None:
     assert "systemctl --user enable --quiet sesame-tts.service" in machine.calls("systemctl")
     assert (machine.cache_dir / "installed.wav").stat().st_size > 48000
     assert "secret" not in shown + machine.unit.read_text() + machine.log()
+    machine.starts_real_programs("start")
     assert machine.install("--status").returncode == 0
     assert machine.install("--restart").returncode == 0
     assert machine.manager()["statuses"] == [0]
@@ -339,6 +368,7 @@ def test_the_command_is_linked_once_and_nothing_is_overwritten(machine: Machine)
 
 
 def test_the_quick_action_sends_the_selected_text_to_sesame(machine: Machine) -> None:
+    machine.project = copy_project(machine.home / "Burke's $peech")
     stand_in = machine.project / "sesame"
     stand_in.write_text('#!/bin/sh\necho "$@" > "$HOME/arguments"\ncat > "$HOME/selection"\n')
     stand_in.chmod(0o755)
@@ -394,11 +424,12 @@ def test_an_unsuitable_machine_is_refused_before_any_change(machine: Machine, an
 
 def test_it_speaks_at_once_then_shows_the_services_download_then_speaks_with_csm(machine: Machine, tmp_path: Path) -> None:
     machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
-    write_interpreter(machine.project, small_codec=True)
     cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
     with SmallHub(repositories, bytes_a_second=30_000_000) as hub:
-        result = machine.install(HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path / "hf"))
+        result = machine.install(
+            HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path / "hf"), **{tiny_csm.SMALL_CODEC: "1"}
+        )
     assert result.returncode == 0, result.stdout + result.stderr + machine.log()
     assert machine.calls("caffeinate") == ["caffeinate -i"]
     steps = result.stdout[result.stdout.index("==> Test sentence") :]
@@ -439,7 +470,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_download(machine: Machine, tmp_pat
 @pytest.mark.parametrize(("place", "name"), [("Documents", "Documents"), ("Library/Mobile Documents/com~apple~CloudDocs", "iCloud Drive")])
 def test_a_folder_that_macos_protects_is_refused(machine: Machine, place: str, name: str) -> None:
     (machine.home / place).mkdir(parents=True)
-    machine.project = machine.project.rename(machine.home / place / "sesame")
+    machine.project = copy_project(machine.home / place / "sesame")
     result = machine.install()
     assert result.returncode == 1
     assert f"this folder is in {name} (" in result.stderr
@@ -502,14 +533,15 @@ def test_a_mistake_in_env_does_not_stop_the_running_service(machine: Machine) ->
 
 
 def supervise(machine: Machine) -> None:
-    """Start the job of the rendered plist, with a throttle interval of one second."""
-    files = (PROJECT / "tests" / "supervisor.py", machine.home / "out" / f"{LABEL}.plist", machine.state / "service.json")
-    command = [sys.executable, *map(str, files), "--throttle-scale", system_tools.THROTTLE_SCALE]
+    """Start the job of the rendered plist."""
+    forks = not (machine.state / "server").exists()
+    command = system_tools.supervisor_command(str(machine.home / "out" / f"{LABEL}.plist"), machine.state, forks=forks)
     machine.supervisor = subprocess.Popen(command, env=machine.environment, start_new_session=True)
     until(lambda: (machine.state / "service.json").exists())
 
 
 def test_a_killed_server_is_restarted_after_the_throttle_interval(machine: Machine) -> None:
+    machine.starts_real_programs()
     rendered(machine)
     supervise(machine)
     until(machine.answers, START_SECONDS)
@@ -558,7 +590,10 @@ def test_an_invalid_setting_is_logged_once_and_not_restarted(machine: Machine) -
     assert (machine.cache_dir / "launchd.log").read_text().count("MAX_QUEUE=") == 1
 
 
-def test_a_package_that_cannot_be_imported_is_logged_in_one_line_and_not_restarted(machine: Machine) -> None:
+def test_a_package_that_cannot_be_imported_is_logged_in_one_line_and_not_restarted(machine: Machine, tmp_path: Path) -> None:
+    machine.project = copy_project(tmp_path / "project")
+    machine.configure()
+    machine.starts_real_programs()
     rendered(machine)
     with (machine.project / "hibari_model.py").open("a") as module:
         module.write("import a_package_that_was_removed\n")
