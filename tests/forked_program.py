@@ -22,6 +22,7 @@ def main() -> int:
         forker.recv(1)  # the greeting
         socket.send_fds(forker, [json.dumps(request).encode() + b"\n"], [0, 1, 2, theirs])
         os.close(theirs)
+        forker.recv(20)  # the PID: what is left unread would reset the connection
         return int(os.read(exit_status, 10))
 
 

@@ -426,7 +426,7 @@ def test_it_speaks_at_once_then_shows_the_services_download_then_speaks_with_csm
     machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
     cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
-    with SmallHub(repositories, bytes_a_second=30_000_000) as hub:
+    with SmallHub(repositories, bytes_a_second=6_000_000) as hub:
         result = machine.install(
             HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path / "hf"), **{tiny_csm.SMALL_CODEC: "1"}
         )
