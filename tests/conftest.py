@@ -156,11 +156,11 @@ def start_server(folder: Path, **settings: object) -> RunningServer:
     return RunningServer(process, port, cache_dir, log, dict(settings))
 
 
-def fork_server(environment: dict[str, str], log: Path, descriptors: int | None = None) -> ForkedProcess:
-    """A forked server; `descriptors` limits its open files."""
+def fork_server(environment: dict[str, str], log: Path, **limits: int) -> ForkedProcess:
+    """A forked server; `limits` are those of `ServerForker.start`."""
     with log.open("ab") as stderr, Path(os.devnull).open() as stdin:
         streams = (stdin.fileno(), stderr.fileno(), stderr.fileno())
-        return server_forker(environment).start(["server.py"], environment, PROJECT, streams, descriptors)
+        return server_forker(environment).start(["server.py"], environment, PROJECT, streams, **limits)
 
 
 def _run_program(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ def main() -> int:
     """Have the program forked, wait for its end and return its exit status."""
     exit_status, theirs = os.pipe()
     # Without pathlib: its import would take a fifth of the time that a start costs.
-    request = {"command": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "mac": True, "descriptors": None}  # noqa: PTH109
+    request = {"command": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "mac": True}  # noqa: PTH109
     with socket.socket(socket.AF_UNIX) as forker:
         forker.connect(os.environ["STAND_IN_FORKER"])
         forker.recv(1)  # the greeting

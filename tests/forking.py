@@ -109,7 +109,13 @@ class ServerForker:
         self._lock = threading.Lock()
 
     def start(
-        self, command: Sequence[str], environment: dict[str, str], cwd: Path, streams: Sequence[int], descriptors: int | None = None
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        cwd: Path,
+        streams: Sequence[int],
+        descriptors: int | None = None,
+        mounts_of: int | None = None,
     ) -> ForkedProcess:
         """Fork a program.
 
@@ -119,8 +125,10 @@ class ServerForker:
             cwd: The working directory.
             streams: The descriptors of its standard input, output and error.
             descriptors: The limit of its open files; None for that of the tests.
+            mounts_of: The PID of a process whose mounts and users it sees; None for those of the tests.
         """
-        request = {"command": list(command), "env": environment, "cwd": str(cwd), "mac": as_mac.active(), "descriptors": descriptors}
+        request = {"command": list(command), "env": environment, "cwd": str(cwd), "mac": as_mac.active()}
+        request |= {"descriptors": descriptors, "mounts_of": mounts_of}
         exit_status, theirs = os.pipe()
         with self._lock:
             socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [*streams, theirs])

@@ -10,6 +10,7 @@ built-in voice are shared. `forking.ServerForker` and `forked_program.py` talk t
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -41,7 +42,7 @@ _WITH_CSM = ("say.py", "server.py", "start.py")
 def main() -> None:
     """Serve connections until the last one is closed.
 
-    A request is a line `{"command", "env", "cwd", "mac", "descriptors"}` with four descriptors: standard input, output and error of the
+    A request is a line `{"command", "env", "cwd", "mac"}`, optionally with `"descriptors"` and `"mounts_of"`, with four descriptors: standard input, output and error of the
     program, and a pipe for its exit status. The answer is its PID. A connection begins with a greeting of one byte; when the client sends
     no more, its programs are ended and the connection is closed.
     """
@@ -172,14 +173,25 @@ def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         _take_streams(streams)
+        if request.get("mounts_of") is not None:
+            _enter_namespaces(request["mounts_of"])
         os.chdir(request["cwd"])
-        if request["descriptors"] is not None:
+        if request.get("descriptors") is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (request["descriptors"], request["descriptors"]))
         if request["mac"]:
             as_mac.pretend()
         return _program(request["command"], request["env"])
 
     _end_with(run)
+
+
+def _enter_namespaces(pid: int) -> None:
+    """See the users and mounts of another process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("user", "mnt"):
+        with Path(f"/proc/{pid}/ns/{kind}").open() as namespace:
+            if libc.setns(namespace.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {kind}")
 
 
 def _end_with(run: Callable[[], int]) -> NoReturn:

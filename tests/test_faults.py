@@ -333,7 +333,7 @@ def test_pauses_between_requests_do_not_time_out(impatient: int) -> None:
 def limited_server(folder: Path, descriptors: int, **settings: object) -> RunningServer:
     """Start a server with a limit of open files."""
     port, log = free_port(), folder / "stderr.log"
-    process = fork_server(clean_environment(folder / "cache", PORT=port, **settings), log, descriptors)
+    process = fork_server(clean_environment(folder / "cache", PORT=port, **settings), log, descriptors=descriptors)
     return RunningServer(process, port, folder / "cache", log)
 
 

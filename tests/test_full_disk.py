@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import subprocess
-import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import PROJECT, RunningServer, clean_environment, free_port
+from conftest import RunningServer, clean_environment, fork_server, free_port
+from saying import wait_until
 
 SENTENCE = "This is said whether there is room on the disk or not. "
 BODY: dict[str, Any] = {"model": "m", "voice": "heart", "input": SENTENCE}
@@ -36,12 +36,17 @@ def start(folder: Path, *mounts: str) -> RunningServer:
     port, log, disk = free_port(), folder / "stderr.log", folder / "disk"
     disk.mkdir()
     script = " && ".join(
-        [f"mount -t tmpfs -o size={MEGABYTES}m tmpfs '{disk}'", f"mkdir -p '{disk}/temporary' '{disk}/cache'", *mounts, 'exec "$@"']
+        [f"mount -t tmpfs -o size={MEGABYTES}m tmpfs '{disk}'", f"mkdir -p '{disk}/temporary' '{disk}/cache'", *mounts, "echo", "cat"]
     )
-    command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "server.py"]
     environment = clean_environment(disk / "cache", PORT=port, TMPDIR=disk / "temporary")
-    with log.open("ab") as stderr:
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+    with subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as mounted:
+        assert mounted.stdin
+        assert mounted.stdout
+        assert mounted.stdout.readline() == b"\n", "all is mounted"
+        process = fork_server(environment, log, mounts_of=mounted.pid)
+        namespaces = [Path(f"/proc/{pid}/ns/mnt") for pid in (mounted.pid, process.pid)]
+        wait_until(lambda: namespaces[0].readlink() == namespaces[1].readlink(), "the server has the mounts")
+        mounted.stdin.close()
     return RunningServer(process, port, Path(f"/proc/{process.pid}/root{disk}/cache"), log)
 
 

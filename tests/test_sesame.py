@@ -36,7 +36,9 @@ def project(tmp_path: Path) -> Path:
     folder.mkdir()
     for file in [*PROJECT.glob("*.py"), PROJECT / "sesame", PROJECT / "Makefile", PROJECT / "pyproject.toml"]:
         shutil.copy2(file, folder)
-    shutil.copytree(PROJECT / "presets", folder / "presets")
+    for name in ("presets", "__pycache__"):  # with the compiled modules, or every test would compile them all
+        if (PROJECT / name).exists():
+            shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc.*"))  # those that are being written
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "uv").write_text(_UV)
     (tmp_path / "tools" / "uv").chmod(0o755)
