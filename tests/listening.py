@@ -6,10 +6,12 @@ import hashlib
 import io
 import os
 import re
+import runpy
 import subprocess
 import tempfile
 import wave
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any, cast
@@ -131,9 +133,12 @@ def listen(data: bytes, fmt: str) -> str:
 
 @cache
 def _normalizer() -> object:
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    return EnglishTextNormalizer({})
+    """The file of one class, without the rest of transformers, whose import takes more than a second."""
+    package = find_spec("transformers")
+    assert package
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "models", "whisper", "english_normalizer.py")
+    return runpy.run_path(str(file))["EnglishTextNormalizer"]({})
 
 
 def words(text: str) -> list[str]:

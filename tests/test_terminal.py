@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import as_mac
 import httpx
 import pytest
 import tiny_csm
 from conftest import PROJECT, START_SECONDS, clean_environment, free_port
+from forking import ForkedProcess, server_forker
 from saying import wait_until
 from small_hub import SmallHub
 
@@ -34,7 +36,7 @@ SECRET = "The walrus hid seven pearls."
 class Screen:
     """A server on a terminal, and what it has shown there."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     url: str
     log: Path
     shown: str = ""
@@ -51,16 +53,19 @@ class Screen:
 
 
 @contextmanager
-def on_screen(folder: Path, columns: int = 100, **settings: object) -> Iterator[Screen]:
-    """Run a server on a terminal in a time zone of its own; Ctrl-C is typed at the end."""
+def on_screen(folder: Path, columns: int = 100, *, forked: bool = True, **settings: object) -> Iterator[Screen]:
+    """Run a server on a terminal in a time zone of its own; Ctrl-C is typed at the end. Unless `forked`, the real program starts."""
     port, home = free_port(), folder / "home"
     cache = home / ".cache" / "sesame"
     own = clean_environment(cache, PORT=port, HOME=home, TERM="xterm", TZ="XXX-05:30", **settings)
     control, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    small_codec = [tiny_csm.__file__] if tiny_csm.SMALL_CODEC in settings else []
-    command = [*as_mac.python(), *small_codec, str(PROJECT / "server.py")]
-    process = subprocess.Popen(command, cwd=PROJECT, env=own, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    process: subprocess.Popen[bytes] | ForkedProcess
+    if forked:
+        process = server_forker(own).start(["server.py"], own, PROJECT, (terminal, terminal, terminal))
+    else:
+        command = [*as_mac.python(), str(PROJECT / "server.py")]
+        process = subprocess.Popen(command, cwd=PROJECT, env=own, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     screen = Screen(process, f"http://127.0.0.1:{port}", cache / "server.log")
 
@@ -89,7 +94,7 @@ def plain(shown: str) -> list[str]:
 
 
 def test_the_banner_and_one_line_for_each_request(tmp_path: Path) -> None:
-    with on_screen(tmp_path, 200) as screen:
+    with on_screen(tmp_path, 200, forked=False) as screen:
         screen.wait_for("Stop .*Ctrl-C")
         banner = plain(screen.shown)
         screen.speak()
@@ -150,8 +155,8 @@ def test_a_download_is_a_live_line_and_csms_voice_is_announced(tmp_path: Path) -
     """Without colours; a line that is longer than the terminal is cut, because a line that wraps cannot be rewritten."""
     cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
-    own = {"CSM": "on", "GUARD": "off", "DEFAULT_VOICE": "conversational", "MODEL_DTYPE": "float32", "NO_COLOR": 1}
-    with SmallHub(repositories, bytes_a_second=25_000_000) as hub:
+    own: dict[str, Any] = {"CSM": "on", "GUARD": "off", "DEFAULT_VOICE": "conversational", "MODEL_DTYPE": "float32", "NO_COLOR": 1}
+    with SmallHub(repositories, bytes_a_second=6_000_000) as hub:
         own |= tiny_csm.environment(cache) | {
             "HF_ENDPOINT": hub.url,
             "HF_HUB_OFFLINE": 0,
