@@ -453,9 +453,9 @@ def _spectrum(windows: Samples, spectra: Sequence[Samples], noise: np.random.Gen
     size, turn, noise_size, own_size, own_phase = spectra
     spectrum: NDArray[np.complex64] = dsp.rfft(windows * dsp.WIN_SRC, 1)
     spectrum *= _polar(dsp.ex(size), np.tanh(turn) * np.float32(np.pi))
-    random = noise.standard_normal((len(spectrum), 2 * spectrum.shape[1]), dtype=np.float32).view(np.complex64)
-    random *= dsp.ex(noise_size)
-    spectrum += random
+    # Complex normal numbers by their size and phase (Box and Muller, 1958): half of the time of NumPy's own for the two parts.
+    uniform, turns = noise.random((2, *spectrum.shape), dtype=np.float32)
+    spectrum += _polar(dsp.ex(noise_size) * np.sqrt(-2 * np.log(1 - uniform)), turns * np.float32(2 * np.pi))
     spectrum += _polar(dsp.ex(own_size), own_phase)
     return spectrum
 

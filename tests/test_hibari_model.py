@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from listening import Samples, decode, transcribe, word_error_rate
 from small_hub import SmallHub
 
-from hibari_model import HibariModel, VoiceFiles
+from hibari_model import HibariModel, VoiceFiles, _spectrum
 from speech_model import ModelLoadError, SpeechOptions
 from voice_presets import Voice, VoicePreset
 
@@ -165,6 +165,19 @@ def test_the_voice_sounds_as_hibari_makes_it_but_comes_in_parts(text: str) -> No
     chunks = [chunk.samples for chunk in model.speak([text], voice("heart"), SpeechOptions(seed=1), lambda: False)]
     np.testing.assert_allclose(np.concatenate(chunks), heart(text), atol=1e-6)
     assert chunks[0].size <= 24_000
+
+
+def test_the_noise_has_the_sizes_that_the_network_asks_for_and_normal_parts() -> None:
+    """hibari draws the two parts of each complex number; here they come from a size and a phase."""
+    silent = np.full((100, 601), -100, np.float32)
+    asked = np.tile(np.linspace(-3, 1, 601, dtype=np.float32), (100, 1))
+    pulses = np.zeros((100, 1200), np.float32)
+    noise = _spectrum(pulses, [silent, silent, asked, silent, silent], np.random.default_rng(1)) / np.exp(asked)
+    parts = np.stack([noise.real, noise.imag]).reshape(2, -1)
+    np.testing.assert_allclose(np.cov(parts), np.eye(2), atol=0.02)
+    for part in parts:
+        shares = np.mean(np.abs(part)[:, None] < [0.5, 1, 2, 3], axis=0)
+        np.testing.assert_allclose(shares, [0.3829, 0.6827, 0.9545, 0.9973], atol=0.005)  # of the normal distribution
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_the_same_sounds() -> None:
