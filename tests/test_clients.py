@@ -6,9 +6,9 @@ import asyncio
 import base64
 import json
 import os
+import runpy
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,9 +163,11 @@ def test_openais_libraries_retry_when_the_server_is_busy(
         assert_says((tmp_path / f"{count}.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
 
 
-def test_the_documented_python_runs(server: RunningServer, tmp_path: Path) -> None:
+def test_the_documented_python_runs(server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has imported the library already: that takes a second."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "program.py").write_text(documented("OpenAI's library for Python", server))
-    run_program([sys.executable, "program.py"], tmp_path)
+    runpy.run_path("program.py", run_name="__main__")
     assert_says((tmp_path / "hello.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
 
 
@@ -203,7 +205,8 @@ def test_a_client_generated_for_typescript_speaks_and_its_types_fit(server: Runn
     (tmp_path / "speak.mts").write_text(program)
     run_program([node, generator, *shlex.split(command)[2:]], tmp_path)
     options = ("--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--target", "esnext", "--allowImportingTsExtensions")
-    run_program([node, compiler, *options, "speak.mts"], tmp_path)
+    without_browser = ("--lib", "esnext")  # the types of the DOM, which Node does not have, are a fifth of the compiler's work
+    run_program([node, compiler, *options, *without_browser, "speak.mts"], tmp_path)
     run_program([node, "speak.mts"], tmp_path)
     assert_says((tmp_path / "hello.mp3").read_bytes(), "mp3", DOCUMENTED_SENTENCE)
 

@@ -12,46 +12,64 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from client_programs import CLIENTS, assert_says, client_python, documented, last_json, run_program
 from conftest import RunningServer, free_port
 
 SENTENCE = "Good morning! The coffee is ready, and the sun is shining."
 REPLY = f"{SENTENCE} We could have breakfast outside. The bread is from the bakery at the corner, and the jam is from last summer."
+HEADINGS = {
+    "livekit": ("LiveKit Agents", "LiveKit Agents, while the reply is being written"),
+    "pipecat": ("Pipecat", "Pipecat, while the reply is being written"),
+}
+# Garbage collections are a fifth of the processor time of so many imports.
 IN_ONE_PROCESS = """
-import json, runpy, sys
+import gc, json, runpy, sys
+gc.disable()
 for sys.argv in json.loads(sys.argv[1]):
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def speak(server: RunningServer, library: str, headings: tuple[str, str], folder: Path) -> dict[str, Any]:
-    """Run our two client programs of a library in one process, which imports it once, each with the `tts` from the document.
+@pytest.fixture(scope="module")
+def folder(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run our two client programs of each library in one process, because both libraries import OpenAI's; return the folder with their output.
 
-    The first one speaks a complete text, the second one a text that is still being written. Return what the first one prints.
+    The first one speaks a complete text, the second one a text that is still being written, each with the `tts` from the document.
     """
-    for name, heading in zip(("complete", "written"), headings, strict=True):
-        (folder / f"{name}.py").write_text(documented(heading, server))
-    programs = [
-        [str(CLIENTS / f"{library}_speech.py"), "complete.py", SENTENCE, "complete.pcm"],
-        [str(CLIENTS / f"{library}_stream.py"), "written.py", REPLY, "written.pcm", "8"],
-    ]
+    folder = tmp_path_factory.mktemp("agents")
+    programs: list[list[str]] = []
+    for library, headings in HEADINGS.items():
+        files = [f"{library}-complete", f"{library}-written"]
+        for file, heading in zip(files, headings, strict=True):
+            (folder / f"{file}.py").write_text(documented(heading, server))
+        complete, written = ([f"{file}.py", text, f"{file}.pcm"] for file, text in zip(files, (SENTENCE, REPLY), strict=True))
+        programs += [[str(CLIENTS / f"{library}_speech.py"), *complete], [str(CLIENTS / f"{library}_stream.py"), *written, "8"]]
     ended = run_program([client_python(".venv"), "-c", IN_ONE_PROCESS, json.dumps(programs)], folder)
+    results = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    for (_, _, _, file, *_), line in zip(programs, results, strict=True):
+        (folder / file).with_suffix(".json").write_text(line)
+    return folder
+
+
+def spoken(folder: Path, library: str) -> dict[str, Any]:
+    """Check what the library's programs have spoken; return what the first one has printed."""
     for name, text in (("complete", SENTENCE), ("written", REPLY)):
-        assert_says((folder / f"{name}.pcm").read_bytes(), "pcm", text)
-    complete, written = (json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{"))
+        assert_says((folder / f"{library}-{name}.pcm").read_bytes(), "pcm", text)
+    complete, written = (json.loads((folder / f"{library}-{name}.json").read_text()) for name in ("complete", "written"))
     assert 0 < written["share_at_first_audio"] < 1 / 3
     assert written.get("errors", []) == []
     return dict(complete)
 
 
-def test_livekit_agents_speaks_and_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path) -> None:
-    results = speak(server, "livekit", ("LiveKit Agents", "LiveKit Agents, while the reply is being written"), tmp_path)
+def test_livekit_agents_speaks_and_the_first_audio_comes_while_the_text_is_written(folder: Path) -> None:
+    results = spoken(folder, "livekit")
     assert (results["rate"], results["channels"]) == (24_000, 1)
     assert results["frames"] > 1
 
 
-def test_pipecat_speaks_and_the_first_audio_comes_while_the_text_is_written(server: RunningServer, tmp_path: Path) -> None:
-    results = speak(server, "pipecat", ("Pipecat", "Pipecat, while the reply is being written"), tmp_path)
+def test_pipecat_speaks_and_the_first_audio_comes_while_the_text_is_written(folder: Path) -> None:
+    results = spoken(folder, "pipecat")
     assert (results["rates"], results["channels"], results["errors"]) == ([24_000], [1], [])
     assert results["frames"] > 1
 
