@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 import time
+import wave
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import tiny_csm
 import tiny_weights
 
+PROJECT = Path(__file__).resolve().parent.parent
 COMMIT = "c" * 40
 WEIGHT_BYTES = 3_000_000
 _LARGE = 100_000  # bytes; from here on a file is named by its SHA-256, as the hub's large ones are
@@ -163,6 +166,25 @@ def _listing(repo: str, folder: Path) -> dict[str, Any]:
             entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         siblings.append(entry)
     return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+
+
+def write_presets(folder: Path, name: str, frames: int) -> Path:
+    """Write the presets `heart` and `name`, a voice of CSM with few words to its recording; return the folder `folder`/presets.
+
+    The voice prompts of CSM's own repository have transcripts of 500 tokens of the tiny tokenizer, which each load of the model reads nine times.
+
+    The voice speaks `frames` at most.
+    """
+    presets = folder / "presets"
+    presets.mkdir()
+    shutil.copy(PROJECT / "presets" / "heart.json", presets)
+    hum = 0.2 * np.sin(np.arange(1.2 * tiny_csm.SAMPLE_RATE) / 20)
+    with wave.open(str(presets / "hum.wav"), "wb") as file:
+        file.setparams((1, 2, tiny_csm.SAMPLE_RATE, 0, "NONE", "not compressed"))
+        file.writeframes((hum * 32767).astype("<i2").tobytes())
+    preset = {"name": name, "ref_audio": "hum.wav", "ref_text": "hm, hm.", "max_audio_length_ms": frames * 80}
+    (presets / f"{name}.json").write_text(json.dumps(preset))
+    return presets
 
 
 def write_small_repositories(root: Path) -> dict[str, Path]:

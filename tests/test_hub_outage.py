@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import httpx
 import pytest
 import tiny_csm
 from conftest import RunningServer, start_server
-from small_hub import SmallHub
+from small_hub import SmallHub, write_presets
 
 REPOSITORY = tiny_csm.MLX_COMMUNITY
 REFUSALS = {401: "gated", 404: "does not exist", 429: "too many requests", 500: "answered 500"}
@@ -27,10 +26,7 @@ def hub() -> Iterator[SmallHub]:
 @pytest.fixture(scope="module")
 def server(hub: SmallHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("outage")
-    presets = folder / "presets"
-    presets.mkdir()
-    (presets / "tiny.json").write_text(json.dumps({"name": "tiny", "voice_key": "conversational_a", "max_audio_length_ms": 80}))
-    (presets / "heart.json").write_text(json.dumps({"name": "heart", "model": "hibari", "voice_key": "heart"}))
+    presets = write_presets(folder, "tiny", frames=1)
     csm = {"CSM": "on", "MODEL_ID": REPOSITORY, "MODEL_DTYPE": "float32", "GUARD": "off", "PRESETS_DIR": presets, "DEFAULT_VOICE": "tiny"}
     network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": folder / "hub", tiny_csm.SMALL_CODEC: 1}
     hub.list_errors[REPOSITORY] = (401, "GatedRepo")

@@ -28,7 +28,7 @@ import system_tools
 import tiny_csm
 from conftest import PROJECT, START_SECONDS, free_port
 from forking import ServerForker
-from small_hub import SmallHub, write_small_repositories
+from small_hub import SmallHub, write_presets, write_small_repositories
 from supervisor import State
 from test_makefile import OLD_BASH
 
@@ -423,8 +423,9 @@ def test_an_unsuitable_machine_is_refused_before_any_change(machine: Machine, an
 
 
 def test_it_speaks_at_once_then_shows_the_services_download_then_speaks_with_csm(machine: Machine, tmp_path: Path) -> None:
-    machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32")
     cache = tiny_csm.build(script={"": [tiny_csm.ends_after(3)]}, small_codec=True)
+    presets = write_presets(tmp_path, "conversational", frames=10)
+    machine.configure(CSM="on", GUARD="off", DEFAULT_VOICE="conversational", MODEL_DTYPE="float32", PRESETS_DIR=presets)
     repositories = {repo: tiny_csm.snapshot_of(cache, repo) for repo in (tiny_csm.SESAME, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
     with SmallHub(repositories, bytes_a_second=6_000_000) as hub:
         result = machine.install(

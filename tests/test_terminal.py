@@ -25,7 +25,7 @@ import tiny_csm
 from conftest import PROJECT, START_SECONDS, clean_environment, free_port
 from forking import ForkedProcess, server_forker
 from saying import wait_until
-from small_hub import SmallHub
+from small_hub import SmallHub, write_presets
 
 from monitoring import DownloadSpeed, on_terminal
 
@@ -162,6 +162,7 @@ def test_a_download_is_a_live_line_and_csms_voice_is_announced(tmp_path: Path) -
             "HF_HUB_OFFLINE": 0,
             "HF_HUB_CACHE": tmp_path / "hub",
             "HF_HOME": tmp_path / "hf",
+            "PRESETS_DIR": write_presets(tmp_path, "conversational", frames=4),
         }
         with on_screen(tmp_path, 70, **own) as screen:
             screen.wait_for("Stop .*Ctrl-C")
