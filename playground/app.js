@@ -5,7 +5,7 @@
 // `window.sesame` is for tests: `player` (its `analyser` receives what is played), `take` (the last one) and `takes` (how many there were).
 
 import { apiKey, call, GONE } from "./api.js";
-import { byId, clock, make, showAlert } from "./dom.js";
+import { byId, clock, make, setText, showAlert } from "./dom.js";
 import { filesOf, FILES, save } from "./files.js";
 import { KeyDialog } from "./key_dialog.js";
 import { Menu, Popup } from "./menu.js";
@@ -125,7 +125,10 @@ const say = (words) => (byId("status").textContent = words);
 
 // -- The player -------------------------------------------------------------------------------------------------------------------------
 
+const PAUSE = 20; // milliseconds between frames, so that the page draws 30 times a second: more takes twice the power and shows no more
+
 let frame = 0;
+let pause = 0;
 
 function render() {
   const active = speech.busy || player.playing;
@@ -136,6 +139,7 @@ function render() {
   byId("play").setAttribute("aria-label", player.playing ? "Pause" : "Play");
   byId("download").disabled = !player.take?.length || player.take.state === "arriving";
   recent.mark(player.playing ? player.take : null);
+  clearTimeout(pause);
   cancelAnimationFrame(frame);
   animate();
 }
@@ -143,12 +147,12 @@ function render() {
 function animate() {
   const { take, position } = player;
   const moving = waveform.draw(take, position);
-  byId("now").textContent = clock(position);
-  byId("length").textContent = clock(take?.duration ?? 0);
+  setText(byId("now"), clock(position));
+  setText(byId("length"), clock(take?.duration ?? 0));
   const same = take && take.request.input === text.value;
   stage.highlight(same && (player.playing || position > 0) && position < take.duration ? take.spokenAt(position) : null);
   showFigures(take);
-  if (moving || player.playing || speech.busy) frame = requestAnimationFrame(animate);
+  if (moving || player.playing || speech.busy) pause = setTimeout(() => (frame = requestAnimationFrame(animate)), PAUSE);
 }
 
 let shownFigures = "";
@@ -281,7 +285,7 @@ function showAdding() {
   const why = never ? `Added voices need CSM-1B, which ${neverWords(csm) === "Switched off" ? "is switched off" : "needs Apple Silicon"}.` : "";
   byId("add-voice").disabled = never;
   byId("add-note").hidden = !never;
-  if (byId("add-note").textContent !== why) byId("add-note").textContent = why;
+  setText(byId("add-note"), why);
 }
 
 /** A note for users whose server does not run CSM yet; empty if it does. */

@@ -29,6 +29,11 @@ export function icon(...paths) {
   return svg;
 }
 
+/** Set an element's text if it is another one: each setting costs a layout. */
+export function setText(element, words) {
+  if (element.textContent !== words) element.textContent = words;
+}
+
 /** Format seconds as m:ss. */
 export function clock(seconds) {
   const whole = Math.max(0, Math.round(seconds));

@@ -4,6 +4,7 @@ import { SAMPLE_RATE } from "./take.js";
 
 const LEAD = 0.06; // seconds; starts slightly in the future, so that the first buffer is never late
 const AHEAD = 20; // seconds that are scheduled in advance: browsers call timers of hidden pages once a second
+const REST = 2000; // milliseconds of silence after which the sound device is released: it takes power and keeps a laptop awake
 const CHUNK = 5 * SAMPLE_RATE; // the longest buffer
 
 export class Player extends EventTarget {
@@ -14,6 +15,7 @@ export class Player extends EventTarget {
   #sent = 0; // samples up to here are scheduled
   #place = 0; // position in samples while not playing
   #timer = 0;
+  #resting = 0;
 
   take = null;
   playing = false;
@@ -28,7 +30,14 @@ export class Player extends EventTarget {
       this.analyser = new AnalyserNode(this.#context, { fftSize: 2048 });
       this.analyser.connect(this.#context.destination);
     }
+    clearTimeout(this.#resting);
     this.#context.resume();
+  }
+
+  /** Suspend the audio context soon, unless something starts. */
+  rest() {
+    clearTimeout(this.#resting);
+    if (this.#context && !this.playing) this.#resting = setTimeout(() => this.#context.suspend(), REST);
   }
 
   /** Play a take from `seconds`; call `more` when it has got further samples. */
@@ -147,6 +156,7 @@ export class Player extends EventTarget {
 
   #silence() {
     clearInterval(this.#timer);
+    this.rest();
     for (const source of this.#sources) {
       source.onended = null;
       source.stop();

@@ -41,15 +41,16 @@ export class Previews extends EventTarget {
     this.#playing = null;
     this.#silence?.();
     this.#silence = null;
+    this.#player.rest();
     this.#show("");
   }
 
   async #play(voice) {
     this.stop();
-    this.#player.wake(); // browsers allow sound only right after a user action
     const playing = { voice, controller: new AbortController() };
     this.#playing = playing;
     this.dispatchEvent(new Event("start"));
+    this.#player.wake(); // browsers allow sound only right after a user action
     this.#show("waiting");
     try {
       const blob = await this.#load(voice, playing.controller.signal);

@@ -1,7 +1,7 @@
 // Polls the server's state and shows it: one word in the header, and each model's progress in the panel.
 
 import { ApiError, getJson } from "./api.js";
-import { make, sentence } from "./dom.js";
+import { make, sentence, setText } from "./dom.js";
 
 const BUSY = 1500; // polling interval in milliseconds while something changes
 const CALM = 8000; // otherwise
@@ -51,13 +51,13 @@ export class ServerState extends EventTarget {
   #show(fault) {
     const { dot, word, models, queue, fallback } = this.#parts;
     const [text, colour] = this.locked ? ["API key required", "wait"] : this.health ? summary(this.health) : [fault instanceof ApiError && fault.status ? "Refused" : "Offline", "bad"];
-    if (word.textContent !== text) word.textContent = text;
+    setText(word, text);
     dot.className = `dot ${colour}`;
     if (!models.contains(document.activeElement)) models.replaceChildren(...Object.entries(this.health?.models ?? {}).map(([id, model]) => modelItem(id, model)));
     queue.textContent = this.health ? queueWords(this.health) : fault.message;
     const words = fallbackWords(this.health?.fallback);
     fallback.hidden = !words;
-    if (fallback.textContent !== words) fallback.textContent = words;
+    setText(fallback, words);
     this.#notifyChanges();
     this.dispatchEvent(new Event("asked"));
   }

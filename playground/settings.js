@@ -1,6 +1,6 @@
 // The settings form: speed, and under Advanced seed, temperature and top-k. Speed and the last format are stored in this browser.
 
-import { byId, memory } from "./dom.js";
+import { byId, memory, setText } from "./dom.js";
 
 // The bounds of the server's request, each with its message.
 const FIELDS = {
@@ -85,7 +85,7 @@ export class SettingsForm extends EventTarget {
     byId(id).setAttribute("aria-invalid", String(faulty));
     const words = this.#unused(name) ? "For CSM voices only" : faulty ? fault : hint;
     const element = byId(`${id}-hint`);
-    if (element.textContent !== words) element.textContent = words;
+    setText(element, words);
     element.classList.toggle("fault", faulty);
   }
 }

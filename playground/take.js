@@ -60,10 +60,10 @@ export class Take {
   /** Append base64 of s16le samples. An event may end within a sample. */
   append(base64) {
     this.firstAudio ??= performance.now() - this.asked;
-    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-    const joined = new Uint8Array(this.odd.length + bytes.length);
+    const text = atob(base64);
+    const joined = new Uint8Array(this.odd.length + text.length);
     joined.set(this.odd);
-    joined.set(bytes, this.odd.length);
+    for (let i = 0; i < text.length; i += 1) joined[this.odd.length + i] = text.charCodeAt(i); // Uint8Array.from takes 20 times as long
     this.odd = joined.slice(joined.length - (joined.length % 2));
     this.add(new Int16Array(joined.buffer, 0, joined.length >> 1));
   }

@@ -1,7 +1,7 @@
 // The voices: a card each for those that can speak; the others are folded under a line that says why they cannot, and what helps.
 
 import { call, getJson } from "./api.js";
-import { byId, make, memory, showAlert } from "./dom.js";
+import { byId, make, memory, setText, showAlert } from "./dom.js";
 import { restingWords } from "./server_state.js";
 
 const isDefault = ({ aliases }) => aliases?.includes("alloy");
@@ -78,7 +78,7 @@ export class VoiceList extends EventTarget {
     const wanted = this.voices.find(({ id }) => id === this.#wanted);
     const words = wanted && !wanted.ready && this.voice ? `${nameOf(wanted)} cannot speak now. ${nameOf(this.voice)} is selected until it can.` : "";
     byId("meanwhile").hidden = !words;
-    if (byId("meanwhile").textContent !== words) byId("meanwhile").textContent = words;
+    setText(byId("meanwhile"), words);
   }
 
   #renderReady() {
@@ -135,7 +135,7 @@ export class VoiceList extends EventTarget {
       const element = this.#resting.children[index];
       for (const name of ["line", "reason"]) {
         const part = element.querySelector(`.${name}`);
-        if (part.textContent !== words[name]) part.textContent = words[name];
+        setText(part, words[name]);
       }
     }
   }

@@ -10,6 +10,8 @@ export class Waveform {
   #frame;
   #colours = null;
   #shown = 0; // seconds across the whole width, animated towards the expected duration
+  #painted = ""; // what the picture on the canvas depends on
+  #still = matchMedia("(prefers-reduced-motion: reduce)");
 
   /** @param frame The slider around the canvas. @param seek Called with a time in seconds. */
   constructor(frame, canvas, seek) {
@@ -21,6 +23,7 @@ export class Waveform {
     frame.addEventListener("keydown", (event) => this.#key(event));
     const redraw = () => {
       this.#colours = null;
+      this.#painted = "";
       this.draw(this.take, this.position ?? 0, true);
     };
     new ResizeObserver(redraw).observe(frame);
@@ -29,10 +32,10 @@ export class Waveform {
 
   /** Draw `take` at playback position `position` in seconds. Returns whether the animation continues. */
   draw(take, position, atOnce = false) {
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const expected = take?.expected ?? 0;
-    if (take !== this.take || atOnce || still || Math.abs(expected - this.#shown) < 0.01) this.#shown = expected;
-    else this.#shown += (expected - this.#shown) * 0.18;
+    if (take !== this.take || atOnce || this.#still.matches || Math.abs(expected - this.#shown) < 0.01) this.#shown = expected;
+    else this.#shown += (expected - this.#shown) * 0.33;
+    if (take !== this.take) this.#painted = "";
     this.take = take;
     this.position = position;
     this.#paint();
@@ -40,15 +43,20 @@ export class Waveform {
     return this.#shown !== expected;
   }
 
+  /** Paint the canvas, if the picture is another one: most frames change nothing, and each painted one takes milliseconds. */
   #paint() {
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const scale = devicePixelRatio;
+    const bars = Math.max(1, Math.floor((width + GAP) / (BAR + GAP)));
+    const played = this.#shown > 0 ? Math.ceil((this.position / this.#shown) * bars) : 0;
+    const wanted = `${width} ${height} ${scale} ${this.#shown} ${this.take?.length} ${played}`;
+    if (wanted === this.#painted) return;
+    this.#painted = wanted;
     if (this.#canvas.width !== Math.round(width * scale)) this.#canvas.width = Math.round(width * scale);
     if (this.#canvas.height !== Math.round(height * scale)) this.#canvas.height = Math.round(height * scale);
     const pen = this.#canvas.getContext("2d");
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const bars = Math.max(1, Math.floor((width + GAP) / (BAR + GAP)));
     for (let bar = 0; bar < bars; bar += 1) this.#bar(pen, bar, bars, height);
   }
 
@@ -59,7 +67,7 @@ export class Waveform {
     const here = this.take && this.#shown > 0 && from < this.take.duration;
     // The square root makes quiet syllables visible. Speech rarely exceeds half of full scale, so that level fills the height.
     const tall = here ? Math.max(BAR, Math.sqrt(Math.min(1, 2 * this.take.peak(from, to))) * (height - 4)) : BAR;
-    pen.fillStyle = !here ? colours.line : to <= this.position || (from < this.position && this.position > 0) ? colours.accent : colours.rest;
+    pen.fillStyle = !here ? colours.line : from < this.position ? colours.accent : colours.rest;
     pen.beginPath();
     pen.roundRect(bar * (BAR + GAP), (height - tall) / 2, BAR, tall, BAR / 2);
     pen.fill();

@@ -192,8 +192,11 @@ class Visit:
 
 @contextmanager
 def visit(browser: Browser, url: str, name: str, **options: Any) -> Iterator[Visit]:
-    """Open a visit; a failing test leaves a screenshot in test-results/."""
-    context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | options))
+    """Open a visit; a failing test leaves a screenshot in test-results/.
+
+    Without `reduced_motion="no-preference"` it has no animations: each of their frames takes milliseconds.
+    """
+    context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"} | options))
     guest = Visit(context.new_page(), context, url)
     guest.watch()
     try:

@@ -207,7 +207,7 @@ def save(seen: Visit, name: str) -> None:
 
 @pytest.mark.parametrize("state", HERE, ids=lambda state: str(state.__name__))
 def test_a_state_of_the_page(state: State, browser: Browser, server: RunningServer) -> None:
-    with visit(browser, f"{server.url}/", state.__name__, reduced_motion="reduce") as seen:
+    with visit(browser, f"{server.url}/", state.__name__) as seen:
         state(seen)
         check(seen, state.__name__)
 
@@ -223,19 +223,19 @@ def test_axe_finds_what_is_wrong(browser: Browser, server: RunningServer) -> Non
 
 @pytest.mark.parametrize("state", [model_failed, add_voice, upload], ids=lambda state: str(state.__name__))
 def test_a_state_without_csm(state: State, browser: Browser, failed: RunningServer) -> None:
-    with visit(browser, f"{failed.url}/", state.__name__, reduced_motion="reduce", permissions=["microphone"]) as seen:
+    with visit(browser, f"{failed.url}/", state.__name__, permissions=["microphone"]) as seen:
         state(seen)
         check(seen, state.__name__)
 
 
 def test_the_state_while_csm_is_downloaded(browser: Browser, downloading: RunningServer) -> None:
-    with visit(browser, f"{downloading.url}/", "downloading", reduced_motion="reduce") as seen:
+    with visit(browser, f"{downloading.url}/", "downloading") as seen:
         model_downloading(seen)
         check(seen, "downloading")
 
 
 def test_the_state_before_the_key_is_entered(browser: Browser, make_server: Callable[..., RunningServer]) -> None:
     own = make_server(API_KEY="open-sesame-7")
-    with visit(browser, f"{own.url}/", "key_needed", reduced_motion="reduce") as seen:
+    with visit(browser, f"{own.url}/", "key_needed") as seen:
         key_needed(seen)
         check(seen, "key_needed")
