@@ -171,6 +171,8 @@ def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
 
     def run() -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         _take_streams(streams)
         if request.get("mounts_of") is not None:
