@@ -39,9 +39,9 @@ def browser() -> Iterator[Browser]:
 def downloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that downloads CSM slowly."""
     folder = tmp_path_factory.mktemp("downloading")
-    tiny = tiny_csm.build(repo=tiny_csm.MLX_COMMUNITY)
+    tiny = tiny_csm.build(repo=tiny_csm.MLX_COMMUNITY, small_codec=True)  # the hub hashes all that it serves
     repositories = {repo: tiny_csm.snapshot_of(tiny, repo) for repo in (tiny_csm.MLX_COMMUNITY, tiny_csm.MIMI, tiny_csm.TOKENIZER)}
-    with SmallHub(repositories, bytes_a_second=4_000_000) as hub:
+    with SmallHub(repositories, bytes_a_second=1_000_000) as hub:
         network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HUB_CACHE": folder / "hub"}
         running = start_server(folder, CSM="on", MODEL_ID=tiny_csm.MLX_COMMUNITY, MODEL_DTYPE="float32", DEFAULT_VOICE="heart", **network)
         try:
