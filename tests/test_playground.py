@@ -253,7 +253,8 @@ def test_a_refusal_shows_the_servers_message(guest: Guest) -> None:
 
 def test_voices_that_cannot_speak_are_folded_with_their_reason(guest: Guest) -> None:
     with guest() as seen:
-        seen.page.add_init_script("localStorage.setItem('sesame.voice', 'conversational_b')")
+        seen.open()
+        seen.page.evaluate("localStorage.setItem('sesame.voice', 'conversational_b')")
         seen.open()
         assert seen.page.locator(".voice b").all_inner_texts() == ["Heart"]
         expect(seen.page.get_by_label("Heart", exact=True)).to_be_checked()
