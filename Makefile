@@ -31,7 +31,7 @@ run: .venv/.run-stamp ## run the server on port 8880 (the default target)
 setup: .venv/.run-stamp ## install the server's packages into .venv
 
 test: .venv/.dev-stamp ## run all tests; one file: make test ARGS=tests/test_config.py
-	$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.dev-stamp ## run the linter, the format check and the type checker
 	$(PY) -m ruff check .

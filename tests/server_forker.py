@@ -42,9 +42,9 @@ _WITH_CSM = ("say.py", "server.py", "start.py")
 def main() -> None:
     """Serve connections until the last one is closed.
 
-    A request is a line `{"command", "env", "cwd", "mac"}`, optionally with `"descriptors"` and `"mounts_of"`, with four descriptors: standard input, output and error of the
-    program, and a pipe for its exit status. The answer is its PID. A connection begins with a greeting of one byte; when the client sends
-    no more, its programs are ended and the connection is closed.
+    A request is a line `{"command", "env", "cwd", "mac"}`, optionally with `"descriptors"` and `"mounts_of"`, and four descriptors: standard
+    input, output and error of the program, and a pipe for its exit status. The answer is its PID. A connection begins with a greeting of
+    one byte. When the client sends no more, its programs are ended and the connection is closed.
     """
     import say_backends  # noqa: F401
     import say_output  # noqa: F401
