@@ -47,10 +47,29 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90
 # They are started first, the longest one at the very beginning, so that none is left to one process at the end.
-_LONG_FILES = (
-    "faults service playground playground_states openapi clients playground_access audio_converter long_text security say csm_load pool "
-    "clients_openclaw acceptance csm_generation speech_socket say_book engine work_limits transcription"
-).split()
+_LONG_FILES = [
+    "faults",
+    "service",
+    "playground",
+    "playground_states",
+    "openapi",
+    "clients",
+    "playground_access",
+    "audio_converter",
+    "long_text",
+    "security",
+    "say",
+    "csm_load",
+    "pool",
+    "clients_openclaw",
+    "acceptance",
+    "csm_generation",
+    "speech_socket",
+    "say_book",
+    "engine",
+    "work_limits",
+    "transcription",
+]
 _LOADER_SETTINGS = {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES", "PYTHONPATH"}
 
 
