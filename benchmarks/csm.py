@@ -31,6 +31,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import tiny_csm  # noqa: E402
+import tiny_weights  # noqa: E402
 from mlx_audio.lm.sample_utils import make_sampler  # noqa: E402
 from mlx_audio.tts.models.sesame import Model  # noqa: E402
 from mlx_audio.tts.models.sesame.sesame import Segment  # noqa: E402
@@ -87,8 +88,8 @@ class Engines:
     """Stock mlx-audio and ours, each with its own copy of the same weights, because ours changes its codec."""
 
     def __init__(self, folder: Path, *, small_codec: bool) -> None:
-        cache = tiny_csm.build(script={"": [tiny_csm.NEVER]})
-        self.stock_model, self.model = (csm_loading.load(cache, small_codec=small_codec, stock=stock) for stock in (True, False))
+        cache = tiny_csm.build(script={"": [tiny_csm.NEVER]}, small_codec=small_codec, codebooks=tiny_weights.CODEBOOKS)
+        self.stock_model, self.model = (csm_loading.load(cache, stock=stock) for stock in (True, False))
         self.recording = folder / "conversational_a.wav"
         time_axis = np.arange(24_000) / 24_000
         soundfile.write(self.recording, 0.2 * np.sin(2 * np.pi * 150 * time_axis) * (1 + 0.5 * np.sin(2 * np.pi * 5 * time_axis)), 24_000)

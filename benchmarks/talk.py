@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import csm_loading
 import tiny_csm
+import tiny_weights
 from conftest import start_server
 from forking import end_server_forkers
 from websockets.sync.client import connect
@@ -40,10 +41,10 @@ TEXT = (
 
 def dialogue(folder: Path) -> None:
     """Print one line for each of ten turns: five questions with recordings, five replies."""
-    cache = tiny_csm.build()
+    cache = tiny_csm.build(small_codec=True, codebooks=tiny_weights.CODEBOOKS)
     prompts = folder / "prompts"
     shutil.copytree(csm_loading.prompt_folder(cache), prompts)
-    model = csm_loading.load(cache, small_codec=True)
+    model = csm_loading.load(cache)
     speaker = csm_loading.speaker(model, prompts, folder, guard="off")
     voice = csm_loading.voice(max_audio_length_ms=2000)
     said: list[ContextPart] = []

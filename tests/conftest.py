@@ -270,7 +270,7 @@ def model() -> Model:
     """A CSM with random weights: never ends, and says something else with each seed."""
     import csm_loading
 
-    return csm_loading.load(tiny_csm.build(small_codec=True), small_codec=True)
+    return csm_loading.load(tiny_csm.build(small_codec=True))
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def untouched() -> Model:
     """The same weights in a model that our code has not changed."""
     import csm_loading
 
-    return csm_loading.load(tiny_csm.build(small_codec=True), small_codec=True, stock=True)
+    return csm_loading.load(tiny_csm.build(small_codec=True), stock=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

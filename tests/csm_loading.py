@@ -36,18 +36,13 @@ def hub_at(cache: Path) -> Iterator[None]:
         yield
 
 
-def load(
-    cache: Path, repo: str = tiny_csm.SESAME, *, small_codec: bool = False, stock: bool = False, dtype: mx.Dtype = mx.float32
-) -> Model:
-    """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it, with this project's network unless `stock`.
-
-    `small_codec`: The cache has one (`tiny_csm.build`). The full-size Mimi takes about a second for each frame on a CPU.
-    """
+def load(cache: Path, repo: str = tiny_csm.SESAME, *, stock: bool = False, dtype: mx.Dtype = mx.float32) -> Model:
+    """Return the model in a cache of `tiny_csm.build`, as stock mlx-audio builds it, with this project's network unless `stock`."""
     snapshot = tiny_csm.snapshot_of(cache, repo)
-    small = tiny_weights.small_mimi_config()
-    codec = patch.object(mimi, "mimi_202407", lambda _: small) if small_codec else nullcontext()
+    config = json.loads((snapshot / "config.json").read_text())
+    small = tiny_weights.small_mimi_config(config["audio_num_codebooks"])
+    codec = patch.object(mimi, "mimi_202407", lambda _: small) if tiny_csm.has_small_codec(cache) else nullcontext()
     with hub_at(cache), codec:
-        config = json.loads((snapshot / "config.json").read_text())
         model = Model(config)
     if not stock:
         model.model = FrameNetwork(config)

@@ -69,12 +69,12 @@ Frame = NDArray[np.int32]
 @pytest.fixture(scope="module")
 def scripted() -> Model:
     """Ends, or fails, as the text's first capital says."""
-    return csm_loading.load(tiny_csm.build(script=SCRIPT, small_codec=True), small_codec=True)
+    return csm_loading.load(tiny_csm.build(script=SCRIPT, small_codec=True))
 
 
 @pytest.fixture(scope="module")
 def faulty() -> Model:
-    return csm_loading.load(tiny_csm.build(script=FAULTY, small_codec=True), small_codec=True)
+    return csm_loading.load(tiny_csm.build(script=FAULTY, small_codec=True))
 
 
 @pytest.fixture(scope="module")

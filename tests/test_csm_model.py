@@ -6,6 +6,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import csm
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ def test_a_quantized_checkpoint_speaks_by_its_name_without_network_or_progress_b
     assert asked == []
     assert capfd.readouterr() == ("", "")
     model.close()
+
+
+def test_the_benchmark_finds_a_model_with_a_small_codec_and_all_codebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engines = csm.Engines(tmp_path, small_codec=True)
+    csm.short_requests(engines, 2)
+    csm.codec_alone(engines, frames=2)
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_a_float32_file_becomes_bfloat16_without_a_second_copy_in_memory() -> None:

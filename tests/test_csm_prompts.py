@@ -32,7 +32,7 @@ def cache() -> Path:
 
 @pytest.fixture(scope="module")
 def model(cache: Path) -> Model:
-    return csm_loading.load(cache, small_codec=True)
+    return csm_loading.load(cache)
 
 
 @pytest.fixture(scope="module")

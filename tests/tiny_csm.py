@@ -60,6 +60,7 @@ def build(
     truncated: bool = False,
     quantized: bool = False,
     small_codec: bool = False,
+    codebooks: int | None = None,
 ) -> Path:
     """Return a folder for HF_HUB_CACHE; build it if it does not exist (about 10 s the first time, 1 s for each further variant).
 
@@ -71,21 +72,24 @@ def build(
         extra_files: Add two files of weights with other names beside `model.safetensors`, as in `sesame/csm-1b`.
         truncated: Cut off the second half of `model.safetensors`.
         quantized: Convert it with mlx-audio's own convert, 8 bits.
-        small_codec: Eight codebooks, and Mimi's weights are those of `tiny_weights.small_mimi_config`: for `csm_loading.load` and for servers,
-            which `environment(...)` tells so. The voice
-            prompts have short transcripts: each of the real ones has 500 tokens of the tiny tokenizer, which every warm-up reads nine times.
+        small_codec: Mimi's weights are those of `tiny_weights.small_mimi_config`: for `csm_loading.load` and for servers, which
+            `environment(...)` tells so. A full-size one takes a second for each frame on a CPU. The voice prompts have short transcripts:
+            each of the real ones has 500 tokens of the tiny tokenizer, which every warm-up reads nine times.
+        codebooks: How many a frame has; None: eight with a small codec, else 32.
     """
-    variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized, small_codec], sort_keys=True, default=list)
+    if codebooks is None:
+        codebooks = tiny_weights.SMALL_CODEBOOKS if small_codec else tiny_weights.CODEBOOKS
+    variant = json.dumps([repo, script, dtype, extra_files, truncated, quantized, small_codec, codebooks], sort_keys=True, default=list)
     cache = root / f"{_source_key()}-{hashlib.sha256(variant.encode()).hexdigest()[:12]}"
     if cache.is_dir():
         return cache
     with _made_at_once(cache) as folder:
-        _link_tree(_shared(root, small_codec=small_codec), folder)
+        _link_tree(_shared(root, codebooks if small_codec else None), folder)
         snapshot = _snapshot(folder, repo)
         if quantized:
             _quantize(build(root, repo=repo, script=script, dtype=dtype), repo, snapshot)
         else:
-            _write_model(snapshot, repo, script, dtype, tiny_weights.SMALL_CODEBOOKS if small_codec else tiny_weights.CODEBOOKS)
+            _write_model(snapshot, repo, script, dtype, codebooks)
         _write_prompts(snapshot, short=small_codec)
         if extra_files:
             _write_extra_files(snapshot)
@@ -97,9 +101,13 @@ def build(
 
 def environment(cache: Path) -> dict[str, str]:
     """Return the environment variables with which Hugging Face's libraries read only `cache`; if its Mimi is small, a server knows that."""
-    codecs = cache.glob(f"models--{MIMI.replace('/', '--')}/snapshots/*/{MIMI_FILE}")  # a cache without CSM has none
-    small = {SMALL_CODEC: "1"} if any(file.stat().st_size < _SMALL_CODEC_BYTES for file in codecs) else {}
-    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | small
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"} | ({SMALL_CODEC: "1"} if has_small_codec(cache) else {})
+
+
+def has_small_codec(cache: Path) -> bool:
+    """Return whether the cache's Mimi is one that `build` has made with `small_codec`; a cache without CSM has none."""
+    codecs = cache.glob(f"models--{MIMI.replace('/', '--')}/snapshots/*/{MIMI_FILE}")
+    return any(file.stat().st_size < _SMALL_CODEC_BYTES for file in codecs)
 
 
 def use_small_codec() -> None:
@@ -169,12 +177,12 @@ def _snapshot(cache: Path, repo: str) -> Path:
     return snapshot
 
 
-def _shared(root: Path, *, small_codec: bool) -> Path:
-    """Return the folder with Mimi and the tokenizer, to which all variants have hard links."""
-    shared = root / f"{_source_key()}-shared{'-small' if small_codec else ''}"
+def _shared(root: Path, small_codebooks: int | None) -> Path:
+    """Return the folder with Mimi (small with that many codebooks, or full-size) and the tokenizer, to which all variants have hard links."""
+    shared = root / f"{_source_key()}-shared-{small_codebooks or 'full'}"
     if not shared.is_dir():
         with _made_at_once(shared) as folder:
-            config = tiny_weights.small_mimi_config() if small_codec else None
+            config = tiny_weights.small_mimi_config(small_codebooks) if small_codebooks else None
             _save(_snapshot(folder, MIMI) / MIMI_FILE, tiny_weights.mimi_weights(config), "float32")
             _write_tokenizer(_snapshot(folder, TOKENIZER))
     return shared

@@ -272,11 +272,11 @@ def _normal(random: np.random.Generator, *shape: int, scale: float) -> Array:
     return random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 
 
-def small_mimi_config() -> Any:
-    """Return the configuration of a Mimi with narrow layers and few codebooks; scripts' tokens sound as they do with the full-size one."""
+def small_mimi_config(codebooks: int = SMALL_CODEBOOKS) -> Any:
+    """Return the configuration of a Mimi with narrow layers; scripts' tokens sound as they do with the full-size one."""
     from mlx_audio.codec.models.mimi.mimi import mimi_202407
 
-    config = mimi_202407(SMALL_CODEBOOKS)
+    config = mimi_202407(codebooks)
     config.seanet.nfilters = 4
     config.seanet.dimension = config.transformer.d_model = 64
     config.transformer.num_layers = 1
