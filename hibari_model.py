@@ -312,7 +312,7 @@ class HibariModel:
         from hibari import Hibari
 
         voice = Hibari(key, model=_with_durations(self._files.read(key)), g2p=self._pronunciation(key))
-        voice.model_path = None  # the content: onnxruntime has its own copy
+        voice.model_path = voice.sess._model_bytes = None  # the content, 8 MB: onnxruntime has its own copy, and would need it for a GPU
         voice.sess = _TimedSession(voice.sess)
         return voice
 
