@@ -200,7 +200,7 @@ def test_a_copied_voice_folder_is_used_at_once(pool: Pool) -> None:
 
 def test_disconnected_clients_leave_the_queue(pool: Pool) -> None:
     with ThreadPoolExecutor(2) as executor:
-        busy = [executor.submit(speak, pool, 12) for _ in NAMES]
+        busy = [executor.submit(speak, pool, 18) for _ in NAMES]
         until(lambda: all(pool.statistics(name)["scur"] == "1" for name in NAMES))
         before = sum(int(pool.statistics(name)["stot"]) for name in NAMES)
         with pool.client(headers=KEY) as client, pytest.raises(httpx.ReadTimeout):

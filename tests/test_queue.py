@@ -20,7 +20,7 @@ from errors import QueueTimeoutError, RateLimitError, ShuttingDownError
 from model_host import RequestQueue
 
 SENTENCE = "One after another they all come in their turn. "
-LONG = SENTENCE * 40  # a minute and a half of speech, one to two seconds of work
+LONG = SENTENCE * 60  # two minutes of speech, two seconds of work
 BODY: dict[str, Any] = {"model": "m", "voice": "heart", "response_format": "mp3"}
 
 
@@ -226,7 +226,7 @@ def test_a_reader_of_one_byte_a_second_blocks_nobody(server: RunningServer) -> N
         for _ in range(3):
             assert slow.recv(1)
             time.sleep(1)
-        # The client has read three bytes of about 4 MB of PCM, and the slot is free again nevertheless.
+        # The client has read three bytes of about 6 MB of PCM, and the slot is free again nevertheless.
         server.wait_for(idle, 30)
         response = httpx.post(f"{server.url}/v1/audio/speech", json=BODY | {"input": SENTENCE}, timeout=60)
         assert response.status_code == 200
@@ -242,7 +242,7 @@ def test_health_answers_while_the_model_works(server: RunningServer) -> None:
 
 
 def test_a_short_text_does_not_wait_for_a_long_one_which_stays_the_same(server: RunningServer) -> None:
-    long = BODY | {"input": SENTENCE * 15, "seed": 3, "response_format": "pcm"}
+    long = BODY | {"input": SENTENCE * 40, "seed": 3, "response_format": "pcm"}
     order: list[str] = []
 
     def speak(name: str, body: dict[str, Any]) -> bytes:

@@ -96,7 +96,7 @@ def test_a_server_that_takes_less_than_expected_gets_smaller_pieces(make_server:
 
 def test_a_full_queue_is_waited_for(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server(MAX_QUEUE=1)
-    text = a_book(1000)
+    text = a_book(1500)
     others = [started(tmp_path, text, "-o", f"{number}.wav", "--captions", f"{number}.json", "--server", server.url) for number in range(3)]
     with others[0] as first, others[1] as second, others[2] as third:
         runs = (first, second, third)

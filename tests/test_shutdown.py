@@ -25,7 +25,7 @@ from listening import decode
 from server_process import pid_file
 
 SENTENCE = "This sentence is spoken to its very end, whatever happens meanwhile. "
-LONG: dict[str, Any] = {"model": "m", "voice": "heart", "input": SENTENCE * 20, "response_format": "wav"}
+LONG: dict[str, Any] = {"model": "m", "voice": "heart", "input": SENTENCE * 32, "response_format": "wav"}
 SHORT: dict[str, Any] = LONG | {"input": SENTENCE}
 
 

@@ -57,7 +57,7 @@ def test_every_way_of_asking_streams(server: RunningServer, asked: dict[str, Any
 
 
 def test_audio_is_sent_while_the_rest_is_generated(server: RunningServer) -> None:
-    long = BODY | {"input": " ".join([TEXT] * 5), "response_format": "pcm"}
+    long = BODY | {"input": " ".join([TEXT] * 9), "response_format": "pcm"}
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=long) as response:
         pieces = response.iter_raw()
         first = next(pieces)
