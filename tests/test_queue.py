@@ -168,7 +168,7 @@ def test_thirty_clients_are_all_answered_or_refused_with_a_retry_after(make_serv
 
 
 def test_a_wait_that_is_too_long_is_refused(make_server: Callable[..., RunningServer]) -> None:
-    server = make_server(QUEUE_TIMEOUT=0.2)
+    server = make_server(QUEUE_TIMEOUT=0.02)
     with server.client() as client, client.stream("POST", "/v1/audio/speech", json=BODY | {"input": LONG, "stream": True}):
         response = client.post("/v1/audio/speech", json=BODY | {"input": SENTENCE})
     assert response.status_code == 503
