@@ -52,10 +52,11 @@ def test_every_format_is_sent_whole_or_in_lines(server: RunningServer, fmt: str,
 
 def test_lines_are_sent_while_the_rest_is_spoken(server: RunningServer) -> None:
     text = "A sentence of ten words is said here, again and again. " * 30
-    lines = [json.loads(line) for line in asked(server, input=text).text.splitlines()]
+    # As pcm, because an encoder's first bytes may come after several sentences on a busy machine, and their words with them.
+    lines = [json.loads(line) for line in asked(server, input=text, response_format="pcm").text.splitlines()]
     assert sum(len(line["timestamps"]) for line in lines) == 30 * 11
     assert len([line for line in lines if line["timestamps"]]) > 3
-    assert len(lines[0]["timestamps"]) < 10 * 11, "on a busy machine the encoder's first bytes come after some sentences"
+    assert len(lines[0]["timestamps"]) <= 2 * 11
 
 
 @pytest.mark.parametrize(
