@@ -169,11 +169,10 @@ def _listing(repo: str, folder: Path) -> dict[str, Any]:
 
 
 def write_presets(folder: Path, name: str, frames: int) -> Path:
-    """Write the presets `heart` and `name`, a voice of CSM with few words to its recording; return the folder `folder`/presets.
+    """Write the presets `heart` and `name`; return the folder `folder`/presets.
 
-    The voice prompts of CSM's own repository have transcripts of 500 tokens of the tiny tokenizer, which each load of the model reads nine times.
-
-    The voice speaks `frames` at most.
+    `name` is a voice of CSM that speaks `frames` at most. Its recording has two words: those of CSM's own repository have transcripts of
+    500 tokens of the tiny tokenizer, and each load of the model reads them nine times.
     """
     presets = folder / "presets"
     presets.mkdir()
